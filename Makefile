@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` each work first, alone, and again; both install what they need into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test checks lint types imports unit install install-dev clean
+
+quickstart: install
+	$(BIN)/python -m raytrain2p.train --phase 1
+	$(BIN)/python -m raytrain2p.train --phase 2
+	@echo
+	@echo "Open the MLflow UI:            $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+	@echo "Ask the model about a picture: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
+
+test: install-dev checks unit
+
+checks: lint types imports
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install-dev
+	$(BIN)/mypy
+
+imports: install-dev
+	$(BIN)/lint-imports
+
+unit: install-dev
+	$(BIN)/python -m pytest
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

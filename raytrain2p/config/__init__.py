@@ -1,0 +1,18 @@
+"""Typed settings and what can be wrong with them. Imports nothing else of the package."""
+
+from raytrain2p.config.loading import Settings, base_directory, cache_directory, load_settings
+from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.settings import AlignmentSettings, InstructionSettings, flatten
+
+__all__ = [
+    "AlignmentSettings",
+    "Findings",
+    "InputError",
+    "InstructionSettings",
+    "Problem",
+    "Settings",
+    "base_directory",
+    "cache_directory",
+    "flatten",
+    "load_settings",
+]

@@ -1,0 +1,216 @@
+"""From a YAML file and `key=value` overrides to checked, frozen settings; every problem is told at once."""
+
+import difflib
+import os
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, InstructionSettings
+
+Settings = AlignmentSettings | InstructionSettings
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+class NumberLoader(yaml.SafeLoader):
+    """YAML as people write numbers: YAML 1.1 reads `1e-3` as a string, because it has no dot."""
+
+
+NumberLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def packaged_config(phase: int) -> Path:
+    """The YAML file that a phase uses without `--config`: inside an installed package, or beside it in a checkout."""
+    name = f"phase{phase}.yaml"
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{name} is neither in {PACKAGE} nor beside it: the installation is incomplete")
+
+
+def load_settings(phase: int, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+    """Read, merge and check the settings of one run.
+
+    Args:
+        phase: 1 (alignment) or 2 (instruction).
+        config: a YAML file; None takes the packaged one of the phase.
+        overrides: `dotted.key=value` pairs, each value read as YAML; later ones win.
+
+    Raises:
+        InputError: the file cannot be read, or a key or a value is wrong; all problems at once.
+    """
+    kind = SETTINGS_OF_PHASE[phase]
+    path = Path(config) if config is not None else packaged_config(phase)
+    tree = read_yaml(path)
+    with Findings() as findings:
+        merge_overrides(tree, overrides)
+    try:
+        settings = kind.model_validate(tree)
+    except ValidationError as error:
+        findings.extend(_problem(kind, detail, path, overrides) for detail in error.errors())
+    findings.raise_any()
+    return absolute_paths(settings)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """One YAML mapping.
+
+    Raises:
+        InputError: no such file, not YAML, or not a mapping.
+    """
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=NumberLoader)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise InputError(Problem(f"--config {path}", f"cannot be read: {error.strerror}", "give the path of a YAML file")) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(Problem(f"--config {path}", f"is not YAML: {' '.join(str(error).split())}")) from None
+    if not isinstance(tree, dict):
+        raise InputError(Problem(f"--config {path}", "holds no settings", "write `group:` lines with `  key: value` under them"))
+    return tree
+
+
+def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Write each `dotted.key=value` into the tree.
+
+    Raises:
+        InputError: an override is not of that form; the well-formed ones are merged all the same.
+    """
+    findings = Findings()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            findings.add(Problem(override, "is not of the form key=value", "write for example training.max_steps=200"))
+            continue
+        try:
+            value = yaml.load(text, Loader=NumberLoader)  # noqa: S506 - a SafeLoader
+        except yaml.YAMLError:
+            findings.add(Problem(override, "its value is not YAML", "quote it"))
+            continue
+        *groups, last = key.split(".")
+        node = tree
+        for group in groups:
+            inner = node.get(group)
+            node[group] = inner if isinstance(inner, dict) else {}
+            node = node[group]
+        node[last] = value
+    findings.raise_any()
+
+
+def known_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every setting's dotted path and its pydantic field."""
+    keys: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        path = f"{prefix}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys |= known_keys(field.annotation, f"{path}.")
+        else:
+            keys[path] = field
+    return keys
+
+
+def nearest_key(kind: type[BaseModel], key: str) -> str | None:
+    """The valid setting whose path, or else whose last part, looks most like `key`."""
+    keys = list(known_keys(kind))
+    if close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75):
+        return close[0]
+    by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
+    close = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(by_name), n=1, cutoff=0.6)
+    return by_name[close[0]] if close else None
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a user reads it: `Literal["a", "b"]` is `a | b`, `int | None` is `int | null`."""
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin is typing.Annotated:
+        return type_name(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(type_name, arguments))
+    if origin in (dict, list):
+        return f"{origin.__name__} of {type_name(arguments[-1])}"
+    return {type(None): "null", bool: "true | false", str: "text"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence[str]) -> Problem:
+    """One pydantic error in the user's own words."""
+    key = ".".join(str(part) for part in detail["loc"])
+    origin = next((override for override in reversed(overrides) if override.partition("=")[0] == key), None)
+    where = origin or (f"{key} = {detail['input']!r} in {path}" if key else str(path))
+    if detail["type"] == "extra_forbidden":
+        nearest = nearest_key(kind, key)
+        return Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else "`--help` lists every setting")
+    if detail["type"] == "missing":
+        return Problem(f"{key} in {path}", "is missing", f"set it: {known_keys(kind)[key].description}" if key in known_keys(kind) else "")
+    if detail["type"] == "value_error":
+        return Problem(where if origin else f"{key or 'settings'} in {path}", str(detail["ctx"]["error"]))
+    field = known_keys(kind).get(key)
+    required = f" (required: {type_name(field.annotation)})" if field is not None else ""
+    return Problem(where, f"{detail['msg']}{required}")
+
+
+def base_directory() -> Path:
+    """What relative paths are relative to: `$RAYTRAIN2P_HOME` if set, else the working directory.
+
+    A job submitted with `--working-dir` runs in a copy that Ray deletes later: results would be lost with it. There,
+    without the variable, relative paths lie under `~/raytrain2p`.
+    """
+    if home := os.environ.get("RAYTRAIN2P_HOME"):
+        return Path(home).expanduser().absolute()
+    here = Path.cwd()
+    return Path.home() / "raytrain2p" if "runtime_resources" in here.parts else here
+
+
+def absolute_paths(settings: Settings) -> Settings:
+    """Resolve every path here, in the driver: a worker's working directory is Ray's, not the user's."""
+    base = base_directory()
+
+    def resolve(text: str) -> str:
+        if "://" in text or text.startswith("emoji:"):
+            return text
+        return str(base / Path(text).expanduser())
+
+    def resolve_records(text: str) -> str:
+        """Records are input: they are looked for where the command was typed, not where results are kept."""
+        return text if "://" in text or text.startswith("emoji:") else str(Path(text).expanduser().absolute())
+
+    data = settings.data
+    store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
+    uri = settings.tracking.uri
+    for scheme in ("sqlite:///", "file:"):
+        if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}//")):
+            uri = f"{scheme}{resolve(uri.removeprefix(scheme))}"
+    return settings.model_copy(
+        update={
+            "data": data.model_copy(
+                update={
+                    "train": resolve_records(data.train),
+                    "val": resolve_records(data.val) if data.val else None,
+                    "test": {name: resolve_records(source) for name, source in data.test.items()},
+                    "feature_store": resolve(store),
+                }
+            ),
+            "output": settings.output.model_copy(update={"root": resolve(settings.output.root)}),
+            "tracking": settings.tracking.model_copy(update={"uri": uri}),
+        }
+    )
+
+
+def cache_directory() -> Path:
+    """Where models and features are kept between runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
+    if explicit := os.environ.get("RAYTRAIN2P_CACHE"):
+        return Path(explicit).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrain2p"

@@ -1,0 +1,69 @@
+"""What is wrong with a user's input, told all at once and before anything starts."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+MOST_SHOWN = 40  # a file of a million bad records has one cause, not a million
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: `where` in the user's own words, `what` is found against what is required, how to `mend` it."""
+
+    where: str
+    what: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}\n    {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+
+
+class InputError(ValueError):
+    """Bad input, found before any worker starts. The commands print it without a traceback and exit with code 2."""
+
+    def __init__(self, problems: Sequence[Problem] | Problem) -> None:
+        self.problems = [problems] if isinstance(problems, Problem) else list(problems)
+        assert self.problems, "an InputError without a problem tells nobody anything"
+        super().__init__(str(self))
+
+    def __reduce__(self) -> tuple[type["InputError"], tuple[list[Problem]]]:
+        return type(self), (self.problems,)  # it may cross a process boundary: rebuild it from what it was made of
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        shown = [f"  {problem}" for problem in self.problems[:MOST_SHOWN]]
+        if count > MOST_SHOWN:
+            shown.append(f"  ... and {count - MOST_SHOWN} more")
+        return f"{count} problem{'s' if count > 1 else ''}; nothing was started\n" + "\n".join(shown)
+
+
+class Findings:
+    """Collects problems from checks that each raise on their own, so that all of them are told together."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+
+    def add(self, *problems: Problem) -> None:
+        self.problems += problems
+
+    def extend(self, problems: Iterable[Problem]) -> None:
+        self.problems += problems
+
+    def __enter__(self) -> "Findings":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
+        """Swallow an InputError into the collection; let every other exception, which is a bug, go on."""
+        if isinstance(error, InputError):
+            self.problems += error.problems
+            return True
+        return False
+
+    def raise_any(self) -> None:
+        """Raise what was collected, each problem once.
+
+        Raises:
+            InputError: at least one problem was found.
+        """
+        if self.problems:
+            raise InputError(list(dict.fromkeys(self.problems)))

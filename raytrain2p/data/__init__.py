@@ -1,0 +1,1 @@
+"""Records and their checks, the feature store, token records and batches."""

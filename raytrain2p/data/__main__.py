@@ -1,0 +1,33 @@
+"""`python -m raytrain2p.data check FILE --phase N`: look at every record and decode every picture in full."""
+
+import argparse
+import sys
+
+from raytrain2p.config import InputError
+from raytrain2p.data.checks import image_problems
+from raytrain2p.data.records import FIELDS, scan_records
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, or 2 if a record is bad."""
+    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    check = verbs.add_parser("check", help="list every bad record by line and cause")
+    check.add_argument("file", help="a .jsonl or .parquet file, or emoji:SPLIT")
+    check.add_argument("--phase", type=int, choices=tuple(FIELDS), required=True, help="1: text and image; 2: instruction and response")
+    options = parser.parse_args(arguments)
+    records, problems = scan_records(options.file, options.phase, "FILE")
+    problems += image_problems(records)
+    for problem in problems:
+        print(problem)
+    pictures = len({record.image for record in records if record.image is not None})
+    print(f"{options.file}: {len(records)} good records with {pictures} distinct pictures, {len(problems)} problems")
+    return 2 if problems else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print(f"raytrain2p: {error}", file=sys.stderr)
+        sys.exit(2)

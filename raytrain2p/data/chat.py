@@ -1,0 +1,70 @@
+"""From an instruction record to tokens, through the tokenizer's own chat template."""
+
+from dataclasses import dataclass
+from typing import Any
+
+SOFT = -1  # stands at the positions of soft tokens, until the batch is made
+PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"  # marks in the rendered text where the picture goes
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How records become tokens.
+
+    Args:
+        tokenizer: of transformers.
+        stop_ids: tokens that end an answer.
+        soft_tokens: soft tokens of a picture, which stands before the instruction.
+        system_prompt: system message; None leaves it to the template.
+    """
+
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    soft_tokens: int
+    system_prompt: str | None = None
+
+    def prompt(self, instruction: str, with_image: bool) -> list[int]:
+        """Tokens up to where the answer begins, SOFT at the picture's places."""
+        return self._tokens(self._render(instruction, with_image))
+
+    def response(self, instruction: str, with_image: bool, response: str) -> list[int]:
+        """Tokens of the answer, with the stop token after which the template's own text would go on."""
+        prompt = self._render(instruction, with_image)
+        whole = self._render(instruction, with_image, response)
+        rest = whole[len(prompt) :] if whole.startswith(prompt) else response  # some templates rewrite earlier turns
+        tokens = self._tokens(rest)
+        stop = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
+        return tokens[: stop + 1] if stop is not None else [*tokens, self.stop_ids[0]]
+
+    def _render(self, instruction: str, with_image: bool, response: str | None = None) -> str:
+        user = (PICTURE if with_image else "") + instruction.replace(PICTURE, "")
+        if self.tokenizer.chat_template is None:  # a base model: there is no convention to keep to
+            return f"{user}\n" + (response or "")
+        messages = [{"role": "user", "content": user}]
+        if self.system_prompt is not None:
+            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        if response is not None:
+            messages.append({"role": "assistant", "content": response.replace(PICTURE, "")})
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+
+    def _tokens(self, text: str) -> list[int]:
+        before, picture, after = text.partition(PICTURE)
+        tokens = self._plain(before)
+        return tokens + [SOFT] * self.soft_tokens + self._plain(after) if picture else tokens
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def load_chat_format(directory: Any, soft_tokens: int, system_prompt: str | None) -> ChatFormat:
+    """The format of a model directory; its generation config may name more stop tokens than its tokenizer does."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    stops = [tokenizer.eos_token_id]
+    try:
+        named = GenerationConfig.from_pretrained(directory).eos_token_id
+        stops += named if isinstance(named, list) else [named]
+    except OSError:
+        pass  # no generation_config.json: the tokenizer's end token is all there is
+    return ChatFormat(tokenizer, tuple(dict.fromkeys(stop for stop in stops if stop is not None)), soft_tokens, system_prompt)

@@ -1,0 +1,133 @@
+"""The Ray cluster of a launch: an existing one if there is one, else one started here and stopped at the end."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from raytrain2p.config import InputError, Problem
+from raytrain2p.config.settings import LaunchSettings
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs and GPUs by node."""
+
+    nodes: tuple[tuple[float, float], ...]
+
+    @property
+    def cpus(self) -> float:
+        return sum(cpus for cpus, _ in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(gpus for _, gpus in self.nodes)
+
+    def fits(self, workers: int, cpus: int, gpus: int) -> bool:
+        """Whether that many workers find a place, each on one node."""
+        places = 0
+        for node_cpus, node_gpus in self.nodes:
+            places += int(min(node_cpus // cpus, node_gpus // gpus if gpus else workers))
+        return places >= workers
+
+
+def existing_address() -> str | None:
+    """The address of a running cluster: from the environment, or of a Ray that was started on this machine."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        return address
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return str(canonicalize_bootstrap_address_or_die("auto"))
+    except ConnectionError:
+        return None
+
+
+def local_capacity() -> Capacity:
+    """Of a Ray that would be started here; asking does not start it."""
+    import torch
+    from ray._private.utils import get_num_cpus
+
+    return Capacity(((float(get_num_cpus()), float(torch.cuda.device_count())),))
+
+
+def cluster_capacity() -> Capacity:
+    """Of the cluster that this process is connected to."""
+    return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]))
+
+
+def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
+    """Ray would wait for ever for what the cluster does not have: so say it at once."""
+    problems = []
+    gpus = 1 if launch.use_gpu else 0
+    if launch.use_gpu and capacity.gpus < launch.num_workers:
+        problems.append(
+            Problem(
+                f"launch.num_workers={launch.num_workers} with launch.use_gpu=true",
+                f"needs {launch.num_workers} GPUs; the cluster has {capacity.gpus:g}",
+                "lower launch.num_workers, set launch.use_gpu=false, or use a larger cluster (RAY_ADDRESS)",
+            )
+        )
+    elif not capacity.fits(launch.num_workers, launch.cpus_per_worker or 1, gpus):
+        problems.append(
+            Problem(
+                f"launch.num_workers={launch.num_workers}",
+                f"needs {launch.num_workers} x {launch.cpus_per_worker or 1} CPUs, each worker on one node; "
+                f"the cluster has {capacity.cpus:g} on {len(capacity.nodes)} node(s)",
+                "lower launch.num_workers or launch.cpus_per_worker, or use a larger cluster (RAY_ADDRESS)",
+            )
+        )
+    return problems
+
+
+def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
+    """As set; else, on CPUs, as many as still let every worker find a place, and with GPUs one."""
+    if launch.cpus_per_worker is not None:
+        return launch.cpus_per_worker
+    cpus = 1
+    while not launch.use_gpu and capacity.fits(launch.num_workers, cpus + 1, 0):
+        cpus += 1
+    return cpus
+
+
+def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
+    """Without a running cluster, the answer is known before a Ray is started."""
+    return [] if existing_address() is not None else check_capacity(launch, local_capacity())
+
+
+@contextmanager
+def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
+    """Within, this process is connected to the cluster.
+
+    Raises:
+        InputError: the cluster cannot be reached, or lacks what the launch asks for.
+    """
+    address = existing_address()
+    local = {} if address else {"object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            configure_logging=True,
+            **local,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            Problem(
+                f"Ray at {address or 'this machine'}",
+                f"cannot be used: {reason}",
+                "check RAY_ADDRESS and RAY_AUTH_MODE, or stop the dead cluster",
+            )
+        ) from None
+    try:
+        capacity = cluster_capacity()
+        if problems := check_capacity(launch, capacity):
+            raise InputError(problems)
+        yield capacity
+    finally:
+        ray.shutdown()

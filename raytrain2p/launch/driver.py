@@ -1,0 +1,157 @@
+"""The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
+
+import json
+import shlex
+import sys
+import traceback
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from raytrain2p.config import Findings, Settings
+from raytrain2p.config.settings import InstructionSettings
+from raytrain2p.launch.chatter import quiet
+from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
+from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.progress import Console, ProgressBoard, followed
+from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Plan, train_worker
+from raytrain2p.tracking.lookup import find_artifact
+from raytrain2p.tracking.run import finish_run, prepare_store, recorded_run
+
+
+class TrainingFailed(RuntimeError):
+    """The workers failed, and were not, or no longer, started again."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a launch leaves: `--json` prints it."""
+
+    run_id: str
+    directory: str
+    best: str | None
+    last: str | None
+    artifact: str
+    metrics: dict[str, float]
+
+
+def check(settings: Settings, phase: int, console: Console) -> tuple[Settings, Any]:
+    """Everything that can be known before a cluster is asked: models, aligner, records, pictures, resources.
+
+    Returns:
+        The settings with the aligner resolved to a path, and the phase's survey.
+
+    Raises:
+        InputError: every problem at once.
+    """
+    findings = Findings()
+    with findings:
+        settings = resolve_aligner(settings, console)
+    findings.extend(check_before_connecting(settings.launch))
+    survey = None
+    console.show("reading records and decoding new pictures")
+    with findings:
+        survey = PHASES[phase].survey(settings)
+    console.clear()
+    findings.raise_any()
+    return settings, survey
+
+
+def resolve_aligner(settings: Settings, console: Console) -> Settings:
+    """Replace a run ID or `latest` by the path of the aligner.pt that it means, and say which one that is."""
+    if not isinstance(settings, InstructionSettings):
+        return settings
+    path = find_artifact(settings.output.root, "alignment", "aligner.pt", settings.model.aligner, "model.aligner")
+    console.say(f"aligner: {path}")
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"aligner": str(path)})})
+
+
+def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console) -> Outcome:
+    """Train one phase.
+
+    Args:
+        settings: as loaded.
+        phase: 1 or 2.
+        launch_id: stable name of the launch; None makes a new one.
+        verbose: let Ray's own output through.
+        console: where progress goes.
+
+    Raises:
+        InputError: bad input; nothing was started.
+        TrainingFailed: the workers failed.
+    """
+    if not verbose:
+        quiet()
+    settings, survey = check(settings, phase, console)
+    launch_id = launch_id or f"launch-{uuid.uuid4().hex[:12]}"
+    with connected(settings.launch, verbose) as capacity:
+        prepare_store(settings, PHASES[phase].EXPERIMENT)
+        encode(survey, settings, capacity, console)
+        return train(settings, survey, phase, launch_id, capacity, console)
+
+
+def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console) -> None:
+    """Run the frozen encoders over what the store does not have yet."""
+    workers = settings.data.feature_workers
+    cpus = 1 if settings.launch.use_gpu else max(1, int(min(max(cpus for cpus, _ in capacity.nodes), capacity.cpus // workers)))
+    for job in survey.jobs:
+
+        def progress(done: int, total: int, what: str = job.what) -> None:
+            console.show(f"encoding {what}: {done}/{total}")
+
+        computed = job.store.complete(job.items, job.build, workers, cpus, int(settings.launch.use_gpu), progress)
+        if job.items:
+            console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
+
+
+def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity: Capacity, console: Console) -> Outcome:
+    """Hand the plan to the workers and follow them to the end."""
+    storage = Path(settings.output.root) / ".ray"
+    threads = cpus_per_worker(settings.launch, capacity)
+    board = ProgressBoard.remote()  # type: ignore[attr-defined]
+    command = " ".join(["python -m raytrain2p.train", *map(shlex.quote, sys.argv[1:])])
+    plan = Plan(settings, phase, launch_id, command, str(storage), threads, ray.put(survey.prepare()), board)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
+        scaling_config=ScalingConfig(
+            num_workers=settings.launch.num_workers, use_gpu=settings.launch.use_gpu, resources_per_worker=_resources(settings, threads)
+        ),
+        run_config=RunConfig(
+            name=launch_id,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=settings.launch.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    )
+    workers = f"{settings.launch.num_workers} worker{'s' if settings.launch.num_workers > 1 else ''}"
+    console.say(f"starting {workers} with {threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each")
+    try:
+        with followed(board, console):
+            result = trainer.fit()
+    except Exception as error:
+        if (run := recorded_run(settings.output.root, launch_id)) is not None:
+            with suppress(Exception):  # the failure itself is what the user must hear about
+                finish_run(run, "FAILED")
+        raise TrainingFailed(_cause(error)) from error
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        return Outcome(**json.loads((Path(folder) / "run.json").read_text()))
+
+
+def _resources(settings: Settings, threads: int) -> dict[str, float]:
+    return {"CPU": threads} | ({"GPU": 1} if settings.launch.use_gpu else {})
+
+
+def _cause(error: Exception) -> str:
+    """The worker's own traceback, without the layers around it."""
+    failures = getattr(error, "worker_failures", None)
+    first = next(iter(failures.values())) if failures else error
+    return "".join(traceback.format_exception(first)).rstrip() + "\n(--ray-logs shows more)"

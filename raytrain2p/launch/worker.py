@@ -1,0 +1,219 @@
+"""What runs on each worker: from the run's identity to its artifact."""
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import ray
+import ray.train
+import ray.train.collective
+import ray.train.torch
+import torch
+from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+from torch.utils.data import DataLoader
+
+from raytrain2p.config import Settings
+from raytrain2p.data.batches import Share, StepSampler
+from raytrain2p.data.images import ImageRef, decode_image
+from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.progress import putter
+from raytrain2p.launch.sharding import ShardedStrategy
+from raytrain2p.models.precision import resolve_precision
+from raytrain2p.phases.module import PhaseModule, planned_steps
+from raytrain2p.phases.survey import TRAIN, VAL
+from raytrain2p.phases.world import World
+from raytrain2p.tracking.checkpoints import best_checkpoint, checkpoint_callbacks, last_checkpoint
+from raytrain2p.tracking.files import write_json, write_whole
+from raytrain2p.tracking.metrics import MetricsWriter, Point, StepLog
+from raytrain2p.tracking.plots import answer_sheet, training_curve
+from raytrain2p.tracking.run import Run, describe_run, finish_run, get_or_create_run
+
+LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the driver hands to each worker. `data` is the prepared splits in Ray's object store."""
+
+    settings: Settings
+    phase: int
+    launch_id: str
+    command: str
+    storage: str
+    threads: int
+    data: Any
+    board: Any
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The training function that Ray runs on each worker."""
+    plan: Plan = config["plan"]
+    settings, phase, world = plan.settings, PHASES[plan.phase], World.current()
+    show = putter(plan.board) if world.is_first else None
+    torch.set_num_threads(plan.threads)
+    pl.seed_everything(settings.seed, verbose=False)
+
+    run = attach_run(plan, world)
+    precision = agree_on_precision(settings, world)
+    data = ray.get(plan.data)
+    steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
+    module = phase.build(settings, data, steps, precision)
+    if settings.data.features == "online":
+        data = phase.online(module, data)
+    writer = None
+    if world.is_first:
+        resolved = {"training.precision": precision, "launch.cpus_per_worker": plan.threads}
+        describe_run(run, settings, resolved, plan.command)
+        writer = MetricsWriter(run)
+
+    trainer = build_trainer(settings, run, world, precision, steps, writer, show)
+    train_loader, val_loader = loaders(settings, data, world)
+    resumed = last_checkpoint(run.checkpoints)
+    trainer.fit(module, train_loader, val_loader, ckpt_path=str(resumed) if resumed else None, weights_only=resumed is not None)
+
+    best = best_checkpoint(run.checkpoints)
+    module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
+    metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
+    if writer is not None:
+        writer.write([Point(name, value, steps, time.time()) for name, value in metrics.items()])
+        finish(run, phase, module, settings, metrics, tables)
+    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    report(plan, run, best, metrics, world)
+
+
+def attach_run(plan: Plan, world: World) -> Run:
+    """Rank 0 gets or creates the run; every worker then uses the same one."""
+    phase = PHASES[plan.phase]
+    run = get_or_create_run(plan.settings, phase.NAME, phase.EXPERIMENT, plan.launch_id) if world.is_first else None
+    shared = ray.train.collective.broadcast_from_rank_zero(run)
+    assert isinstance(shared, Run)
+    return shared
+
+
+def agree_on_precision(settings: Settings, world: World) -> str:
+    """The precision that every worker's hardware has: workers in different ones would not train one model."""
+    mine = resolve_precision(settings.training.precision, ray.train.torch.get_device())
+    return "bf16" if set(world.gather(mine)) == {"bf16"} else "float32"
+
+
+def loaders(settings: Settings, data: dict[str, Any], world: World) -> tuple[Any, Any]:
+    """Training in steps drawn by seed; validation in shares of equal stride."""
+    training = settings.training
+    sampler = StepSampler(
+        data[TRAIN].lengths, data[TRAIN].supervised, training.batch_size, training.accumulate, world.rank, world.size, settings.seed
+    )
+    options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
+    train = DataLoader(data[TRAIN], sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
+    if VAL not in data:
+        return train, None
+    mine = np.array(world.share(np.argsort(data[VAL].lengths, kind="stable")))
+    size = settings.evaluation.batch_size
+    shares = [Share(mine[start : start + size], 1) for start in range(0, len(mine), size)]
+    return train, DataLoader(data[VAL], sampler=shares, **options)  # type: ignore[arg-type]
+
+
+def build_trainer(
+    settings: Settings, run: Run, world: World, precision: str, steps: int, writer: MetricsWriter | None, show: Any
+) -> pl.Trainer:
+    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints."""
+    training = settings.training
+
+    def show_steps(word: dict[str, Any]) -> None:
+        show(word | {"steps": steps})
+
+    log = StepLog(
+        training.log_every,
+        training.batch_size * training.accumulate * world.size,
+        world.mean,
+        writer.write if writer else None,
+        show_steps if show else None,
+    )
+    strategy = ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
+    return pl.Trainer(
+        accelerator="gpu" if settings.launch.use_gpu else "cpu",
+        devices="auto",
+        strategy=strategy,
+        plugins=[RayLightningEnvironment()],
+        precision=LIGHTNING_PRECISION[precision],
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=training.accumulate,
+        gradient_clip_val=training.gradient_clip,
+        callbacks=[log, *checkpoint_callbacks(run.checkpoints, settings.checkpoint.monitor, settings.checkpoint.mode)],
+        default_root_dir=run.directory,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+    )
+
+
+def restored(module: PhaseModule, checkpoint: Path | None, device: torch.device) -> PhaseModule:
+    """A fresh module with a checkpoint's trained weights, whole on this worker, in evaluation mode."""
+    if checkpoint is not None:
+        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    return module.to(device).eval()
+
+
+def evaluate(
+    phase: Any, module: PhaseModule, data: dict[str, Any], settings: Settings, world: World, precision: str, show: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics of the best checkpoint on every test split."""
+    if settings.data.features == "online":
+        data = phase.online(module, data)
+    tests = list(settings.data.test)
+    if show:
+        show({"stage": f"evaluating on {', '.join(tests) or 'nothing (data.test is empty)'}"})
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        metrics, tables = phase.evaluate(module, data, tests, world)
+    return metrics, tables
+
+
+def finish(run: Run, phase: Any, module: PhaseModule, settings: Settings, metrics: dict[str, float], tables: dict[str, Any]) -> None:
+    """Artifact, tables and pictures into the run directory and into MLflow; then the run is FINISHED."""
+    config = json.loads((run.path / "config.json").read_text())
+    phase.export(module, run.path / phase.ARTIFACT, config)
+    training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
+    if answers := tables.get("answers"):
+        write_whole(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+        title = f"run {run.run_id[:8]}: answers on test pictures, drawn at random"
+        answer_sheet(answers[:20], _image_of, run.path / "plots" / "answers.png", title)
+        run.client.log_artifact(run.run_id, str(run.path / "answers.jsonl"))
+    write_json(run.path / "test_metrics.json", metrics)
+    run.client.log_artifact(run.run_id, str(run.path / phase.ARTIFACT), Path(phase.ARTIFACT).stem)
+    run.client.log_artifacts(run.run_id, str(run.path / "plots"), "plots")
+    finish_run(run, "FINISHED")
+
+
+def _image_of(row: dict[str, Any]) -> Any:
+    return decode_image(ImageRef(row["image"], row["image_row"]).read()) if row["image"] else None
+
+
+def report(plan: Plan, run: Run, best: Path | None, metrics: dict[str, float], world: World) -> None:
+    """Hand the driver a pointer to what is on disk. Ray's own checkpoint is that pointer, nothing more."""
+    last = last_checkpoint(run.checkpoints)
+    pointer = {
+        "run_id": run.run_id,
+        "directory": run.directory,
+        "best": str(best) if best else None,
+        "last": str(last) if last else None,
+        "artifact": str(run.path / PHASES[plan.phase].ARTIFACT),
+        "metrics": metrics,
+    }
+    checkpoint = None
+    if world.is_first:
+        folder = Path(tempfile.mkdtemp())
+        write_json(folder / "run.json", pointer)
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+    ray.train.report(metrics, checkpoint=checkpoint)
+    if world.is_first:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""The aligner: one branch for each modality, from its encoder's features into the shared space.
+
+Shape letters: B items, T positions, D width of an encoder, S width of the shared space.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Branch(nn.Module):
+    """Maps each position on its own, then pools by attention with one learnt query.
+
+    Because the map is per position, phase 2 takes the unpooled grid out of the same weights that phase 1 trained.
+    """
+
+    def __init__(self, width: int, hidden: int, dimension: int, dropout: float) -> None:
+        super().__init__()
+        self.map = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dimension)
+        )
+        self.query = nn.Linear(dimension, 1)
+
+    def grid(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to (B, T, S)."""
+        return self.map(features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) to a unit vector per item, (B, S), in float32."""
+        grid = self.grid(features)
+        weights = self.query(grid).float().softmax(dim=1)
+        return F.normalize((grid.float() * weights).sum(dim=1), dim=-1)
+
+
+class Aligner(nn.Module):
+    """One branch per modality, whichever are there.
+
+    Args:
+        widths: D of each modality's encoder, such as `{"image": 1280, "text": 384}`.
+        hidden: width inside a branch.
+        dimension: S.
+        dropout: inside a branch, while training.
+    """
+
+    def __init__(self, widths: Mapping[str, int], hidden: int, dimension: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.shape = {"widths": dict(widths), "hidden": hidden, "dimension": dimension, "dropout": dropout}
+        self.dimension = dimension
+        self.branches = nn.ModuleDict({name: Branch(width, hidden, dimension, dropout) for name, width in widths.items()})
+
+    def forward(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Features by modality, each (B, T, D), to unit vectors by modality, each (B, S)."""
+        return {name: self.branches[name](x) for name, x in features.items()}

@@ -1,0 +1,201 @@
+"""The assistant: a causal language model that reads pictures as soft tokens through the aligner.
+
+Shape letters: B records, L tokens of the longest record, P pictures in the batch, T grid positions, D width of the
+vision encoder, S width of the shared space, K soft tokens per picture, E embedding width of the language model,
+M supervised positions in the batch, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raytrain2p.models.aligner import Branch
+from raytrain2p.models.pretrained import model_directory
+
+
+@dataclass
+class AssistantBatch:
+    """Token records of equal padded length.
+
+    input_ids (B, L) has any valid ID at soft-token positions; attention (B, L) is 0 at padding; soft (B, L) is True at
+    the K positions of each picture, in the order of `features` (P, T, D); labels (B, L) is -100 where there is no loss.
+    """
+
+    input_ids: torch.Tensor
+    attention: torch.Tensor
+    soft: torch.Tensor
+    features: torch.Tensor
+    labels: torch.Tensor | None = None
+
+
+class Projector(nn.Module):
+    """Shared space (.., S) to the language model's embedding space (.., E).
+
+    The output is normalized and then scaled to the spread of the model's own embeddings, where training starts well.
+    """
+
+    def __init__(self, dimension: int, width: int, spread: float) -> None:
+        super().__init__()
+        self.map = nn.Sequential(nn.LayerNorm(dimension), nn.Linear(dimension, width), nn.GELU(), nn.Linear(width, width))
+        self.gain = nn.Parameter(torch.full((width,), spread))
+
+    def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        y = self.map(grid)
+        return F.layer_norm(y.float(), y.shape[-1:]) * self.gain
+
+
+def pool_grid(grid: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(P, T, S) to (P, K, S) by averaging neighbours: over a square where both counts are squares, else along the row."""
+    positions = grid.shape[1]
+    if positions == tokens:
+        return grid
+    if positions < tokens:
+        raise ValueError(f"a grid of {positions} positions cannot give {tokens} soft tokens: set model.soft_tokens to {positions} or less")
+    columns = grid.transpose(1, 2)
+    side, target = round(positions**0.5), round(tokens**0.5)
+    if side**2 == positions and target**2 == tokens:
+        return F.adaptive_avg_pool2d(columns.unflatten(2, (side, side)), target).flatten(2).transpose(1, 2)
+    return F.adaptive_avg_pool1d(columns, tokens).transpose(1, 2)
+
+
+class Assistant(nn.Module):
+    """Language model, aligner branch and projector.
+
+    Args:
+        language_model: any causal language model of transformers, bare or wrapped by peft.
+        branch: the aligner's picture branch.
+        dimension: S.
+        soft_tokens: K.
+    """
+
+    def __init__(self, language_model: Any, branch: Branch, dimension: int, soft_tokens: int) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.branch = branch
+        embedding = language_model.get_input_embeddings().weight
+        spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
+        self.projector = Projector(dimension, embedding.shape[1], spread)
+        self.soft_tokens = soft_tokens
+
+    def embed(self, batch: AssistantBatch) -> torch.Tensor:
+        """Token embeddings with the pictures' soft tokens in their places, (B, L, E)."""
+        embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
+        features = batch.features
+        if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it
+            width = self.branch.map[1].in_features
+            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, width, dtype=embeddings.dtype)))
+            return embeddings + 0 * idle.sum().to(embeddings.dtype)
+        grid = self.branch.grid(features.to(self.branch.map[1].weight.dtype))
+        soft = self.projector(pool_grid(grid, self.soft_tokens))
+        return embeddings.masked_scatter(batch.soft.unsqueeze(-1), soft.to(embeddings.dtype))
+
+    def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (M, V) where the next token is supervised, and those tokens (M,).
+
+        The vocabulary is by far the widest layer: computed at every position, it costs more memory than all the rest.
+        """
+        assert batch.labels is not None
+        targets = batch.labels[:, 1:]
+        supervised = targets != -100
+        with at_positions(self.language_model.get_output_embeddings(), supervised):
+            out = self.language_model(inputs_embeds=self.embed(batch), attention_mask=batch.attention, use_cache=False)
+        return out.logits, targets[supervised]
+
+    def loss_sum(self, batch: AssistantBatch) -> torch.Tensor:
+        """Cross entropy summed over the supervised positions; the caller knows how many there are in the whole step."""
+        logits, targets = self.supervised_logits(batch)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def forward(self, batch: AssistantBatch) -> torch.Tensor:
+        return self.loss_sum(batch)
+
+    @torch.inference_mode()
+    def generate(self, batch: AssistantBatch, max_new_tokens: int, stop_ids: list[int], pad_id: int) -> torch.Tensor:
+        """Greedy answers, token IDs (B, at most max_new_tokens). The records must be padded on the left."""
+        return self.language_model.generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stop_ids,
+            pad_token_id=pad_id,
+        )
+
+
+@contextmanager
+def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
+    """Within, the output layer sees only the positions where `mask` (B, L - 1) is True, as (M, E).
+
+    A hook, so that the model's own forward does the rest: what some models do to logits (scaling, soft caps) stays theirs.
+    """
+
+    def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0][:, :-1][mask],)
+
+    hook = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass(frozen=True)
+class AssistantShape:
+    """What an assistant is built from, in plain types. `aligner` is the shape that aligner.pt carries."""
+
+    language_model: str
+    soft_tokens: int
+    tuning: str
+    lora: dict[str, Any]
+    aligner: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False) -> Assistant:
+    """The pretrained language model in `dtype`, prepared for tuning; aligner branch and projector untrained.
+
+    Args:
+        shape: what to build.
+        attention: kernel, as transformers names it.
+        dtype: of the frozen weights.
+        empty: build from the configuration alone, without reading weights (for counting, on the meta device).
+    """
+    directory = model_directory(shape.language_model, "model.language_model")
+    if empty:
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype, attn_implementation=attention)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    language_model = tune(base, shape.tuning, shape.lora)
+    aligner = shape.aligner
+    branch = Branch(aligner["widths"]["image"], aligner["hidden"], aligner["dimension"], dropout=0.0)
+    return Assistant(language_model, branch, aligner["dimension"], shape.soft_tokens)
+
+
+def tune(language_model: Any, tuning: str, lora: dict[str, Any]) -> Any:
+    """Freeze the language model but for what `tuning` says: `lora` adapters (float32), everything (`full`), or nothing."""
+    if tuning == "full":
+        return language_model.float().requires_grad_(True)
+    language_model.requires_grad_(False)
+    if tuning == "frozen":
+        return language_model
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=lora["target_modules"],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(language_model, config)

@@ -1,0 +1,75 @@
+"""Contrastive losses with several positives, over the items of all workers.
+
+Shape letters: b items of this worker, N items of all workers, S width of the shared space.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+LARGEST_SCALE = math.log(100.0)  # CLIP's bound (arXiv:2103.00020, section 2.5): without it training becomes unstable
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """Rows of all workers, in rank order. The gradient of a row comes back to its owner, summed over the workers."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        ctx.rows = rows.shape[0]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        start = dist.get_rank() * ctx.rows
+        return gradient[start : start + ctx.rows]
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """(b, ...) of each worker to (N, ...), with the gradient. Alone, the rows themselves."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    return GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
+
+
+class ContrastiveLoss(nn.Module):
+    """Pulls equal things together across two modalities and pushes others apart, with a learnt temperature.
+
+    Two items are a positive pair if their keys are equal: a text that occurs twice in a batch is no negative of itself.
+
+    - `softmax`: cross entropy against a target spread evenly over the positives, both ways; with one positive each it is
+      CLIP's loss (Radford et al., arXiv:2103.00020, figure 3); the several positives are those of SupCon
+      (Khosla et al., arXiv:2004.11362, equation 2).
+    - `sigmoid`: each pair on its own as a yes or no (Zhai et al., arXiv:2303.15343, equation 1).
+
+    The value is this worker's share: its mean over the workers is the loss of the union batch, and so, because
+    DistributedDataParallel averages gradients over the workers, is the gradient.
+    """
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.log_scale = nn.Parameter(torch.tensor([math.log(10.0) if form == "sigmoid" else math.log(1 / 0.07)]))
+        if form == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor([-10.0]))
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (b, S) of both modalities and the items' keys (b,), integers, to a scalar."""
+        all_keys = gather(keys)
+        positive = keys[:, None] == all_keys[None, :]
+        scale = self.log_scale.clamp(max=LARGEST_SCALE).exp()
+        all_right = gather(right)
+        if self.form == "sigmoid":
+            logits = scale * left @ all_right.T + self.bias
+            signs = positive.to(logits.dtype) * 2 - 1
+            return -F.logsigmoid(signs * logits).sum(dim=1).mean()
+        target = positive / positive.sum(dim=1, keepdim=True)
+        forwards = F.cross_entropy(scale * left @ all_right.T, target)
+        backwards = F.cross_entropy(scale * right @ gather(left).T, target)
+        return (forwards + backwards) / 2

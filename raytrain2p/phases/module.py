@@ -1,0 +1,104 @@
+"""What both LightningModules share: the optimizer and its schedule, the step's loss, and checkpoints of what trains."""
+
+import math
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from raytrain2p.config.settings import TrainingSettings
+
+
+class PhaseModule(pl.LightningModule):
+    """Base of the phase modules. A checkpoint holds what trains; frozen weights are built anew from their models."""
+
+    def __init__(self, training: TrainingSettings, total_steps: int) -> None:
+        super().__init__()
+        self.training_settings = training
+        self.total_steps = total_steps
+        self.strict_loading = False  # the frozen weights are not in the checkpoint
+        self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
+        self.val_parts = torch.zeros(2)
+
+    def shardable(self) -> list[nn.Module]:
+        """Submodules that FSDP shards one by one, innermost first."""
+        raise NotImplementedError
+
+    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss whose mean over workers and passes is the step's."""
+        raise NotImplementedError
+
+    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """A batch's summed loss and how many terms it has."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """Shard, if the strategy is FSDP: then, and only then, there is a device mesh."""
+        mesh = self.device_mesh
+        if mesh is not None and not isinstance(self, FSDPModule):
+            for part in self.shardable():
+                fully_shard(part, mesh=mesh["data_parallel"])
+            fully_shard(self, mesh=mesh["data_parallel"])
+
+    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+        loss = self.total_loss(batch)
+        self.pass_loss = loss.detach() / self.training_settings.accumulate
+        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_parts = torch.zeros(2, device=self.device)
+
+    def validation_step(self, batch: dict[str, Any], index: int) -> None:
+        total, count = self.val_sums(batch)
+        self.val_parts += torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
+
+    def on_validation_epoch_end(self) -> None:
+        total, count = self.trainer.strategy.reduce(self.val_parts, reduce_op="sum")
+        self.log("val/loss", total / count, sync_dist=False, rank_zero_only=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""
+        settings = self.training_settings
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+        warmup = min(settings.warmup_steps, max(1, self.total_steps // 2))
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            done = (step - warmup) / max(1, self.total_steps - warmup)
+            return (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def planned_steps(training: TrainingSettings, records: int, world_size: int) -> int:
+    """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
+    per_epoch = records // (training.batch_size * training.accumulate * world_size)
+    by_epochs = per_epoch * training.max_epochs if training.max_epochs is not None else None
+    return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
+
+
+def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """Frozen and trained parameters of each part, shared weights counted once."""
+    counts, seen = {}, set()
+    for name, part in parts.items():
+        count = {"frozen": 0, "trained": 0}
+        for parameter in part.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+        counts[name] = count
+    return counts

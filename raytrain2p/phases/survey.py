@@ -1,0 +1,66 @@
+"""What a phase finds out in the driver, before any worker starts: its records, and what must be encoded."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from raytrain2p.config import Findings, Problem, Settings
+from raytrain2p.data.checks import image_problems, read_image_keys
+from raytrain2p.data.features import Encoder, FeatureStore
+from raytrain2p.data.images import ImageRef
+from raytrain2p.data.records import Record, read_records
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class EncoderJob:
+    """Items that one frozen encoder has to have seen: pictures or texts by content key."""
+
+    what: str
+    store: FeatureStore
+    items: dict[bytes, ImageRef | str]
+    build: Callable[[], Encoder]
+
+
+def read_splits(settings: Settings, phase: int, findings: Findings) -> dict[str, list[Record]]:
+    """The records of `train`, `val` and each test split; what is wrong with one goes into `findings`."""
+    sources = {TRAIN: ("data.train", settings.data.train)}
+    if settings.data.val is not None:
+        sources[VAL] = ("data.val", settings.data.val)
+    for name, source in settings.data.test.items():
+        if name in sources or not name.replace("_", "").isalnum():
+            findings.add(Problem(f"data.test.{name}", "is no name for a test split", "take letters, digits and _, but not train or val"))
+        sources[name] = (f"data.test.{name}", source)
+    splits: dict[str, list[Record]] = {}
+    for name, (setting, source) in sources.items():
+        with findings:
+            splits[name] = read_records(source, phase, setting)
+    return splits
+
+
+def check_global_batch(settings: Settings, records: int, findings: Findings) -> None:
+    """At least one step must fit into an epoch."""
+    training, workers = settings.training, settings.launch.num_workers
+    needed = training.batch_size * training.accumulate * workers
+    if 0 < records < needed:
+        findings.add(
+            Problem(
+                f"data.train={settings.data.train}",
+                f"has {records} records, but a step takes {needed} "
+                f"(training.batch_size {training.batch_size} x training.accumulate {training.accumulate} x {workers} workers)",
+                "lower training.batch_size, or give more records",
+            )
+        )
+
+
+def check_images(records: Iterable[Record], store: FeatureStore | None, findings: Findings) -> dict[ImageRef, bytes]:
+    """Content keys of all pictures. Those whose features are stored were decoded before, and are not again."""
+    records = list(records)
+    try:
+        keys = read_image_keys(record.image for record in records if record.image is not None)
+    except OSError as error:
+        findings.add(Problem(str(error.filename), f"cannot be read: {error.strerror}"))
+        return {}
+    stored = set(store.index()) if store is not None else set()
+    findings.extend(image_problems(records, known=lambda image: keys[image] in stored))
+    return keys

@@ -1,0 +1,89 @@
+"""Pictures of a run, made to be looked at."""
+
+import io
+import json
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from raytrain2p.tracking.files import write_whole
+
+BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
+SMOOTHING = 0.9
+
+
+def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """metrics.jsonl as (steps, values) by metric name."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    with path.open() as stream:
+        for line in stream:
+            point = json.loads(line)
+            steps, values = found.setdefault(point["name"], ([], []))
+            steps.append(point["step"])
+            values.append(point["value"])
+    return {name: (np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
+
+
+def training_curve(metrics: Path, target: Path, title: str) -> None:
+    """Loss over steps, each step and smoothed, with the validation loss; the learning rate below."""
+    found = read_metrics(metrics)
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, height_ratios=(4, 1), layout="constrained")
+    steps, losses = found["train_loss"]
+    upper.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="train loss, each step")
+    upper.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.8, label="train loss, smoothed")
+    if "val/loss" in found:
+        upper.plot(*found["val/loss"], "o-", color=ORANGE, markersize=4, label="validation loss")
+    upper.set_ylabel("loss")
+    upper.set_title(title, loc="left", fontsize=11)
+    upper.legend(frameon=False)
+    lower.plot(*found["learning_rate"], color=GREY)
+    lower.set_ylabel("learning rate")
+    lower.set_xlabel("optimizer step")
+    lower.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    _save(figure, target)
+
+
+def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str, Any]], Any], target: Path, title: str) -> None:
+    """Pictures with what was asked, what the model answered, and what was expected where it was wrong."""
+    columns = 5
+    lines = -(-len(rows) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(2.3 * columns, 2.75 * lines), squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, row in zip(grid.flat, rows, strict=False):
+        image = read_image(row)
+        if image is not None:
+            axes.imshow(np.asarray(image))
+        right = row["answer"] == row["expected"]
+        answer = textwrap.fill(row["answer"] or "(nothing)", 26)
+        expected = "" if right else "\n" + textwrap.fill(f"expected: {row['expected']}", 26)
+        axes.set_title(f"{textwrap.fill(row['instruction'], 28)}\n{answer}{expected}", fontsize=8, color="#276749" if right else "#9b2c2c")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    _save(figure, target)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Exponential moving average, started without bias (arXiv:1412.6980, section 3)."""
+    mean, out = 0.0, []
+    for index, value in enumerate(values, 1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(value)
+        out.append(mean / (1 - SMOOTHING**index))
+    return np.array(out)
+
+
+def _save(figure: Figure, target: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    write_whole(target, buffer.getvalue())

@@ -1,0 +1,65 @@
+"""`python -m raytrain2p.train --phase {1,2} [--config FILE] [key=value ...]`: train one phase."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+
+from raytrain2p.config import InputError, load_settings
+from raytrain2p.config.help import describe_settings
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m raytrain2p.train",
+        description="Train one phase: 1 aligns frozen encoders (aligner.pt), 2 instruction-tunes a language model (model.pt).",
+        epilog=describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--phase", type=int, choices=(1, 2), required=True, help="1: alignment; 2: instruction")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: configs/phase1.yaml or configs/phase2.yaml)")
+    parser.add_argument("--aligner", metavar="A", help="phase 2: path, run ID or its start, or `latest`; short for model.aligner=A")
+    parser.add_argument("--launch-id", metavar="ID", help="stable name of this launch over retries (default: a new one)")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
+    parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
+    parser.add_argument("--ray-logs", action="store_true", help="let Ray's own output through")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted path, over those of the file")
+    options = parser.parse_intermixed_args(arguments)
+    if options.aligner is not None:
+        options.overrides.append(f"model.aligner={json.dumps(options.aligner)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input)."""
+    options = parse(arguments)
+    try:
+        settings = load_settings(options.phase, options.config, options.overrides)
+
+        from raytrain2p.launch.driver import TrainingFailed, check, launch  # heavy: a typing error should not wait for it
+        from raytrain2p.launch.estimate import dry_run
+        from raytrain2p.launch.progress import Console
+        from raytrain2p.launch.summary import summary
+
+        console = Console()
+        try:
+            if options.dry_run:
+                print(dry_run(*check(settings, options.phase, console)))
+                return 0
+            outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
+        except TrainingFailed as error:
+            console.say(f"raytrain2p: training failed\n{error}")
+            return EXIT_FAILED
+        console.say(summary(outcome, options.phase, settings))
+        if options.json:
+            print(json.dumps(asdict(outcome)), flush=True)
+        return 0
+    except InputError as error:
+        print(f"raytrain2p: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())
