@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = load_settings(options.phase, options.config, options.overrides)
 
-        from raytrain2p.launch.driver import TrainingFailed, check, launch  # heavy: a typing error should not wait for it
+        from raytrain2p.launch.driver import TrainingFailedError, check, launch  # heavy: a typing error should not wait for it
         from raytrain2p.launch.estimate import dry_run
         from raytrain2p.launch.progress import Console
         from raytrain2p.launch.summary import summary
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(dry_run(*check(settings, options.phase, console)))
                 return 0
             outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
-        except TrainingFailed as error:
+        except TrainingFailedError as error:
             console.say(f"raytrain2p: training failed\n{error}")
             return EXIT_FAILED
         console.say(summary(outcome, options.phase, settings))

@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, InstructionSettings
+from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, InstructionSettings, monitor_problem
 
 Settings = AlignmentSettings | InstructionSettings
 
@@ -60,6 +60,7 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
         settings = kind.model_validate(tree)
     except ValidationError as error:
         findings.extend(_problem(kind, detail, path, overrides) for detail in error.errors())
+        findings.extend(_cross_field_problems(tree, path))
     findings.raise_any()
     return absolute_paths(settings)
 
@@ -145,9 +146,27 @@ def type_name(annotation: Any) -> str:
     return {type(None): "null", bool: "true | false", str: "text"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
+def _setting(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """The dotted path that the user wrote: pydantic adds the branches of a union to it."""
+    known = known_keys(kind)
+    paths = [".".join(map(str, loc[:length])) for length in range(len(loc), 0, -1)]
+    return next((path for path in paths if path in known and type(known[path].annotation) is not dict), paths[0] if paths else "")
+
+
+def _cross_field_problems(tree: dict[str, Any], path: Path) -> list[Problem]:
+    """What pydantic's validators over several fields would say, which it leaves out once a single field is wrong."""
+
+    def group(name: str) -> dict[str, Any]:
+        found = tree.get(name)
+        return found if isinstance(found, dict) else {}
+
+    found = monitor_problem(group("checkpoint").get("monitor", "train_loss"), group("data").get("val"))
+    return [Problem(f"settings in {path}", found)] if found else []
+
+
 def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence[str]) -> Problem:
     """One pydantic error in the user's own words."""
-    key = ".".join(str(part) for part in detail["loc"])
+    key = _setting(kind, detail["loc"])
     origin = next((override for override in reversed(overrides) if override.partition("=")[0] == key), None)
     where = origin or (f"{key} = {detail['input']!r} in {path}" if key else str(path))
     if detail["type"] == "extra_forbidden":
@@ -158,6 +177,9 @@ def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence
     if detail["type"] == "value_error":
         return Problem(where if origin else f"{key or 'settings'} in {path}", str(detail["ctx"]["error"]))
     field = known_keys(kind).get(key)
+    in_union = field is not None and typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+    if field is not None and in_union and len(detail["loc"]) > key.count(".") + 1:
+        return Problem(where, f"required: {type_name(field.annotation)}")  # the same for each branch of the union, so told once
     required = f" (required: {type_name(field.annotation)})" if field is not None else ""
     return Problem(where, f"{detail['msg']}{required}")
 

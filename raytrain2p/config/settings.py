@@ -151,10 +151,16 @@ class RunSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _monitor_exists(self) -> "RunSettings":
-        monitor = self.checkpoint.monitor
-        if monitor != "train_loss" and self.data.val is None:
-            raise ValueError(f"checkpoint.monitor={monitor} is measured on validation records, but data.val is not set")
+        if problem := monitor_problem(self.checkpoint.monitor, self.data.val):
+            raise ValueError(problem)
         return self
+
+
+def monitor_problem(monitor: object, val: object) -> str | None:
+    """What is wrong with monitoring this metric, given these validation records."""
+    if monitor != "train_loss" and val is None:
+        return f"checkpoint.monitor={monitor} is measured on validation records, but data.val is not set"
+    return None
 
 
 class AlignmentSettings(RunSettings):

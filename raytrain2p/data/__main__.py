@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from raytrain2p.config import InputError
+from raytrain2p.config import InputError, Problem
 from raytrain2p.data.checks import image_problems
 from raytrain2p.data.records import FIELDS, scan_records
 
@@ -18,6 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     records, problems = scan_records(options.file, options.phase, "FILE")
     problems += image_problems(records)
+    if not records and not problems:
+        problems.append(Problem(options.file, "holds no record", "give a file with at least one record"))
     for problem in problems:
         print(problem)
     pictures = len({record.image for record in records if record.image is not None})

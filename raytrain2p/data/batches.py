@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 BUCKET_STEPS = 16  # records are sorted by length within this many steps' worth: little padding, still a random order
+# Lengths count as alike within this many tokens. Sorted exactly, records of one task, whose prompts are of one length,
+# would fill whole steps: measured on the embedded set, exact match fell from 62 % to 52 % after 240 steps.
+BUCKET_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,12 @@ class StepSampler:
     def step_records(self) -> np.ndarray:
         """Record numbers of this epoch's steps, (steps, global batch)."""
         random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))
+        order = random.permutation(len(self.lengths))[: self.steps * self.global_batch]  # before sorting: no record is always last
         bucket = self.global_batch * BUCKET_STEPS
         for start in range(0, len(order), bucket):
             part = order[start : start + bucket]
-            order[start : start + bucket] = part[np.argsort(self.lengths[part], kind="stable")]
-        steps = order[: self.steps * self.global_batch].reshape(self.steps, self.global_batch)
-        return random.permutation(steps)
+            order[start : start + bucket] = part[np.argsort(-(-self.lengths[part] // BUCKET_TOKENS), kind="stable")]
+        return random.permutation(order.reshape(self.steps, self.global_batch))
 
 
 class Ragged:

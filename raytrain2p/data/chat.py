@@ -31,18 +31,19 @@ class ChatFormat:
         """Tokens of the answer, with the stop token after which the template's own text would go on."""
         prompt = self._render(instruction, with_image)
         whole = self._render(instruction, with_image, response)
-        rest = whole[len(prompt) :] if whole.startswith(prompt) else response  # some templates rewrite earlier turns
+        rest = whole[len(prompt) :] if whole.startswith(prompt) else response.replace(PICTURE, "")  # some templates rewrite earlier turns
         tokens = self._tokens(rest)
         stop = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
         return tokens[: stop + 1] if stop is not None else [*tokens, self.stop_ids[0]]
 
     def _render(self, instruction: str, with_image: bool, response: str | None = None) -> str:
+        response = response and response.replace(PICTURE, "")
         user = (PICTURE if with_image else "") + instruction.replace(PICTURE, "")
         if self.tokenizer.chat_template is None:  # a base model: there is no convention to keep to
             return f"{user}\n" + (response or "")
         messages = [{"role": "user", "content": user}]
         if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+            messages.insert(0, {"role": "system", "content": self.system_prompt.replace(PICTURE, "")})
         if response is not None:
             messages.append({"role": "assistant", "content": response.replace(PICTURE, "")})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)

@@ -84,7 +84,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     row = json.loads(line)
                 except ValueError as error:
-                    row = f"is not JSON: {error}"
+                    row = Problem(f"{path}:{number}", f"is not JSON: {error}", "write one JSON object per line")
                 yield f"{path}:{number}", row
 
 
@@ -104,8 +104,8 @@ def _parquet_rows(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
 
 def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[Problem]:
     """All that is wrong with one record's form. Whether its picture decodes is looked at elsewhere: that takes longer."""
-    if isinstance(row, str):
-        return [Problem(where, row, "write one JSON object per line")]
+    if isinstance(row, Problem):
+        return [row]
     if not isinstance(row, Mapping):
         return [Problem(where, f"is a {type(row).__name__}, required is a JSON object")]
     required, optional = FIELDS[phase]

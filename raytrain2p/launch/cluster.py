@@ -2,14 +2,17 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
+from raytrain2p.launch.chatter import muted_stderr
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,18 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         InputError: the cluster cannot be reached, or lacks what the launch asks for.
     """
     address = existing_address()
-    local = {} if address else {"object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
+    options: dict[str, Any] = {"address": address}
+    if address is None:
+        port = free_port()
+        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
+    # Without it, an actor of Ray Train asks the Ray that was started last on this machine whether our controller lives, and,
+    # when that one has not heard of it, ends our workers: two Rays on one machine would not survive each other.
+    options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
     try:
-        ray.init(
-            address=address,
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-            configure_logging=True,
-            **local,
-        )
+        with nullcontext() if verbose else muted_stderr():
+            ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -131,3 +137,11 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         yield capacity
     finally:
         ray.shutdown()
+        if options["address"] == "local":
+            del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

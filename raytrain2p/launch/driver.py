@@ -1,6 +1,7 @@
 """The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
 
 import json
+import re
 import shlex
 import sys
 import traceback
@@ -14,7 +15,7 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from raytrain2p.config import Findings, Settings
+from raytrain2p.config import Findings, InputError, Problem, Settings
 from raytrain2p.config.settings import InstructionSettings
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
@@ -25,7 +26,7 @@ from raytrain2p.tracking.lookup import find_artifact
 from raytrain2p.tracking.run import finish_run, prepare_store, recorded_run
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
 
 
@@ -84,16 +85,27 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
 
     Raises:
         InputError: bad input; nothing was started.
-        TrainingFailed: the workers failed.
+        TrainingFailedError: the workers failed.
     """
     if not verbose:
         quiet()
     settings, survey = check(settings, phase, console)
-    launch_id = launch_id or f"launch-{uuid.uuid4().hex[:12]}"
+    launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
     with connected(settings.launch, verbose) as capacity:
         prepare_store(settings, PHASES[phase].EXPERIMENT)
         encode(survey, settings, capacity, console)
         return train(settings, survey, phase, launch_id, capacity, console)
+
+
+def checked_launch_id(launch_id: str) -> str:
+    """It names a directory and stands in an MLflow filter.
+
+    Raises:
+        InputError: it has characters that do neither.
+    """
+    if not re.fullmatch(r"\w[\w.-]{0,99}", launch_id):
+        raise InputError(Problem(f"--launch-id {launch_id}", "is no name", "take up to 100 letters, digits, `_`, `.` and `-`"))
+    return launch_id
 
 
 def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console) -> None:
@@ -133,6 +145,9 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     )
     workers = f"{settings.launch.num_workers} worker{'s' if settings.launch.num_workers > 1 else ''}"
     console.say(f"starting {workers} with {threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each")
+    free = ray.available_resources().get("CPU", 0.0)
+    if free < threads * settings.launch.num_workers:
+        console.say(f"waiting for CPUs: {free:g} of {threads * settings.launch.num_workers} are free, others of this cluster use the rest")
     try:
         with followed(board, console):
             result = trainer.fit()
@@ -140,7 +155,7 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         if (run := recorded_run(settings.output.root, launch_id)) is not None:
             with suppress(Exception):  # the failure itself is what the user must hear about
                 finish_run(run, "FAILED")
-        raise TrainingFailed(_cause(error)) from error
+        raise TrainingFailedError(_cause(error)) from error
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         return Outcome(**json.loads((Path(folder) / "run.json").read_text()))

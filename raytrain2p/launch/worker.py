@@ -74,16 +74,17 @@ def train_worker(config: dict[str, Any]) -> None:
         describe_run(run, settings, resolved, plan.command)
         writer = MetricsWriter(run)
 
-    trainer = build_trainer(settings, run, world, precision, steps, writer, show)
     train_loader, val_loader = loaders(settings, data, world)
+    trainer = build_trainer(settings, run, world, precision, (steps, len(train_loader)), writer, show)
     resumed = last_checkpoint(run.checkpoints)
     trainer.fit(module, train_loader, val_loader, ckpt_path=str(resumed) if resumed else None, weights_only=resumed is not None)
+    validated = validate_end(trainer, module, val_loader)
 
     best = best_checkpoint(run.checkpoints)
     module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
     metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
     if writer is not None:
-        writer.write([Point(name, value, steps, time.time()) for name, value in metrics.items()])
+        writer.write([Point(name, value, steps, time.time()) for name, value in (validated | metrics).items()])
         finish(run, phase, module, settings, metrics, tables)
     metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     report(plan, run, best, metrics, world)
@@ -114,17 +115,30 @@ def loaders(settings: Settings, data: dict[str, Any], world: World) -> tuple[Any
     train = DataLoader(data[TRAIN], sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
     if VAL not in data:
         return train, None
-    mine = np.array(world.share(np.argsort(data[VAL].lengths, kind="stable")))
-    size = settings.evaluation.batch_size
-    shares = [Share(mine[start : start + size], 1) for start in range(0, len(mine), size)]
-    return train, DataLoader(data[VAL], sampler=shares, **options)  # type: ignore[arg-type]
+    return train, DataLoader(data[VAL], sampler=validation_shares(data[VAL].lengths, settings.evaluation.batch_size, world), **options)
+
+
+def validation_shares(lengths: np.ndarray, size: int, world: World) -> list[Share]:
+    """This worker's batches: whole ones, so that any number of workers measures the same, and equally many on each.
+
+    What is missing to that is filled up with a batch that does not count (no step tokens).
+    """
+    order = np.argsort(lengths, kind="stable")
+    shares = [Share(order[start : start + size], 1) for start in range(0, len(order), size)]
+    shares += [Share(shares[0].records, 0)] * (-len(shares) % world.size)
+    return list(world.share(shares))
 
 
 def build_trainer(
-    settings: Settings, run: Run, world: World, precision: str, steps: int, writer: MetricsWriter | None, show: Any
+    settings: Settings, run: Run, world: World, precision: str, length: tuple[int, int], writer: MetricsWriter | None, show: Any
 ) -> pl.Trainer:
-    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints."""
+    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints.
+
+    `length` is the whole run's steps and the passes of one epoch. A run that is shorter than an epoch is told to
+    Lightning as a short epoch: at an epoch's end it validates, in the middle of one it does not.
+    """
     training = settings.training
+    steps, passes = length
 
     def show_steps(word: dict[str, Any]) -> None:
         show(word | {"steps": steps})
@@ -145,6 +159,7 @@ def build_trainer(
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
         max_epochs=-1,
+        limit_train_batches=min(passes, steps * training.accumulate),
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.gradient_clip,
         callbacks=[log, *checkpoint_callbacks(run.checkpoints, settings.checkpoint.monitor, settings.checkpoint.mode)],
@@ -155,6 +170,14 @@ def build_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+
+
+def validate_end(trainer: pl.Trainer, module: PhaseModule, loader: Any) -> dict[str, float]:
+    """Validation metrics at the last step, if training ended in the middle of an epoch."""
+    if loader is None or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return {}
+    (metrics,) = trainer.validate(module, loader, verbose=False)
+    return metrics
 
 
 def restored(module: PhaseModule, checkpoint: Path | None, device: torch.device) -> PhaseModule:

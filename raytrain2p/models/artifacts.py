@@ -28,11 +28,14 @@ def save_artifact(path: Path, phase: str, config: Mapping[str, Any], models: Map
     """
     artifact = {"format_version": FORMAT_VERSION, "phase": phase, "config": dict(config), "models": {k: dict(v) for k, v in models.items()}}
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as stream:
-        torch.save(artifact | content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("wb") as stream:
+            torch.save(artifact | content, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.rename(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_artifact(path: Path, phase: str) -> dict[str, Any]:

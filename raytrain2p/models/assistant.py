@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raytrain2p.models.aligner import Branch
 from raytrain2p.models.pretrained import model_directory
@@ -89,7 +89,7 @@ class Assistant(nn.Module):
         features = batch.features
         if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it
             width = self.branch.map[1].in_features
-            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, width, dtype=embeddings.dtype)))
+            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, width, dtype=self.branch.map[1].weight.dtype)))
             return embeddings + 0 * idle.sum().to(embeddings.dtype)
         grid = self.branch.grid(features.to(self.branch.map[1].weight.dtype))
         soft = self.projector(pool_grid(grid, self.soft_tokens))
@@ -176,6 +176,7 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype, attn_implementation=attention)
     else:
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+    base.generation_config = GenerationConfig()
     language_model = tune(base, shape.tuning, shape.lora)
     aligner = shape.aligner
     branch = Branch(aligner["widths"]["image"], aligner["hidden"], aligner["dimension"], dropout=0.0)

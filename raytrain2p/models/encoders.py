@@ -40,11 +40,15 @@ class ImageEncoder:
         model = _load(directory, name, "model.image_encoder")
         model = getattr(model, "vision_model", model)  # the picture half of a CLIP or SigLIP
         self.model = model.eval().requires_grad_(False).to(device)
-        self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        try:
+            self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(Problem(f"model.image_encoder={name}", f"has no image processor: {_first_line(error)}")) from None
         self.options: dict[str, Any] = {}
         if image_size is not None:
             square = {"height": image_size, "width": image_size}
-            self.processor.size = square
+            by_edge = getattr(self.processor.size, "height", None) is None and not getattr(self.processor, "do_center_crop", False)
+            self.processor.size = {"shortest_edge": image_size} if by_edge else square
             if getattr(self.processor, "do_center_crop", False):
                 self.processor.crop_size = square
             if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
@@ -94,6 +98,15 @@ class TextEncoder:
         hidden = self.model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]).last_hidden_state
         mask = tokens["attention_mask"].unsqueeze(-1)
         return ((hidden * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).to(FEATURE_DTYPE)
+
+
+def grid_positions(name: str, image_size: int | None) -> int:
+    """T of an image encoder, by encoding one blank picture.
+
+    Raises:
+        InputError: transformers cannot load it as a vision encoder.
+    """
+    return int(ImageEncoder(name, image_size)([Image.new("RGB", (64, 64))]).shape[1])
 
 
 def image_fingerprint(directory: Path, image_size: int | None) -> str:

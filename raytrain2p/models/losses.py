@@ -59,17 +59,21 @@ class ContrastiveLoss(nn.Module):
         if form == "sigmoid":
             self.bias = nn.Parameter(torch.tensor([-10.0]))
 
-    def forward(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Unit vectors (b, S) of both modalities and the items' keys (b,), integers, to a scalar."""
-        all_keys = gather(keys)
+    def forward(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, alone: bool = False) -> torch.Tensor:
+        """Unit vectors (b, S) of both modalities and the items' keys (b,), integers, to a scalar.
+
+        With `alone`, the other workers' items are left out (and nothing is communicated).
+        """
+        everyones = (lambda rows: rows) if alone else gather
+        all_keys = everyones(keys)
         positive = keys[:, None] == all_keys[None, :]
         scale = self.log_scale.clamp(max=LARGEST_SCALE).exp()
-        all_right = gather(right)
+        all_right = everyones(right)
         if self.form == "sigmoid":
             logits = scale * left @ all_right.T + self.bias
             signs = positive.to(logits.dtype) * 2 - 1
             return -F.logsigmoid(signs * logits).sum(dim=1).mean()
         target = positive / positive.sum(dim=1, keepdim=True)
         forwards = F.cross_entropy(scale * left @ all_right.T, target)
-        backwards = F.cross_entropy(scale * right @ gather(left).T, target)
+        backwards = F.cross_entropy(scale * right @ everyones(left).T, target)
         return (forwards + backwards) / 2

@@ -17,7 +17,7 @@ from raytrain2p.data.images import ImageRef, content_key, decode_image
 from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
-from raytrain2p.models.encoders import ImageEncoder, TextEncoder, encoder_width, image_fingerprint, text_fingerprint
+from raytrain2p.models.encoders import ImageEncoder, TextEncoder, encoder_width, grid_positions, image_fingerprint, text_fingerprint
 from raytrain2p.models.losses import ContrastiveLoss
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.module import PhaseModule
@@ -46,9 +46,13 @@ class Pairs:
 
     supervised = lengths
 
-    def __getitem__(self, share: Share) -> dict[str, torch.Tensor]:
+    def __getitem__(self, share: Share) -> dict[str, Any]:
         """Tensors of one worker's share: text (b, 1, D), image (b, T, D) or pixels (b, 3, h, w), keys (b,)."""
-        batch = {"text": self.texts.gather(share.records), "keys": torch.from_numpy(self.keys[share.records])}
+        batch: dict[str, Any] = {
+            "text": self.texts.gather(share.records),
+            "keys": torch.from_numpy(self.keys[share.records]),
+            "step_tokens": share.step_tokens,
+        }
         if isinstance(self.pictures, FeatureTable):
             return batch | {"image": self.pictures.gather(share.records)}
         assert self.preprocess is not None
@@ -110,6 +114,7 @@ def survey(settings: AlignmentSettings) -> AlignmentSurvey:
     with findings:
         image_directory = model_directory(model.image_encoder, "model.image_encoder")
         encoder_width(model.image_encoder, "model.image_encoder")
+        grid_positions(model.image_encoder, model.image_size)  # does it load, and does it take pictures?
         image_store = FeatureStore(store_root, image_fingerprint(image_directory, model.image_size))
     with findings:
         text_directory = model_directory(model.text_encoder, "model.text_encoder")
@@ -120,7 +125,8 @@ def survey(settings: AlignmentSettings) -> AlignmentSurvey:
     image_keys = check_images(records, image_store, findings)
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
     findings.raise_any()
-    assert image_store is not None and text_store is not None
+    assert image_store is not None
+    assert text_store is not None
     images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
     texts: dict[bytes, ImageRef | str] = {content_key(record.text.encode()): record.text for record in records}
     jobs = (
@@ -153,7 +159,7 @@ class AlignmentModule(PhaseModule):
     def shardable(self) -> list[nn.Module]:
         return list(self.aligner.branches.values())
 
-    def features(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def features(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Features of both modalities, (b, T, D), float32."""
         image = batch["image"] if "image" in batch else self.online_encoder().encode_pixels(batch["pixels"])
         return {"image": image.float(), "text": batch["text"].float()}
@@ -164,16 +170,17 @@ class AlignmentModule(PhaseModule):
             self.encoder.append(ImageEncoder(model.image_encoder, model.image_size, self.device.type))
         return self.encoder[0]
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def forward(self, batch: dict[str, Any], alone: bool = False) -> torch.Tensor:
         vectors = self.aligner(self.features(batch))
-        return self.loss(vectors["image"], vectors["text"], batch["keys"])
+        return self.loss(vectors["image"], vectors["text"], batch["keys"], alone)
 
-    def total_loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         return self(batch)
 
-    def val_sums(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        """Negatives come from the batch alone, not from other workers, whose batches may be of another size."""
         count = batch["keys"].shape[0]
-        return self(batch) * count, count
+        return self(batch, alone=True) * count, count
 
 
 def build(settings: AlignmentSettings, data: dict[str, Pairs], total_steps: int, precision: str) -> AlignmentModule:
@@ -198,7 +205,7 @@ def evaluate(module: AlignmentModule, data: dict[str, Pairs], tests: list[str], 
         vectors: dict[str, list[np.ndarray]] = {"image": [], "text": []}
         for start in range(0, len(mine), size):
             batch = pairs[Share(mine[start : start + size], 0)]
-            batch = {key: value.to(module.device) for key, value in batch.items()}
+            batch = module.transfer_batch_to_device(batch, module.device, 0)
             for modality, rows in module.aligner(module.features(batch)).items():
                 vectors[modality].append(rows.cpu().numpy())
         parts = world.gather((mine, {modality: np.concatenate(rows) for modality, rows in vectors.items() if rows}))

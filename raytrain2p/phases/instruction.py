@@ -21,7 +21,7 @@ from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact, save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, build_assistant
-from raytrain2p.models.encoders import ImageEncoder, image_fingerprint
+from raytrain2p.models.encoders import ImageEncoder, grid_positions, image_fingerprint
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.module import PhaseModule
 from raytrain2p.phases.survey import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
@@ -138,6 +138,8 @@ def survey(settings: InstructionSettings) -> InstructionSurvey:
         store = FeatureStore(str(settings.data.feature_store), image_fingerprint(directory, model.image_size))
         with findings:
             check_aligner(settings)
+        with findings:
+            check_soft_tokens(settings)
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
         chat = load_chat_format(directory, model.soft_tokens, model.system_prompt)
@@ -174,6 +176,24 @@ def check_aligner(settings: InstructionSettings) -> None:
                 f"model.image_size={model.image_size}",
                 f"{path} was trained with {artifact['image_size']} (null is the encoder's own)",
                 f"set model.image_size={'null' if artifact['image_size'] is None else artifact['image_size']}",
+            )
+        )
+
+
+def check_soft_tokens(settings: InstructionSettings) -> None:
+    """A picture gives at most as many soft tokens as its grid has positions.
+
+    Raises:
+        InputError: more are asked for.
+    """
+    model = settings.model
+    positions = grid_positions(model.image_encoder, model.image_size)
+    if model.soft_tokens > positions:
+        raise InputError(
+            Problem(
+                f"model.soft_tokens={model.soft_tokens}",
+                f"{model.image_encoder} gives a grid of {positions} positions",
+                f"set model.soft_tokens to {positions} or less",
             )
         )
 
@@ -339,9 +359,12 @@ def choose(split: Dialogues, task: str, most: int | None, seed: int) -> np.ndarr
 
 def shuffle_pictures(picture: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
     """Each chosen record gets another one's picture: a random cycle, so that none keeps its own."""
-    order = np.random.default_rng(seed).permutation(chosen[picture[chosen] >= 0])
+    random = np.random.default_rng(seed)
+    order = random.permutation(chosen[picture[chosen] >= 0])
+    _, group, counts = np.unique(picture[order], return_inverse=True, return_counts=True)
+    order = order[np.argsort(random.permutation(len(counts))[group], kind="stable")]
     shuffled = picture.copy()
-    shuffled[order] = picture[np.roll(order, 1)]
+    shuffled[order] = picture[np.roll(order, counts.max())]
     return shuffled
 
 
@@ -393,7 +416,9 @@ def sample_answers(module: InstructionModule, name: str, split: Dialogues, most:
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
     """Write model.pt: what was trained, the aligner branch, and what to build them into."""
     model, assistant = module.settings.model, module.assistant
-    frozen = {name for name, p in assistant.named_parameters() if not p.requires_grad and name.startswith("language_model.")}
+    frozen = {
+        name for name, p in assistant.named_parameters(remove_duplicate=False) if not p.requires_grad and name.startswith("language_model.")
+    }
     directories = {
         "language_model": (model.language_model, model_directory(model.language_model)),
         "image_encoder": (model.image_encoder, model_directory(model.image_encoder)),

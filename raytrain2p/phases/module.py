@@ -53,7 +53,8 @@ class PhaseModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], index: int) -> None:
         total, count = self.val_sums(batch)
-        self.val_parts += torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
+        counts = min(batch["step_tokens"], 1)  # 0: a batch that only keeps this worker in step with the others
+        self.val_parts += counts * torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
 
     def on_validation_epoch_end(self) -> None:
         total, count = self.trainer.strategy.reduce(self.val_parts, reduce_op="sum")

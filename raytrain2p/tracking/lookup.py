@@ -47,7 +47,7 @@ def find_artifact(root: str, phase: str, artifact: str, wanted: str, setting: st
     fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) != 1:
         what = (
-            f"fits {len(fitting)} runs in {folder}: {', '.join(run.name[:12] for run in fitting)}"
+            f"fits {len(fitting)} runs in {folder}: {', '.join(run.name[:RUN_ID_LENGTH] for run in fitting)}"
             if fitting
             else f"is neither a file nor the start of a run ID in {folder}"
         )

@@ -30,6 +30,9 @@ class MetricsWriter:
 
     def __init__(self, run: Run) -> None:
         self.run, self.client, self.path = run, run.client, run.path / "metrics.jsonl"
+        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
+            with self.path.open("a") as stream:  # a kill has torn the last line: what follows must not be glued to it
+                stream.write("\n")
 
     def write(self, points: Sequence[Point]) -> None:
         lines = [json.dumps({"step": p.step, "name": p.name, "value": p.value, "time": round(p.time, 3)}) + "\n" for p in points]
@@ -91,7 +94,7 @@ class StepLog(pl.Callback):
         now = time.time()
         points = [Point(names.get(name, name), float(value), trainer.global_step, now) for name, value in metrics.items()]
         if self.write is not None:
-            self.write([*points, Point("epoch", float(trainer.current_epoch), trainer.global_step, now)])
+            self.write(points)
 
     def hand_over(self, trainer: pl.Trainer) -> None:
         """Write what has been kept."""

@@ -21,11 +21,14 @@ SMOOTHING = 0.9
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """metrics.jsonl as (steps, values) by metric name."""
+    """metrics.jsonl as (steps, values) by metric name. A line that a kill has torn is left out."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     with path.open() as stream:
         for line in stream:
-            point = json.loads(line)
+            try:
+                point = json.loads(line)
+            except ValueError:
+                continue
             steps, values = found.setdefault(point["name"], ([], []))
             steps.append(point["step"])
             values.append(point["value"])
@@ -68,7 +71,12 @@ def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str,
         right = row["answer"] == row["expected"]
         answer = textwrap.fill(row["answer"] or "(nothing)", 26)
         expected = "" if right else "\n" + textwrap.fill(f"expected: {row['expected']}", 26)
-        axes.set_title(f"{textwrap.fill(row['instruction'], 28)}\n{answer}{expected}", fontsize=8, color="#276749" if right else "#9b2c2c")
+        axes.set_title(
+            f"{textwrap.fill(row['instruction'], 28)}\n{answer}{expected}",
+            fontsize=8,
+            color="#276749" if right else "#9b2c2c",
+            parse_math=False,
+        )
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     _save(figure, target)
 

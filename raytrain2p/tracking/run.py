@@ -5,7 +5,6 @@ The launch ID is a tag of the MLflow run, and a record on disk. Rank 0 looks for
 
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 import mlflow
 from mlflow.entities import Param, RunTag
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 RUN_ID_LENGTH = 32
@@ -83,16 +83,27 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
         location = (folder / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
     try:
         client = mlflow.MlflowClient(uri)
-        if client.get_experiment_by_name(name) is None:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             client.create_experiment(name, artifact_location=location)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
+        reason = " ".join(str(error).split()).replace(uri, masked(uri))[:300]
         raise InputError(
             Problem(
                 f"tracking.uri={masked(uri)}",
-                f"MLflow cannot use it: {' '.join(str(error).split())[:300]}",
+                f"MLflow cannot use it: {reason}",
                 "start the server, or mend the URI",
             )
         ) from None
+
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            Problem(
+                f"tracking.experiment={name}",
+                "the experiment of this name was deleted in MLflow",
+                f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`), or set tracking.experiment to another name",
+            )
+        )
 
 
 def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str) -> Run:
@@ -117,8 +128,8 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
     directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
     run = Run(run_id, directory, name, timestamp, launch_id, phase, settings.tracking.uri)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    write_json(launch_record(root, launch_id), asdict(run))
     client.set_tag(run_id, DIRECTORY_TAG, directory)
+    write_json(launch_record(root, launch_id), asdict(run))
     return run
 
 
@@ -146,10 +157,15 @@ def describe_run(run: Run, settings: Settings, resolved: dict[str, Any], command
     )
     write_whole(run.path / "README.md", _readme(run, command))
     params = flatten(settings) | resolved | {"tracking.uri": masked(settings.tracking.uri)}
-    pairs = [Param(key, str(value)) for key, value in params.items()]
+    logged = run.client.get_run(run.run_id).data.params
+    # MLflow never changes a parameter: what a later attempt of the launch has otherwise is kept as a tag
+    changed = [
+        RunTag(f"raytrain2p.changed.{key}", str(value)) for key, value in params.items() if logged.get(key, str(value)) != str(value)
+    ]
+    pairs = [Param(key, str(value)) for key, value in params.items() if key not in logged]
     for start in range(0, len(pairs), PARAMS_PER_BATCH):
         run.client.log_batch(run.run_id, params=pairs[start : start + PARAMS_PER_BATCH])
-    run.client.log_batch(run.run_id, tags=[RunTag("raytrain2p.command", command)])
+    run.client.log_batch(run.run_id, tags=[RunTag("raytrain2p.command", command), *changed])
     run.client.log_artifact(run.run_id, str(run.path / "config.json"), "config")
 
 
@@ -190,6 +206,7 @@ def finish_run(run: Run, status: str) -> None:
 def masked(uri: str) -> str:
     """The URI without its password: it would end in logs, files and parameters that many can read."""
     parts = urlsplit(uri)
-    if parts.password is None:
+    user, at, host = parts.netloc.rpartition("@")
+    if not at or ":" not in user:
         return uri
-    return urlunsplit(parts._replace(netloc=re.sub(r":[^:@]*@", ":***@", parts.netloc, count=1)))
+    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))

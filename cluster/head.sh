@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# A Ray head on this machine, for `ray job submit` and for launches from any terminal. Ctrl-C or SIGTERM stops it.
+#
+#   cluster/head.sh [options of `ray start`]
+#   RAYTRAIN2P_HOME   where jobs keep checkpoints/ and mlflow.db (default: the current directory)
+#
+# It listens on a loopback address only, so authentication is off; jobs and drivers must say the same: RAY_AUTH_MODE=disabled.
+set -euo pipefail
+export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+exec ray start --head --block --node-ip-address=127.0.0.2 --disable-usage-stats "$@"

@@ -1,0 +1,84 @@
+"""`python -m raytrain2p.data check`: what it prints about bad data, and its exit codes."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from raytrain2p.data.__main__ import main
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def pairs(folder: Path, *images: str) -> str:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {number}", "image": image}) + "\n" for number, image in enumerate(images)))
+    return str(path)
+
+
+def test_good_data_passes_with_exit_code_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    file = pairs(tmp_path, "good.jpg", "good.jpg")
+    assert main(["check", file, "--phase", "1"]) == 0
+    assert capsys.readouterr().out == f"{file}: 2 good records with 1 distinct pictures, 0 problems\n"
+
+
+def test_a_truncated_jpeg_is_found_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    (tmp_path / "torn.jpg").write_bytes(jpeg()[:-100])
+    file = pairs(tmp_path, "good.jpg", "torn.jpg")
+    assert main(["check", file, "--phase", "1"]) == 2
+    out = capsys.readouterr().out
+    assert f"{file}:2\n    image {tmp_path / 'torn.jpg'} does not decode: image file is truncated" in out
+    assert f"{file}:1" not in out
+    assert "1 problems" in out
+
+
+def test_bad_records_and_bad_pictures_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "torn.jpg").write_bytes(jpeg()[:-100])
+    file = pairs(tmp_path, "torn.jpg", "absent.jpg")
+    assert main(["check", file, "--phase", "1"]) == 2
+    out = capsys.readouterr().out
+    assert "does not decode" in out
+    assert "no such image: absent.jpg" in out
+    assert "2 problems" in out
+
+
+def test_records_of_the_other_phase_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    assert main(["check", pairs(tmp_path, "good.jpg"), "--phase", "2"]) == 2
+    assert "has no `instruction`" in capsys.readouterr().out
+
+
+def test_the_embedded_set_passes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "emoji:test_concept", "--phase", "2"]) == 0
+    assert "1104 good records with 552 distinct pictures" in capsys.readouterr().out
+
+
+def test_a_file_without_a_record_does_not_pass_since_training_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", pairs(tmp_path), "--phase", "1"]) == 2
+    assert "no record" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["check", "emoji:val"], ["check", "emoji:val", "--phase", "3"], []])
+def test_a_mistyped_command_has_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_told_without_a_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "raytrain2p.data", "check", str(tmp_path / "absent.jsonl"), "--phase", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert "no such file" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,148 @@
+"""Launches as a user makes them: the command in a process of its own, on a Ray that all these tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "black", "orange", "purple")
+SHAPES = ("circle", "square")
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Ray head with 2 CPUs on this machine; stopped by its process ID."""
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    script = Path(__file__).parents[2] / "cluster" / "head.sh"
+    log = tmp_path_factory.mktemp("ray") / "head.log"
+    with log.open("w") as stream:
+        head = subprocess.Popen(
+            ["bash", str(script), "--port=6399", "--dashboard-port=8299", "--num-cpus=2", "--object-store-memory=200000000"],
+            env=environment | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAYTRAIN2P_HOME": str(log.parent / "home")},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        wait = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", "127.0.0.2:6399"]
+        for _ in range(60):
+            if head.poll() is not None:
+                break
+            if subprocess.run(wait, capture_output=True, env=environment, check=False).returncode == 0:
+                yield "127.0.0.2:6399"
+                break
+        else:
+            head.kill()
+        assert log.exists()
+        was_running = head.poll() is None
+        head.terminate()
+        head.wait(timeout=60)
+        assert was_running, log.read_text()[-3000:]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command left: its exit code, its output, and the object of `--json`."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        assert self.code == 0, self.err[-4000:]
+        return json.loads(self.out.strip().splitlines()[-1])
+
+    @property
+    def losses(self) -> list[float]:
+        """The training loss of each step."""
+        return points(self.outcome, "train_loss")
+
+
+def points(outcome: dict[str, Any], name: str) -> list[float]:
+    lines = (Path(outcome["directory"]) / "metrics.jsonl").read_text().splitlines()
+    return [point["value"] for point in map(json.loads, lines) if point["name"] == name]
+
+
+Run = Callable[..., Command]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory in which a module's commands run one after the other, empty at first."""
+    return tmp_path_factory.mktemp("workshop")
+
+
+@pytest.fixture(scope="module")
+def run(workshop: Path, ray_head: str) -> Run:
+    """Runs `python -m raytrain2p.COMMAND ...` in the workshop, against the shared head."""
+
+    def in_workshop(*arguments: str, **environment: str) -> Command:
+        return run_command(workshop, *arguments, **({"RAY_ADDRESS": ray_head} | environment))
+
+    return in_workshop
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
+    settings = {
+        "OMP_NUM_THREADS": "1",
+        "RAYTRAIN2P_HOME": str(folder),
+        "RAYTRAIN2P_FEATURES": str(folder / "features"),
+        "RAY_AUTH_MODE": "disabled",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=folder,
+        env=os.environ | settings | environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    return Command(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of coloured shapes, as records of both phases: phase1.jsonl and phase2.jsonl (with a text-only record)."""
+    folder = tmp_path_factory.mktemp("shapes")
+    pairs, dialogues = [], []
+    for number in range(48):
+        colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]
+        image = Image.new("RGB", (32, 32), "white")
+        offset = number // 12
+        box = (4 + offset, 4, 24 + offset, 24)
+        draw = ImageDraw.Draw(image)
+        (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
+        image.save(folder / f"{number}.png")
+        pairs.append({"text": f"a {colour} {shape}", "image": f"{number}.png"})
+        dialogues.append({"instruction": "Which colour?", "response": colour, "image": f"{number}.png", "task": "colour"})
+    dialogues[5] = {"instruction": "Say yes.", "response": "yes"}
+    for name, rows in (("phase1", pairs), ("phase2", dialogues)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory, shapes: Path, tiny_llama: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
+    """phase1.yaml and phase2.yaml for small random models on the coloured shapes."""
+    folder = tmp_path_factory.mktemp("config")
+    (folder / "phase1.yaml").write_text(f"""
+data: {{train: {shapes}/phase1.jsonl, val: {shapes}/phase1.jsonl, test: {{same: {shapes}/phase1.jsonl}}}}
+model: {{image_encoder: {tiny_vit}, text_encoder: {tiny_bert}, dimension: 16, hidden: 32, dropout: 0.0}}
+training: {{max_steps: 6, batch_size: 16, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
+launch: {{cpus_per_worker: 1}}
+""")
+    (folder / "phase2.yaml").write_text(f"""
+data: {{train: {shapes}/phase2.jsonl, val: {shapes}/phase2.jsonl, test: {{same: {shapes}/phase2.jsonl}}}}
+model: {{language_model: {tiny_llama}, image_encoder: {tiny_vit}, soft_tokens: 4, lora: {{rank: 4}}}}
+training: {{max_steps: 6, batch_size: 8, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
+evaluation: {{samples: 4, max_new_tokens: 4}}
+launch: {{cpus_per_worker: 1}}
+""")
+    return folder

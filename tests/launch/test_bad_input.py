@@ -1,0 +1,141 @@
+"""Bad input is told in the driver, all at once, with exit code 2, and leaves nothing behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import ray
+from PIL import Image
+
+from raytrain2p import train
+from tests.launch.launching import Command
+
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Runs the command, sees that it is refused and that nothing was left behind, and returns what it said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAYTRAIN2P_FEATURES", str(tmp_path / "features"))
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+
+    def run(phase: int, *arguments: str) -> str:
+        before = {path for path in tmp_path.rglob("*")}
+        code = train.main(["--phase", str(phase), "--config", str(tiny_config / f"phase{phase}.yaml"), *arguments])
+        said = capsys.readouterr().err
+        assert code == 2, said
+        assert {path for path in tmp_path.rglob("*")} == before, "a refused start leaves nothing behind"
+        assert not ray.is_initialized()
+        return said
+
+    return run
+
+
+@pytest.fixture
+def aligner(tmp_path: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
+    """An aligner.pt for the small models."""
+    from raytrain2p.models.aligner import Aligner
+    from raytrain2p.models.artifacts import save_artifact
+    from raytrain2p.models.pretrained import fingerprint
+
+    made = Aligner({"image": 32, "text": 32}, 32, 16)
+    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
+    path = tmp_path / "aligner.pt"
+    save_artifact(path, "alignment", {}, models, image_size=None, shape=made.shape, state_dict=made.state_dict())
+    return path
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def test_an_unknown_key_and_a_wrong_type_are_told_together(refused: Refuse) -> None:
+    said = refused(1, "training.batch_siez=4", "training.max_steps=many")
+    assert "did you mean training.batch_size?" in said
+    assert "training.max_steps=many" in said
+    assert "2 problems" in said
+
+
+def test_problems_of_data_aligner_models_and_resources_are_told_together(refused: Refuse, tmp_path: Path) -> None:
+    said = refused(
+        2,
+        f"data.train={tmp_path}/nowhere.jsonl",
+        f"data.val={write(tmp_path / 'empty.jsonl')}",
+        "model.aligner=latest",
+        "model.language_model=no/such-model",
+        "launch.use_gpu=true",
+    )
+    for part in ("nowhere.jsonl", "holds no record", "model.aligner=latest", "no/such-model", "launch.use_gpu=true"):
+        assert part in said, part
+
+
+def test_every_bad_record_is_listed_by_line(refused: Refuse, tmp_path: Path, shapes: Path) -> None:
+    whole = tmp_path / "whole.jpg"
+    Image.effect_noise((64, 64), 50).save(whole)
+    (tmp_path / "torn.jpg").write_bytes(whole.read_bytes()[:700])
+    records = write(
+        tmp_path / "bad.jsonl",
+        {"text": "good", "image": str(shapes / "1.png")},
+        {"image": str(shapes / "1.png")},
+        "not json",
+        {"text": "gone", "image": "gone.png"},
+        {"text": "torn", "image": "torn.jpg"},
+    )
+    said = refused(1, f"data.val={records}")
+    for line, cause in ((2, "has no `text`"), (3, "is not JSON"), (4, "no such image: gone.png")):
+        assert f"bad.jsonl:{line}\n    {cause}" in said
+    assert "bad.jsonl:1\n" not in said
+    torn = write(tmp_path / "torn.jsonl", {"text": "torn", "image": "torn.jpg"})
+    assert "torn.jsonl:1" in (said := refused(1, f"data.val={torn}"))
+    assert "does not decode" in said
+
+
+def test_a_response_without_tokens_and_a_record_longer_than_the_context_are_refused(refused: Refuse, tmp_path: Path, aligner: Path) -> None:
+    records = write(
+        tmp_path / "long.jsonl",
+        {"instruction": "Say nothing.", "response": "<|im_end|>"},
+        {"instruction": "x" * 300, "response": "y"},
+    )
+    said = refused(2, f"model.aligner={aligner}", f"data.val={records}")
+    assert "long.jsonl:1" in said
+    assert "empty after tokenizing" in said
+    assert "long.jsonl:2" in said
+    assert "the limit is 256" in said
+
+
+def test_an_aligner_of_another_encoder_is_refused_with_both_named(refused: Refuse, aligner: Path, tiny_bert: Path, tiny_vit: Path) -> None:
+    said = refused(2, f"model.aligner={aligner}", f"model.image_encoder={tiny_bert}")
+    assert str(tiny_vit) in said
+    assert f"model.image_encoder={tiny_bert}" in said
+
+
+def test_more_workers_than_the_machine_has_are_refused_at_once(refused: Refuse) -> None:
+    assert "launch.num_workers=64" in refused(1, "launch.num_workers=64", "training.batch_size=1", "launch.cpus_per_worker=64")
+
+
+def test_a_cluster_that_lacks_what_is_asked_for_says_so_at_once(run: Callable[..., Command], tiny_config: Path, workshop: Path) -> None:
+    done = run(
+        "raytrain2p.train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "launch.num_workers=3", "training.batch_size=4"
+    )
+    assert done.code == 2, done.err
+    assert "the cluster has 2 on 1 node(s)" in done.err
+    assert not (workshop / "checkpoints").exists()
+    assert not (workshop / "mlflow.db").exists()
+
+
+def test_a_dry_run_starts_nothing_and_tells_the_sizes(
+    tmp_path: Path, tiny_config: Path, aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+    arguments = ["--phase", "2", "--config", str(tiny_config / "phase2.yaml"), "--dry-run", f"model.aligner={aligner}"]
+    assert train.main(arguments) == 0
+    said = capsys.readouterr().out
+    for part in ("max_steps: 6", "language model", "projector", "tokens per step", "memory per worker", "nothing was started"):
+        assert part in said, part
+    assert not (tmp_path / "checkpoints").exists()
+    assert not ray.is_initialized()

@@ -1,0 +1,121 @@
+"""Both phases through Ray and Lightning, with small random models, on the CPU over Gloo."""
+
+import json
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from tests.launch.launching import Command, Run
+
+
+def train(run: Run, config: Path, phase: int, *overrides: str) -> Command:
+    return run("raytrain2p.train", "--phase", str(phase), "--config", str(config / f"phase{phase}.yaml"), "--json", *overrides)
+
+
+@pytest.fixture(scope="module")
+def aligned(run: Run, tiny_config: Path) -> Command:
+    """A finished phase 1 run."""
+    return train(run, tiny_config, 1)
+
+
+@pytest.fixture(scope="module")
+def tuned(run: Run, tiny_config: Path, aligned: Command) -> Command:
+    """A finished phase 2 run on the aligner of `aligned`."""
+    assert aligned.code == 0, aligned.err
+    return train(run, tiny_config, 2)
+
+
+def test_phase_2_takes_up_the_aligner_of_phase_1_and_answers_in_a_fresh_process(
+    run: Run, shapes: Path, aligned: Command, tuned: Command, workshop: Path
+) -> None:
+    first, outcome = aligned.outcome, tuned.outcome
+    directory = Path(outcome["directory"])
+
+    assert first["artifact"] in tuned.err, "it says which aligner `latest` was"
+    assert "0 computed" in tuned.err, "the encoder ran in phase 1 and does not run again"
+    assert directory.parent == workshop / "checkpoints" / "phase2"
+    assert directory.name.startswith(outcome["run_id"] + "_")
+    assert {path.name for path in directory.iterdir()} >= {
+        "lightning_checkpoints",
+        "model.pt",
+        "config.json",
+        "MLFLOW_RUN_ID.txt",
+        "README.md",
+        "metrics.jsonl",
+        "answers.jsonl",
+        "plots",
+    }
+    assert [path.name.split("=")[0] for path in sorted(directory.glob("lightning_checkpoints/*.ckpt"))] == ["best-epoch", "last.ckpt"]
+    assert 0 <= outcome["metrics"]["same/exact_match/colour"] <= 1
+    assert outcome["metrics"]["same/majority/colour"] == pytest.approx(8 / 47, abs=0.01)
+    assert {"same/exact_match_shuffled/colour", "same/loss/all", "val/loss"} <= set(outcome["metrics"])
+
+    answers = run("raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
+    assert answers.code == 0, answers.err
+    assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
+
+
+def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, workshop: Path) -> None:
+    outcome = aligned.outcome
+    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
+    made = client.get_run(outcome["run_id"])
+
+    assert made.info.status == "FINISHED"
+    assert made.data.tags["raytrain2p.directory"] == outcome["directory"]
+    assert made.data.params["training.batch_size"] == "16"
+    assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
+    assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
+
+
+def test_launching_again_under_the_same_launch_id_goes_on_in_the_same_run(run: Run, tiny_config: Path, workshop: Path) -> None:
+    first = train(run, tiny_config, 1, "--launch-id", "again").outcome
+    second = train(run, tiny_config, 1, "--launch-id", "again").outcome
+    assert second["run_id"] == first["run_id"]
+    assert second["directory"] == first["directory"]
+    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
+    experiment = client.get_experiment_by_name("phase1_alignment")
+    assert len(client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'again'")) == 1
+
+
+def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command) -> None:
+    state = torch.load(tuned.outcome["last"], weights_only=True)["state_dict"]
+    assert state
+    assert all("lora_" in name or "projector" in name for name in state)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("phase", [1, 2])
+def test_two_workers_with_half_the_batch_each_have_the_losses_of_one(
+    run: Run, tiny_config: Path, aligned: Command, tuned: Command, phase: int, strategy: str
+) -> None:
+    alone, batch = {1: (aligned, 16), 2: (tuned, 8)}[phase]
+    together = train(run, tiny_config, phase, "launch.num_workers=2", f"launch.strategy={strategy}", f"training.batch_size={batch // 2}")
+    assert together.losses == pytest.approx(alone.losses, abs=1e-4)
+    assert alone.losses[-1] < alone.losses[0]
+    for name, value in alone.outcome["metrics"].items():
+        if "exact" not in name and "recall" not in name:  # those jump where two scores are all but equal
+            assert together.outcome["metrics"][name] == pytest.approx(value, abs=1e-3), name
+
+
+def test_encoding_in_the_step_gives_the_losses_of_stored_features(run: Run, tiny_config: Path, aligned: Command) -> None:
+    online = train(run, tiny_config, 1, "data.features=online")
+    assert online.losses == pytest.approx(aligned.losses, abs=1e-4)
+
+
+def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_config: Path, tuned: Command) -> None:
+    parts = train(run, tiny_config, 2, "training.batch_size=2", "training.accumulate=4")
+    assert parts.losses == pytest.approx(tuned.losses, abs=1e-4)
+
+
+def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workshop: Path) -> None:
+    overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker finds out
+    failed = train(run, tiny_config, 2, *overrides)
+    assert failed.code == 1, failed.err
+    assert "training failed" in failed.err
+    assert "flash" in failed.err.lower(), "the worker's own words"
+    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
+    experiment = client.get_experiment_by_name("phase2_training_with_pretrained_aligner")
+    (made,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")
+    assert made.info.status == "FAILED"

@@ -1,0 +1,267 @@
+"""The assistant over small random language models of several families."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+from raytrain2p.data.batches import Ragged
+from raytrain2p.data.chat import SOFT
+from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
+from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, Projector, build_assistant, pool_grid
+
+K, WIDTH, DIMENSION = 4, 10, 12
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
+ALIGNER = {"widths": {"image": WIDTH, "text": 7}, "hidden": 16, "dimension": DIMENSION, "dropout": 0.2}
+FAMILIES = ("llama", "gpt2", "qwen2")
+PROMPTS = [[SOFT] * K + [40, 41, 42], [50, *[SOFT] * K, 51], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69]]
+RESPONSES = [[70, 71, 2], [72, 2], [73, 74, 75, 76, 2]]
+TOKENS = TokenRecords(Ragged(PROMPTS), Ragged(RESPONSES))
+
+
+@pytest.fixture(scope="module")
+def families(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of language models by family. GPT-2 and Qwen2 have tied embeddings, Llama has not."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    folders = {"llama": tiny_llama}
+    torch.manual_seed(6)
+    models = {
+        "gpt2": GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, **special)),
+        "qwen2": Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                tie_word_embeddings=True,
+                **special,
+            )
+        ),
+    }
+    for family, model in models.items():
+        folders[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+def built(directory: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Assistant:
+    torch.manual_seed(7)
+    return build_assistant(AssistantShape(str(directory), K, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    """Grids of 16 positions, as they come out of the store."""
+    return torch.randn(count, 16, WIDTH, generator=torch.Generator().manual_seed(8)).half()
+
+
+def batch_of(*records: int) -> AssistantBatch:
+    shown = [record for record in records if SOFT in PROMPTS[record]]
+    return AssistantBatch(features=pictures()[shown], **right_padded(TOKENS, np.array(records)))
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_supervised_logits_equal_the_full_forwards_at_the_supervised_positions(family: str, tuning: str, families: dict[str, Path]) -> None:
+    assistant, batch = built(families[family], tuning), batch_of(0, 1, 2)
+    with torch.inference_mode():
+        logits, targets = assistant.supervised_logits(batch)
+        whole = assistant.language_model(inputs_embeds=assistant.embed(batch), attention_mask=batch.attention).logits
+    assert batch.labels is not None
+    rows, places = (batch.labels != -100).nonzero(as_tuple=True)
+    torch.testing.assert_close(logits, whole[rows, places - 1], rtol=1e-4, atol=1e-5)
+    assert targets.tolist() == [token for response in RESPONSES for token in response]
+    assert whole.shape[1] == batch.input_ids.shape[1], "the hook is gone after the call"
+
+
+def test_the_loss_is_the_cross_entropy_summed_over_the_responses(families: dict[str, Path]) -> None:
+    assistant = built(families["llama"])
+    with torch.inference_mode():
+        together = assistant(batch_of(0, 1, 2)).item()
+        apart = sum(assistant(batch_of(record)).item() for record in range(3))
+        logits, targets = assistant.supervised_logits(batch_of(0, 1, 2))
+    assert together == pytest.approx(apart, rel=1e-4)
+    assert together == pytest.approx(-logits.log_softmax(-1)[range(10), targets].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_trains_its_adapters_in_float32_over_a_bfloat16_base(family: str, families: dict[str, Path]) -> None:
+    assistant = built(families[family], "lora", torch.bfloat16)
+    for name, parameter in assistant.language_model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name), name
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
+    assert any("lora_" in name for name, _ in assistant.language_model.named_parameters())
+    for part in (assistant.branch, assistant.projector):
+        assert all(p.requires_grad and p.dtype == torch.float32 for p in part.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_adapter_changes_nothing(family: str, families: dict[str, Path]) -> None:
+    with torch.inference_mode():
+        adapted = built(families[family], "lora").loss_sum(batch_of(2)).item()
+        plain = built(families[family], "frozen").loss_sum(batch_of(2)).item()
+    assert adapted == pytest.approx(plain, rel=1e-5)
+
+
+def test_full_tuning_trains_every_weight_in_float32(families: dict[str, Path]) -> None:
+    assistant = built(families["gpt2"], "full", torch.bfloat16)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in assistant.parameters())
+    model: Any = assistant.language_model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "tied weights stay tied"
+
+
+def test_a_frozen_language_model_lets_the_gradient_through_to_the_projector(families: dict[str, Path]) -> None:
+    assistant = built(families["llama"], "frozen")
+    assert not any(parameter.requires_grad for parameter in assistant.language_model.parameters())
+    assistant(batch_of(0, 1)).backward()
+    for parameter in (assistant.projector.gain, *assistant.branch.map.parameters()):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_text_only_batch_gives_the_projector_and_the_aligner_gradients_of_zero(dtype: torch.dtype, families: dict[str, Path]) -> None:
+    """Else a worker whose share has no picture would keep the others waiting for its gradients."""
+    assistant = built(families["llama"], "lora", dtype)
+    loss = assistant(batch_of(2))
+    loss.backward()
+    assert loss.isfinite()
+    for name, parameter in [*assistant.projector.named_parameters(), *assistant.branch.map.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+    adapters = [p for n, p in assistant.language_model.named_parameters() if "lora_B" in n]
+    assert any(p.grad is not None and p.grad.any() for p in adapters)
+
+
+def test_a_batch_with_pictures_works_over_a_bfloat16_base_too(families: dict[str, Path]) -> None:
+    loss = built(families["llama"], "lora", torch.bfloat16)(batch_of(0, 2))
+    loss.backward()
+    assert loss.isfinite()
+
+
+def test_soft_tokens_stand_in_their_places_in_the_order_of_the_pictures(families: dict[str, Path]) -> None:
+    assistant = built(families["llama"])
+    with torch.inference_mode():
+        embeddings = assistant.embed(batch_of(0, 2, 1))
+        soft = assistant.projector(pool_grid(assistant.branch.grid(pictures().float()), K))
+        words = assistant.language_model.get_input_embeddings()(torch.tensor([40, 60, 50]))
+    torch.testing.assert_close(embeddings[0, :K], soft[0])
+    torch.testing.assert_close(embeddings[2, 1 : 1 + K], soft[1])
+    torch.testing.assert_close(torch.stack([embeddings[0, K], embeddings[1, 0], embeddings[2, 0]]), words)
+
+
+def test_a_picture_changes_only_its_own_records_answer(families: dict[str, Path]) -> None:
+    assistant, batch = built(families["llama"]), batch_of(0, 1, 2)
+    with torch.inference_mode():
+        before, _ = assistant.supervised_logits(batch)
+        batch.features = torch.cat([batch.features[:1], batch.features[1:] + 1])
+        after, _ = assistant.supervised_logits(batch)
+    changed = (before != after).any(dim=-1).tolist()
+    assert changed == [False] * 3 + [True] * 2 + [False] * 5
+
+
+def test_the_projector_starts_at_the_spread_of_the_models_embeddings(families: dict[str, Path]) -> None:
+    assistant = built(families["gpt2"])
+    spread = assistant.language_model.get_input_embeddings().weight.std().item()
+    with torch.inference_mode():
+        soft = assistant.projector(torch.randn(50, DIMENSION))
+    assert soft.std().item() == pytest.approx(spread, rel=0.05)
+    assert Projector(DIMENSION, 8, spread=0.25)(torch.randn(50, DIMENSION)).std().item() == pytest.approx(0.25, rel=0.05)
+
+
+def test_pooling_averages_the_squares_of_a_square_grid() -> None:
+    grid = torch.arange(16.0).view(1, 16, 1)  # row-major: 0 1 2 3 / 4 5 6 7 / ...
+    assert pool_grid(grid, 4).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert pool_grid(grid, 1).flatten().tolist() == [7.5]
+
+
+def test_pooling_keeps_pictures_and_widths_apart() -> None:
+    grid = torch.randn(3, 16, 5)
+    pooled = pool_grid(grid, 4)
+    assert pooled.shape == (3, 4, 5)
+    torch.testing.assert_close(pooled[1, 0], grid[1, [0, 1, 4, 5]].mean(dim=0))
+
+
+def test_pooling_averages_neighbours_in_the_row_where_there_is_no_square() -> None:
+    assert pool_grid(torch.arange(16.0).view(1, 16, 1), 8).flatten().tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
+    assert pool_grid(torch.arange(6.0).view(1, 6, 1), 3).flatten().tolist() == [0.5, 2.5, 4.5]
+
+
+def test_as_many_soft_tokens_as_positions_leave_the_grid_as_it_is() -> None:
+    grid = torch.randn(2, 7, 3)
+    assert torch.equal(pool_grid(grid, 7), grid)
+
+
+def test_more_soft_tokens_than_positions_are_refused_with_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"9 positions cannot give 16 soft tokens: set model\.soft_tokens to 9"):
+        pool_grid(torch.randn(1, 9, 3), 16)
+
+
+def answers(assistant: Assistant, records: list[int], stop: list[int] = [2]) -> list[list[int]]:  # noqa: B006 - never changed
+    """Generated answers up to the stop token."""
+    shown = [record for record in records if SOFT in PROMPTS[record]]
+    batch = AssistantBatch(features=pictures()[shown], **left_padded(TOKENS, np.array(records)))
+    rows = assistant.generate(batch, 8, stop, stop[0]).tolist()
+    ends = [next((place + 1 for place, token in enumerate(row) if token in stop), len(row)) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_record_in_a_padded_batch_is_answered_as_it_is_alone(family: str, families: dict[str, Path]) -> None:
+    assistant = built(families[family])
+    together = answers(assistant, [0, 1, 2])
+    assert together == [answers(assistant, [record])[0] for record in range(3)]
+    assert len({tuple(answer) for answer in together}) > 1, "answers that are all the same would prove little"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_is_what_the_full_forward_finds_most_likely_token_by_token(family: str, families: dict[str, Path]) -> None:
+    assistant = built(families[family])
+    batch = AssistantBatch(features=pictures()[:1], **left_padded(TOKENS, np.array([0])))
+    said: list[int] = []
+    with torch.inference_mode():
+        embeddings = assistant.embed(batch)
+        for _ in range(8):
+            token = assistant.language_model(inputs_embeds=embeddings).logits[0, -1].argmax()
+            said.append(int(token))
+            embeddings = torch.cat([embeddings, assistant.language_model.get_input_embeddings()(token.view(1, 1))], dim=1)
+    assert said[: len(answers(assistant, [0])[0])] == answers(assistant, [0])[0]
+
+
+def test_an_answer_ends_at_any_of_the_stop_tokens(families: dict[str, Path]) -> None:
+    assistant = built(families["llama"])
+    (free,) = answers(assistant, [2])
+    (stopped,) = answers(assistant, [2], stop=[2, free[1]])
+    assert stopped == free[: 1 + free.index(free[1])]
+
+
+def test_answers_are_greedy_whatever_the_models_own_generation_settings_say(families: dict[str, Path], tmp_path: Path) -> None:
+    """Qwen2's instruct models ship with sampling and a repetition penalty: exact match is defined without them."""
+    model = Qwen2ForCausalLM.from_pretrained(families["qwen2"])
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.9, no_repeat_ngram_size=1, eos_token_id=2, pad_token_id=2
+    )
+    model.save_pretrained(tmp_path)
+    plain = answers(built(families["qwen2"]), [0, 1, 2])
+    assert max(len(answer) - len(set(answer)) for answer in plain) > 0, "without a repeated token the penalty would change nothing"
+    assert answers(built(tmp_path), [0, 1, 2]) == plain
+
+
+def test_an_assistant_can_be_counted_without_reading_weights(families: dict[str, Path]) -> None:
+    with torch.device("meta"):
+        empty = built(families["llama"], empty=True)
+    whole = built(families["llama"])
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_a_shape_survives_as_plain_types(families: dict[str, Path]) -> None:
+    shape = AssistantShape(str(families["llama"]), K, "lora", LORA, ALIGNER)
+    assert AssistantShape(**shape.to_dict()) == shape

@@ -1,0 +1,247 @@
+"""Frozen encoders of several kinds, with random weights, as they come from disk."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoTokenizer,
+    BertModel,
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    ConvNextConfig,
+    ConvNextImageProcessorPil,
+    ConvNextModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ResNetConfig,
+    ResNetModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTModel,
+)
+
+from raytrain2p.config import InputError
+from raytrain2p.models.encoders import ImageEncoder, TextEncoder, encoder_width, image_fingerprint, text_fingerprint
+
+LAYERS = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+VISION = LAYERS | {"image_size": 32, "patch_size": 8}
+TEXT = LAYERS | {"vocab_size": 300, "hidden_size": 16, "max_position_embeddings": 20}
+CROP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+SQUARE = {"size": {"height": 32, "width": 32}}
+
+
+def save_clip_vision(folder: Path) -> None:
+    CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder)
+    CLIPImageProcessorPil(**CROP).save_pretrained(folder)
+
+
+def save_clip(folder: Path) -> None:
+    CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)).save_pretrained(folder)
+    CLIPImageProcessorPil(**CROP).save_pretrained(folder)
+
+
+def save_siglip_vision(folder: Path) -> None:
+    SiglipVisionModel(SiglipVisionConfig(**VISION)).save_pretrained(folder)
+    SiglipImageProcessorPil(**SQUARE).save_pretrained(folder)
+
+
+def save_siglip(folder: Path) -> None:
+    SiglipModel(SiglipConfig(text_config=TEXT | {"hidden_size": 24}, vision_config=VISION)).save_pretrained(folder)
+    SiglipImageProcessorPil(**SQUARE).save_pretrained(folder)
+
+
+def save_dinov2_with_registers(folder: Path) -> None:
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**VISION, num_register_tokens=3)).save_pretrained(folder)
+    BitImageProcessorPil(**CROP).save_pretrained(folder)
+
+
+def save_convnext(folder: Path) -> None:
+    ConvNextModel(ConvNextConfig(hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1])).save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 128}, crop_pct=1.0).save_pretrained(folder)
+
+
+def save_resnet(folder: Path) -> None:
+    shape = {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    ResNetModel(ResNetConfig(**shape)).save_pretrained(folder)
+    ConvNextImageProcessorPil(size={"shortest_edge": 128}, crop_pct=1.0).save_pretrained(folder)
+
+
+KINDS = {
+    "clip_vision": save_clip_vision,
+    "clip": save_clip,
+    "siglip_vision": save_siglip_vision,
+    "siglip": save_siglip,
+    "dinov2_with_registers": save_dinov2_with_registers,
+    "convnext": save_convnext,
+    "resnet": save_resnet,
+}
+
+
+def pictures(count: int = 2) -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The directory of a small model of a kind."""
+    made: dict[str, Path] = {}
+
+    def directory(kind: str) -> str:
+        if kind not in made:
+            torch.manual_seed(5)
+            made[kind] = tmp_path_factory.mktemp(kind)
+            KINDS[kind](made[kind])
+        return str(made[kind])
+
+    return directory
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_vision_model_gives_a_grid_of_its_width(kind: str, saved: Callable[[str], str]) -> None:
+    features = ImageEncoder(saved(kind))(pictures())
+    assert features.shape == (2, 16, 24)
+    assert features.dtype == torch.float16
+    assert features.isfinite().all()
+    assert encoder_width(saved(kind), "model.image_encoder") == 24
+
+
+@pytest.mark.parametrize("kind", ["clip_vision", "clip", "siglip_vision", "siglip", "dinov2_with_registers"])
+def test_a_grid_twice_as_fine_comes_of_an_image_twice_as_large(kind: str, saved: Callable[[str], str]) -> None:
+    assert ImageEncoder(saved(kind), image_size=64)(pictures()).shape == (2, 64, 24)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "resnet"])
+def test_a_convolutional_network_takes_another_image_size(kind: str, saved: Callable[[str], str]) -> None:
+    encoder = ImageEncoder(saved(kind), image_size=64)
+    assert encoder.preprocess(pictures()).shape == (2, 3, 64, 64)
+    assert encoder(pictures()).shape == (2, 4, 24)
+
+
+def test_a_vit_gives_its_patches_without_the_class_token(tiny_vit: Path) -> None:
+    encoder = ImageEncoder(str(tiny_vit))
+    features = encoder(pictures())
+    assert features.shape == (2, 16, 32)
+    with torch.inference_mode():
+        whole = ViTModel.from_pretrained(tiny_vit).eval()(encoder.preprocess(pictures())).last_hidden_state
+    torch.testing.assert_close(features.float(), whole[:, 1:], atol=2e-3, rtol=2e-3)
+
+
+def test_a_vit_takes_another_image_size(tiny_vit: Path) -> None:
+    encoder = ImageEncoder(str(tiny_vit), image_size=48)
+    assert encoder.preprocess(pictures()).shape == (2, 3, 48, 48)
+    assert encoder(pictures()).shape == (2, 36, 32)
+
+
+def test_the_vits_own_image_size_given_by_hand_changes_nothing(tiny_vit: Path) -> None:
+    own, given = ImageEncoder(str(tiny_vit))(pictures()), ImageEncoder(str(tiny_vit), image_size=32)(pictures())
+    torch.testing.assert_close(own, given, atol=2e-3, rtol=2e-3)
+
+
+def test_the_halves_of_a_clip_are_encoders_of_their_own(saved: Callable[[str], str], tmp_path: Path) -> None:
+    """The picture half of a whole CLIP gives what the same half saved alone gives."""
+    whole = CLIPModel.from_pretrained(saved("clip"))
+    alone = CLIPVisionModel(CLIPVisionConfig(**VISION))
+    states = {key.removeprefix("vision_model."): value for key, value in whole.state_dict().items() if key.startswith("vision_model.")}
+    prefix = "vision_model." if any(key.startswith("vision_model.") for key in alone.state_dict()) else ""
+    alone.load_state_dict({prefix + key: value for key, value in states.items()})
+    alone.save_pretrained(tmp_path)
+    CLIPImageProcessorPil(**CROP).save_pretrained(tmp_path)
+    torch.testing.assert_close(ImageEncoder(saved("clip"))(pictures()), ImageEncoder(str(tmp_path))(pictures()))
+
+
+def test_encoding_does_not_depend_on_the_precision_of_the_step(tiny_vit: Path) -> None:
+    """Stored and online features are the same, though online encoding happens under autocast."""
+    encoder = ImageEncoder(str(tiny_vit))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = encoder(pictures())
+    assert torch.equal(inside, encoder(pictures()))
+
+
+def test_an_encoder_has_nothing_that_trains(tiny_vit: Path, tiny_bert: Path) -> None:
+    for model in (ImageEncoder(str(tiny_vit)).model, TextEncoder(str(tiny_bert)).model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert not model.training
+
+
+def test_the_fingerprint_is_of_weights_and_image_size_but_not_of_the_place(tiny_vit: Path, tmp_path: Path) -> None:
+    moved, changed = tmp_path / "moved", tmp_path / "changed"
+    shutil.copytree(tiny_vit, moved)
+    shutil.copytree(tiny_vit, changed)
+    model = ViTModel.from_pretrained(changed, add_pooling_layer=False)
+    next(model.parameters()).data += 1
+    model.save_pretrained(changed)
+    own = ImageEncoder(str(tiny_vit)).fingerprint
+    assert own == ImageEncoder(str(moved)).fingerprint == image_fingerprint(tiny_vit, None)
+    others = {ImageEncoder(str(changed)).fingerprint, image_fingerprint(tiny_vit, 32), image_fingerprint(tiny_vit, 48)}
+    assert len(others | {own}) == 4
+
+
+def test_one_directory_has_other_fingerprints_as_a_picture_and_as_a_text_encoder(saved: Callable[[str], str]) -> None:
+    directory = Path(saved("clip"))
+    assert image_fingerprint(directory, None) != text_fingerprint(directory)
+
+
+def test_texts_become_one_vector_each(tiny_bert: Path) -> None:
+    features = TextEncoder(str(tiny_bert))(["a cat", "a dog on a very long leash"])
+    assert features.shape == (2, 1, 32)
+    assert features.dtype == torch.float16
+    assert encoder_width(str(tiny_bert), "model.text_encoder") == 32
+
+
+def test_a_texts_vector_does_not_depend_on_its_padding(tiny_bert: Path) -> None:
+    encoder = TextEncoder(str(tiny_bert))
+    together = encoder(["a cat", "a dog on a very long leash"])
+    torch.testing.assert_close(together[:1], encoder(["a cat"]), atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(together[0], together[1], atol=1e-2)
+
+
+def test_a_texts_vector_is_the_mean_over_its_tokens(tiny_bert: Path) -> None:
+    encoder = TextEncoder(str(tiny_bert))
+    ids = AutoTokenizer.from_pretrained(tiny_bert)("a cat", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.inference_mode():
+        hidden = BertModel.from_pretrained(tiny_bert).eval()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(encoder(["a cat"])[0, 0].float(), hidden[0].mean(dim=0), atol=2e-3, rtol=2e-3)
+
+
+def test_a_text_beyond_the_models_positions_is_cut(tiny_bert: Path) -> None:
+    encoder = TextEncoder(str(tiny_bert))
+    torch.testing.assert_close(encoder(["x" * 1000]), encoder(["x" * 64]))
+
+
+def test_the_text_half_of_a_clip_encodes_texts(saved: Callable[[str], str], tiny_bert: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved("clip"), tmp_path / "clip")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "clip")
+    name = str(tmp_path / "clip")
+    assert TextEncoder(name)(["a cat", "x" * 100]).shape == (2, 1, 16)
+    assert encoder_width(name, "model.text_encoder") == 16
+
+
+@pytest.mark.parametrize("setting", ["model.image_encoder", "model.text_encoder"])
+def test_a_model_that_transformers_does_not_know_is_refused_by_its_setting(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(InputError) as caught:
+        encoder_width(str(tmp_path), setting)
+    assert f"{setting}={tmp_path}" in str(caught.value)
+    build = ImageEncoder if "image" in setting else TextEncoder
+    with pytest.raises(InputError) as caught:
+        build(str(tmp_path))
+    assert f"{setting}={tmp_path}" in str(caught.value)
+
+
+def test_a_text_model_in_the_place_of_the_image_encoder_is_refused(tiny_bert: Path) -> None:
+    """The driver sees no more of it than this: without an InputError here, a worker dies with a traceback."""
+    with pytest.raises(InputError):
+        ImageEncoder(str(tiny_bert))

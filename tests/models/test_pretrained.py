@@ -1,0 +1,83 @@
+"""From a model setting to a directory, or to a message that mends it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.config import InputError
+from raytrain2p.models.packaged import PACKAGED_MODELS
+from raytrain2p.models.pretrained import fingerprint, model_directory
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_directory_of_save_pretrained_is_taken_as_it_is(tiny_vit: Path) -> None:
+    assert model_directory(str(tiny_vit)) == tiny_vit
+
+
+def test_a_relative_directory_becomes_absolute(tiny_vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers run in other directories than the driver."""
+    monkeypatch.chdir(tiny_vit.parent)
+    assert model_directory(tiny_vit.name) == tiny_vit
+
+
+def test_a_directory_without_a_config_is_refused_by_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        model_directory(str(tmp_path), "model.image_encoder")
+    assert f"model.image_encoder={tmp_path}" in str(caught.value)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "nobody/has-this-model", "not a hub id!", "/no/such/directory"])
+def test_an_unknown_name_is_refused_by_its_setting_with_the_packaged_names(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        model_directory(name, "model.language_model")
+    assert f"model.language_model={name}" in str(caught.value)
+    for packaged in PACKAGED_MODELS:
+        assert packaged in str(caught.value)
+
+
+def test_the_fingerprint_does_not_depend_on_where_a_model_lies(tiny_vit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_vit, copy)
+    assert fingerprint(copy) == fingerprint(tiny_vit)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_the_fingerprint_changes_with_every_file_that_changes_the_result(tiny_vit: Path, tmp_path: Path, name: str) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_vit, changed)
+    content = bytearray((changed / name).read_bytes())
+    content[-1] ^= 1
+    (changed / name).write_bytes(content)
+    assert fingerprint(changed) != fingerprint(tiny_vit)
+
+
+def test_the_fingerprint_does_not_depend_on_the_readme(tiny_vit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_vit, copy)
+    (copy / "README.md").write_text("A model.")
+    assert fingerprint(copy) == fingerprint(tiny_vit)
+
+
+def test_a_file_is_hashed_once_and_again_after_it_changed(tiny_vit: Path, tmp_path: Path) -> None:
+    copy, notes = tmp_path / "copy", tmp_path / "cache" / "fingerprints"
+    shutil.copytree(tiny_vit, copy)
+    before = fingerprint(copy)
+    count = len(list(notes.iterdir()))
+    fingerprint.cache_clear()
+    assert fingerprint(copy) == before
+    assert len(list(notes.iterdir())) == count
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(1, 1))
+    fingerprint.cache_clear()
+    assert fingerprint(copy) != before
+    assert len(list(notes.iterdir())) == count + 1

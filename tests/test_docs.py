@@ -1,0 +1,65 @@
+"""Every command in the README and in docs/ runs: the shell blocks in order, in one directory, as a reader would type them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.data.emoji import EMOJI_FILE
+from raytrain2p.data.images import ImageRef
+from tests.launch.launching import run_command
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+SHORT = {1: ["training.max_epochs=1", "training.batch_size=16"], 2: ["training.max_steps=2"]}
+ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
+
+
+def commands() -> list[list[str]]:
+    return [shlex.split(line) for page in PAGES for block in FENCE.findall(page.read_text()) for line in block.splitlines()]
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Path:
+    """A directory with what the commands name: records of both phases, a picture, and configs/."""
+    records = tmp_path / "records"
+    records.mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "picture.png").write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
+    rows: dict[int, list[dict[str, str]]] = {1: [], 2: []}
+    for number in range(32):
+        image = f"{number}.png"
+        (records / image).write_bytes(ImageRef(str(EMOJI_FILE), number).read())
+        rows[1].append({"text": f"drawing {number // 3}", "image": image})
+        rows[2].append({"instruction": "Which one?", "response": f"number {number // 3}", "image": image})
+    for phase, lines in rows.items():
+        (records / f"train{phase}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return tmp_path
+
+
+@pytest.mark.real
+def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str) -> None:
+    typed = commands()
+    assert len(typed) >= 10
+    for words in typed:
+        if words[0] in ELSEWHERE:
+            continue
+        assert words[:2] == ["python", "-m"], f"no test runs {' '.join(words)}"
+        arguments = words[2:]
+        if arguments[0] == "raytrain2p.train":
+            own = any(word.startswith("data.train=") for word in arguments)
+            arguments += SHORT[int(arguments[arguments.index("--phase") + 1])]
+            arguments += [] if own else ["evaluation.max_records=4", "training.batch_size=4"]
+            if "launch.num_workers=2" not in arguments:
+                arguments.append("launch.cpus_per_worker=2")
+        done = run_command(reader, *arguments, RAY_ADDRESS=ray_head)
+        assert done.code == 0, f"{' '.join(words)}\n{done.err[-3000:]}"
+
+
+def test_every_page_that_is_linked_exists() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links {target}"

@@ -1,0 +1,120 @@
+"""Finding a run's artifact again: by path, by run ID or the start of one, or the latest."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.config import InputError
+from raytrain2p.tracking.lookup import find_artifact
+
+FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
+
+
+def make_run(root: Path, run_id: str, timestamp: str, artifact: str | None = "aligner.pt", phase: str = "alignment") -> Path:
+    folder = root / phase / f"{run_id}_{timestamp}"
+    folder.mkdir(parents=True)
+    if artifact is not None:
+        (folder / artifact).write_bytes(b"tensors")
+    return folder
+
+
+def find(root: Path, wanted: str, phase: str = "alignment", artifact: str = "aligner.pt") -> Path:
+    return find_artifact(str(root), phase, artifact, wanted, "model.aligner")
+
+
+def message(root: Path, wanted: str) -> str:
+    with pytest.raises(InputError) as caught:
+        find(root, wanted)
+    (problem,) = caught.value.problems
+    assert problem.where == f"model.aligner={wanted}"
+    return f"{problem.what}\n{problem.mend}"
+
+
+def test_a_path_of_a_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.pt").write_bytes(b"")
+    assert find(tmp_path, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
+    monkeypatch.chdir(tmp_path)
+    assert find(tmp_path, "mine.pt") == tmp_path / "mine.pt"
+
+
+def test_a_path_of_a_run_directory_means_the_artifact_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path / "elsewhere", str(run)) == run / "aligner.pt"
+
+
+@pytest.mark.parametrize("length", [1, 8, 32])
+def test_a_run_id_or_its_unambiguous_start_finds_the_run(tmp_path: Path, length: int) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    run = make_run(tmp_path, THIRD, "20250101_120000")
+    assert find(tmp_path, THIRD[:length]) == run / "aligner.pt"
+
+
+def test_the_name_of_a_run_directory_finds_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path, run.name) == run / "aligner.pt"
+
+
+def test_an_ambiguous_start_is_refused_with_the_runs_that_fit(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260102_120000")
+    make_run(tmp_path, THIRD, "20260103_120000")
+    told = message(tmp_path, "a1")
+    assert "fits 2 runs" in told
+    assert "more of the run ID" in told
+    assert find(tmp_path, SECOND[:18]).parent.name.startswith(SECOND)
+
+
+def test_runs_that_an_ambiguous_start_fits_can_be_told_apart_in_the_message(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260102_120000")
+    listed = message(tmp_path, "a1").splitlines()[0].rpartition(": ")[2].split(", ")
+    assert len(set(listed)) == 2
+
+
+def test_what_fits_nothing_is_refused_with_the_place_that_was_searched(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    told = message(tmp_path, "ffff")
+    assert "neither a file nor the start of a run ID" in told
+    assert str(tmp_path / "alignment") in told
+
+
+def test_a_run_that_did_not_finish_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000", artifact=None)
+    told = message(tmp_path, FIRST[:8])
+    assert str(run) in told
+    assert "did not finish" in told
+
+
+def test_latest_is_the_newest_by_timestamp_and_not_by_run_id(tmp_path: Path) -> None:
+    make_run(tmp_path, THIRD, "20260101_235959")
+    newest = make_run(tmp_path, FIRST, "20260102_000000")
+    make_run(tmp_path, SECOND, "20251231_235959")
+    assert find(tmp_path, "latest") == newest / "aligner.pt"
+
+
+def test_of_two_runs_of_one_second_the_later_changed_is_latest(tmp_path: Path) -> None:
+    newest = make_run(tmp_path, FIRST, "20260102_000000")
+    other = make_run(tmp_path, THIRD, "20260102_000000")
+    os.utime(other, (1, 1))
+    assert find(tmp_path, "latest") == newest / "aligner.pt"
+
+
+def test_latest_passes_over_runs_without_an_artifact_and_other_directories(tmp_path: Path) -> None:
+    finished = make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260301_120000", artifact=None)
+    make_run(tmp_path, "notes", "20260401_120000")
+    assert find(tmp_path, "latest") == finished / "aligner.pt"
+
+
+def test_latest_looks_at_its_own_phase_only(tmp_path: Path) -> None:
+    aligned = make_run(tmp_path, FIRST, "20260101_120000")
+    tuned = make_run(tmp_path, SECOND, "20260102_120000", "model.pt", "phase2")
+    assert find(tmp_path, "latest") == aligned / "aligner.pt"
+    assert find(tmp_path, "latest", "phase2", "model.pt") == tuned / "model.pt"
+
+
+def test_latest_without_any_finished_run_says_what_to_do_first(tmp_path: Path) -> None:
+    told = message(tmp_path, "latest")
+    assert "no finished run with aligner.pt" in told
+    assert "--phase 1" in told
