@@ -64,20 +64,17 @@ def bare_loop(steps: int) -> list[float]:
 
 def through_ray(steps: int) -> list[float]:
     """The same figure out of metrics.jsonl of a real run."""
-    command = [
-        sys.executable,
-        "-m",
-        "raytrain2p.train",
-        "--phase",
-        "2",
-        "--json",
-        f"training.max_steps={steps}",
-        f"training.log_every={WINDOW}",
-    ]
-    done = subprocess.run([*command, "data.test={}", "data.val=null"], stdout=subprocess.PIPE, text=True, check=True)
-    metrics = Path(json.loads(done.stdout.splitlines()[-1])["directory"]) / "metrics.jsonl"
+    settings = [f"training.max_steps={steps}", f"training.log_every={WINDOW}", "data.test={}", "data.val=null"]
+    outcome = json.loads(last_line("-m", "raytrain2p.train", "--phase", "2", "--json", *settings))
+    metrics = Path(outcome["directory"]) / "metrics.jsonl"
     points = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [point["value"] for point in points if point["name"] == "samples_per_second"]
+
+
+def last_line(*arguments: str) -> str:
+    """Of what a Python process prints."""
+    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return done.stdout.splitlines()[-1]
 
 
 def main() -> None:
@@ -91,10 +88,7 @@ def main() -> None:
         return
     ratios = []
     for number in range(1, options.rounds + 1):
-        again = [sys.executable, __file__, "--bare", "--steps", str(options.steps)]
-        bare = statistics.median(
-            json.loads(subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])[1:]
-        )
+        bare = statistics.median(json.loads(last_line(__file__, "--bare", "--steps", str(options.steps)))[1:])
         ours = statistics.median(through_ray(options.steps)[1:])
         ratios.append(ours / bare)
         print(f"round {number}: bare loop {bare:.1f} samples/s, through Ray and Lightning {ours:.1f}, ratio {ours / bare:.3f}", flush=True)

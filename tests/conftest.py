@@ -3,13 +3,10 @@
 import os
 from pathlib import Path
 
-import pytest
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; read when transformers is imported
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
-pytest_plugins = ["tests.launch.launching"]
-
+import pytest
 import torch
 from transformers import (
     BertConfig,
@@ -21,6 +18,8 @@ from transformers import (
     ViTImageProcessorPil,
     ViTModel,
 )
+
+pytest_plugins = ["tests.launch.launching"]
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

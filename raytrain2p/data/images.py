@@ -55,7 +55,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: not a picture, or torn; Pillow uses all three.
     """
-    image = Image.open(io.BytesIO(encoded))
+    image: Image.Image = Image.open(io.BytesIO(encoded))
     image.load()
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")

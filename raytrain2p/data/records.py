@@ -108,6 +108,7 @@ def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[P
         return [row]
     if not isinstance(row, Mapping):
         return [Problem(where, f"is a {type(row).__name__}, required is a JSON object")]
+    required: tuple[str, ...]
     required, optional = FIELDS[phase]
     if not answered:
         required = tuple(name for name in required if name != "response")

@@ -14,6 +14,8 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.chatter import muted_stderr
 
+SECONDS_TO_ANSWER = 5.0
+
 
 @dataclass(frozen=True)
 class Capacity:
@@ -38,15 +40,34 @@ class Capacity:
 
 
 def existing_address() -> str | None:
-    """The address of a running cluster: from the environment, or of a Ray that was started on this machine."""
+    """The address of a running cluster: from the environment (`local` stands for none), or of a Ray on this machine.
+
+    Raises:
+        InputError: the environment names a cluster that does not answer.
+    """
     if address := os.environ.get("RAY_ADDRESS"):
+        if address == "local":
+            return None
+        if not answers(address):
+            raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray answers there", "start the cluster, or unset RAY_ADDRESS"))
         return address
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     try:
-        return str(canonicalize_bootstrap_address_or_die("auto"))
+        address = str(canonicalize_bootstrap_address_or_die("auto"))
     except ConnectionError:
         return None
+    return address if answers(address) else None  # Ray's note of the last cluster outlives a cluster that was killed
+
+
+def answers(address: str) -> bool:
+    """Whether somebody listens at `[ray://]host:port`; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def local_capacity() -> Capacity:

@@ -54,7 +54,8 @@ def check(settings: Settings, phase: int, console: Console) -> tuple[Settings, A
     findings = Findings()
     with findings:
         settings = resolve_aligner(settings, console)
-    findings.extend(check_before_connecting(settings.launch))
+    with findings:
+        findings.extend(check_before_connecting(settings.launch))
     survey = None
     console.show("reading records and decoding new pictures")
     with findings:
@@ -162,7 +163,7 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
 
 
 def _resources(settings: Settings, threads: int) -> dict[str, float]:
-    return {"CPU": threads} | ({"GPU": 1} if settings.launch.use_gpu else {})
+    return {"CPU": float(threads)} | ({"GPU": 1.0} if settings.launch.use_gpu else {})
 
 
 def _cause(error: Exception) -> str:

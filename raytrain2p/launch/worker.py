@@ -126,7 +126,7 @@ def validation_shares(lengths: np.ndarray, size: int, world: World) -> list[Shar
     order = np.argsort(lengths, kind="stable")
     shares = [Share(order[start : start + size], 1) for start in range(0, len(order), size)]
     shares += [Share(shares[0].records, 0)] * (-len(shares) % world.size)
-    return list(world.share(shares))
+    return world.share(shares)
 
 
 def build_trainer(

@@ -22,6 +22,11 @@ class Branch(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dimension)
         )
         self.query = nn.Linear(dimension, 1)
+        self.width = width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.weight.dtype
 
     def grid(self, features: torch.Tensor) -> torch.Tensor:
         """(B, T, D) to (B, T, S)."""

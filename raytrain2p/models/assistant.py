@@ -88,10 +88,9 @@ class Assistant(nn.Module):
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
         features = batch.features
         if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it
-            width = self.branch.map[1].in_features
-            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, width, dtype=self.branch.map[1].weight.dtype)))
+            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, self.branch.width, dtype=self.branch.dtype)))
             return embeddings + 0 * idle.sum().to(embeddings.dtype)
-        grid = self.branch.grid(features.to(self.branch.map[1].weight.dtype))
+        grid = self.branch.grid(features.to(self.branch.dtype))
         soft = self.projector(pool_grid(grid, self.soft_tokens))
         return embeddings.masked_scatter(batch.soft.unsqueeze(-1), soft.to(embeddings.dtype))
 

@@ -35,7 +35,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
     """(b, ...) of each worker to (N, ...), with the gradient. Alone, the rows themselves."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return rows
-    return GatherWithGradient.apply(rows)  # type: ignore[no-untyped-call]
+    return GatherWithGradient.apply(rows)
 
 
 class ContrastiveLoss(nn.Module):

@@ -374,7 +374,7 @@ def score(module: InstructionModule, split: Dialogues, chosen: np.ndarray, world
     Greedy decoding gives the reference, token by token up to the stop token, if and only if the reference's every token
     is the most likely one after the reference's own beginning: so one forward pass decides it, without generating.
     """
-    mine = np.array(world.share(chosen[np.argsort(split.lengths[chosen], kind="stable")]))
+    mine = world.share(chosen[np.argsort(split.lengths[chosen], kind="stable")])
     total, tokens, right = 0.0, 0, 0
     size = module.settings.evaluation.batch_size
     for start in range(0, len(mine), size):
@@ -394,7 +394,7 @@ def sample_answers(module: InstructionModule, name: str, split: Dialogues, most:
     """Generated answers to a few records of a split, as rows of a table."""
     chat = load_chat_format(model_directory(module.settings.model.language_model), module.settings.model.soft_tokens, None)
     chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
-    mine = np.array(world.share(chosen), np.int64)
+    mine = world.share(chosen)
     texts: list[str] = []
     if len(mine):
         batch = module.assemble(module.transfer_batch_to_device(split.prompts(Share(mine, 0)), module.device, 0))

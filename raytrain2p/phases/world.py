@@ -1,13 +1,13 @@
 """The workers of a run, as the phases see them: the one place where ranks are asked for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-T = TypeVar("T")
+Items = TypeVar("Items", list[Any], np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def share(self, items: Items) -> Items:
         """Every `size`-th item, beginning at `rank`."""
         return items[self.rank :: self.size]
 

@@ -9,6 +9,7 @@ import ray
 from PIL import Image
 
 from raytrain2p import train
+from raytrain2p.launch.cluster import existing_address
 from tests.launch.launching import Command
 
 Refuse = Callable[..., str]
@@ -23,11 +24,11 @@ def refused(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
 
     def run(phase: int, *arguments: str) -> str:
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         code = train.main(["--phase", str(phase), "--config", str(tiny_config / f"phase{phase}.yaml"), *arguments])
         said = capsys.readouterr().err
         assert code == 2, said
-        assert {path for path in tmp_path.rglob("*")} == before, "a refused start leaves nothing behind"
+        assert set(tmp_path.rglob("*")) == before, "a refused start leaves nothing behind"
         assert not ray.is_initialized()
         return said
 
@@ -125,6 +126,17 @@ def test_a_cluster_that_lacks_what_is_asked_for_says_so_at_once(run: Callable[..
     assert "the cluster has 2 on 1 node(s)" in done.err
     assert not (workshop / "checkpoints").exists()
     assert not (workshop / "mlflow.db").exists()
+
+
+def test_a_cluster_that_does_not_answer_is_named_at_once(refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    assert "RAY_ADDRESS=127.0.0.1:9" in refused(1)
+
+
+def test_rays_note_of_a_cluster_that_was_killed_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address_or_die", lambda address: "127.0.0.1:9")
+    assert existing_address() is None
 
 
 def test_a_dry_run_starts_nothing_and_tells_the_sizes(

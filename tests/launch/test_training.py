@@ -109,6 +109,14 @@ def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_c
     assert parts.losses == pytest.approx(tuned.losses, abs=1e-4)
 
 
+def test_a_run_on_a_ray_of_its_own_is_not_ended_by_another_ray_beside_it(run: Run, tiny_config: Path, ray_head: str) -> None:
+    """Ray Train watches its controller through "the" Ray of the machine, which need not be the run's own."""
+    alone = run(
+        "raytrain2p.train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "training.max_steps=400", RAY_ADDRESS="local"
+    )
+    assert alone.code == 0, alone.err
+
+
 def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workshop: Path) -> None:
     overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker finds out
     failed = train(run, tiny_config, 2, *overrides)
