@@ -24,7 +24,7 @@ def bare_loop(steps: int) -> list[float]:
     import torch
     from torch.optim.lr_scheduler import LambdaLR
 
-    from raytrain2p.config import load_settings
+    from raytrain2p.config import InstructionSettings, load_settings
     from raytrain2p.data.batches import StepSampler
     from raytrain2p.launch.driver import resolve_aligner
     from raytrain2p.launch.progress import Console
@@ -34,6 +34,7 @@ def bare_loop(steps: int) -> list[float]:
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     settings = resolve_aligner(load_settings(2), Console())
+    assert isinstance(settings, InstructionSettings)
     data = instruction.survey(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
     module = instruction.build(settings, {}, steps, precision)
@@ -49,7 +50,7 @@ def bare_loop(steps: int) -> list[float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             loss = module(batch) / share.step_tokens
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.training.gradient_clip)
+        torch.nn.utils.clip_grad_norm_(trained, settings.training.gradient_clip or float("inf"))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -42,6 +42,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="records per forward pass (default 32)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with `answer`")
     options = parser.parse_args(arguments)
+    if options.batch_size < 1 or options.max_new_tokens < 1:
+        parser.error("--batch-size and --max-new-tokens must be at least 1")
     if (options.file is None) == (options.question is None):
         parser.error("give either a question or --file")
     return options

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from raytrain2p.config import InputError, load_settings
 from raytrain2p.config.help import describe_settings
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 130
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,6 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"raytrain2p: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("raytrain2p: stopped", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 if __name__ == "__main__":

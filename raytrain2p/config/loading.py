@@ -17,6 +17,7 @@ from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, Ins
 
 Settings = AlignmentSettings | InstructionSettings
 
+MODEL_KEYS = ("language_model", "image_encoder", "text_encoder")
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -62,6 +63,8 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
         findings.extend(_problem(kind, detail, path, overrides) for detail in error.errors())
         findings.extend(_cross_field_problems(tree, path))
     findings.raise_any()
+    if "://" in settings.output.root:
+        raise InputError(Problem(f"output.root={settings.output.root}", "is no directory", "give one on storage that all nodes share"))
     return absolute_paths(settings)
 
 
@@ -209,6 +212,11 @@ def absolute_paths(settings: Settings) -> Settings:
         """Records are input: they are looked for where the command was typed, not where results are kept."""
         return text if "://" in text or text.startswith("emoji:") else str(Path(text).expanduser().absolute())
 
+    def resolve_model(name: str) -> str:
+        """A local directory by its whole path; hub IDs and packaged names as they are."""
+        return str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
+
+    models = {key: resolve_model(value) for key, value in settings.model if key in MODEL_KEYS}
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
     uri = settings.tracking.uri
@@ -225,6 +233,7 @@ def absolute_paths(settings: Settings) -> Settings:
                     "feature_store": resolve(store),
                 }
             ),
+            "model": settings.model.model_copy(update=models),
             "output": settings.output.model_copy(update={"root": resolve(settings.output.root)}),
             "tracking": settings.tracking.model_copy(update={"uri": uri}),
         }

@@ -58,7 +58,7 @@ class TrainingSettings(SettingsGroup):
 class CheckpointSettings(SettingsGroup):
     """Which checkpoint counts as the best. The latest is always kept beside it."""
 
-    monitor: str = Field("train_loss", description="metric that ranks checkpoints: `train_loss` or a validation metric (`val/loss`)")
+    monitor: Literal["train_loss", "val/loss"] = Field("train_loss", description="metric that ranks checkpoints")
     mode: Literal["min", "max"] = Field("min", description="whether a smaller or a larger monitored metric is better")
 
 
@@ -140,7 +140,7 @@ class InstructionModelSettings(SettingsGroup):
 class RunSettings(SettingsGroup):
     """What the settings of both phases share."""
 
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seeds initial weights, data order and dropout")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seeds initial weights, data order and dropout")
     data: DataSettings
     training: TrainingSettings
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -34,7 +34,7 @@ class ChatFormat:
         rest = whole[len(prompt) :] if whole.startswith(prompt) else response.replace(PICTURE, "")  # some templates rewrite earlier turns
         tokens = self._tokens(rest)
         stop = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
-        return tokens[: stop + 1] if stop is not None else [*tokens, self.stop_ids[0]]
+        return tokens[: stop + 1] if stop is not None else [*tokens, *self.stop_ids[:1]]
 
     def _render(self, instruction: str, with_image: bool, response: str | None = None) -> str:
         response = response and response.replace(PICTURE, "")

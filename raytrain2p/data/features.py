@@ -43,10 +43,6 @@ class FeatureTable:
         """Features (len(items), T, D), float16."""
         return torch.from_numpy(np.stack([_mapped(self.shards[self.files[item]])[self.rows[item]] for item in items]))
 
-    def take(self, items: np.ndarray) -> "FeatureTable":
-        """The table of some of the items, in the given order."""
-        return FeatureTable(self.shards, self.files[items], self.rows[items])
-
 
 @functools.lru_cache(maxsize=4096)
 def _mapped(shard: str) -> np.ndarray:
@@ -170,7 +166,10 @@ class ShardWriter:
             for source, row, text in zip(batch["source"], batch["row"], batch["text"], strict=True)
         ]
         parts = [self.encoder(items[start : start + ENCODE_ROWS]).cpu().numpy() for start in range(0, len(items), ENCODE_ROWS)]
-        write_shard(self.directory, [bytes(key) for key in batch["key"]], np.concatenate(parts))
+        features = np.concatenate(parts)
+        if not np.isfinite(features).all():
+            raise ValueError("the encoder's output has values beyond float16 (65504) or NaN: use data.features=online, or another encoder")
+        write_shard(self.directory, [bytes(key) for key in batch["key"]], features)
         return {"rows": np.array([len(items)])}
 
 

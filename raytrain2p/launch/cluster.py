@@ -15,6 +15,7 @@ from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.chatter import muted_stderr
 
 SECONDS_TO_ANSWER = 5.0
+CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,12 @@ def existing_address() -> str | None:
         if not answers(address):
             raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray answers there", "start the cluster, or unset RAY_ADDRESS"))
         return address
-    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from ray._private.services import find_bootstrap_address
 
-    try:
-        address = str(canonicalize_bootstrap_address_or_die("auto"))
-    except ConnectionError:
-        return None
-    return address if answers(address) else None  # Ray's note of the last cluster outlives a cluster that was killed
+    # The note that `ray start` leaves, and not any Ray among the processes: another launch's own ends with that launch.
+    # The note outlives a cluster that was killed.
+    address = find_bootstrap_address(None)
+    return str(address) if address and answers(address) else None
 
 
 def answers(address: str) -> bool:
@@ -138,7 +138,8 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
     # Without it, an actor of Ray Train asks the Ray that was started last on this machine whether our controller lives, and,
     # when that one has not heard of it, ends our workers: two Rays on one machine would not survive each other.
-    options["runtime_env"] = {"env_vars": {"RAY_ADDRESS": address}}
+    caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
+    options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
     try:
         with nullcontext() if verbose else muted_stderr():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)

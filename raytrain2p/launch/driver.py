@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+import time
 import traceback
 import uuid
 from contextlib import suppress
@@ -92,6 +93,7 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         quiet()
     settings, survey = check(settings, phase, console)
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
+    check_phase_of_launch(settings, phase, launch_id)
     with connected(settings.launch, verbose) as capacity:
         prepare_store(settings, PHASES[phase].EXPERIMENT)
         encode(survey, settings, capacity, console)
@@ -109,15 +111,35 @@ def checked_launch_id(launch_id: str) -> str:
     return launch_id
 
 
+def check_phase_of_launch(settings: Settings, phase: int, launch_id: str) -> None:
+    """A launch ID belongs to one run, and so to one phase.
+
+    Raises:
+        InputError: it was used for the other phase.
+    """
+    run = recorded_run(settings.output.root, launch_id)
+    if run is not None and run.phase != PHASES[phase].NAME:
+        raise InputError(
+            Problem(
+                f"--launch-id {launch_id}",
+                f"belongs to {run.phase} run {run.run_id}; required is one of phase {phase}",
+                "take another name",
+            )
+        )
+
+
 def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console) -> None:
     """Run the frozen encoders over what the store does not have yet."""
     workers = settings.data.feature_workers
-    cpus = 1 if settings.launch.use_gpu else max(1, int(min(max(cpus for cpus, _ in capacity.nodes), capacity.cpus // workers)))
+    free = min(ray.available_resources().get("CPU", 0.0), max(cpus for cpus, _ in capacity.nodes))
+    cpus = 1 if settings.launch.use_gpu else max(1, int(free // workers))
     for job in survey.jobs:
 
         def progress(done: int, total: int, what: str = job.what) -> None:
             console.show(f"encoding {what}: {done}/{total}")
 
+        if job.store.missing(job.items):
+            say_if_waiting(cpus * workers, console)
         computed = job.store.complete(job.items, job.build, workers, cpus, int(settings.launch.use_gpu), progress)
         if job.items:
             console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
@@ -146,12 +168,15 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     )
     workers = f"{settings.launch.num_workers} worker{'s' if settings.launch.num_workers > 1 else ''}"
     console.say(f"starting {workers} with {threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each")
-    free = ray.available_resources().get("CPU", 0.0)
-    if free < threads * settings.launch.num_workers:
-        console.say(f"waiting for CPUs: {free:g} of {threads * settings.launch.num_workers} are free, others of this cluster use the rest")
+    say_if_waiting(threads * settings.launch.num_workers, console)
     try:
         with followed(board, console):
             result = trainer.fit()
+    except KeyboardInterrupt:
+        if (run := recorded_run(settings.output.root, launch_id)) is not None:
+            with suppress(Exception):
+                finish_run(run, "KILLED")
+        raise
     except Exception as error:
         if (run := recorded_run(settings.output.root, launch_id)) is not None:
             with suppress(Exception):  # the failure itself is what the user must hear about
@@ -160,6 +185,16 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     assert result.checkpoint is not None
     with result.checkpoint.as_directory() as folder:
         return Outcome(**json.loads((Path(folder) / "run.json").read_text()))
+
+
+def say_if_waiting(needed: int, console: Console) -> None:
+    """Ray starts the workers once others of the cluster leave enough CPUs; without a word that looks like a hang."""
+    for _ in range(10):  # the encoders' own CPUs are given back a moment after they finish
+        free = ray.available_resources().get("CPU", 0.0)
+        if free >= needed:
+            return
+        time.sleep(0.5)
+    console.say(f"waiting for CPUs: {free:g} of {needed} are free, others of this cluster use the rest")
 
 
 def _resources(settings: Settings, threads: int) -> dict[str, float]:

@@ -3,9 +3,11 @@
 import json
 from typing import Any
 
+import torch
 import yaml
 
 from raytrain2p.config import Settings
+from raytrain2p.models.precision import resolve_precision
 from raytrain2p.phases.module import count_parameters, planned_steps
 from raytrain2p.tracking.run import masked
 
@@ -19,6 +21,8 @@ def dry_run(settings: Settings, survey: Any) -> str:
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
     counts = count_parameters(survey.parts())
     steps = planned_steps(settings.training, survey.records, settings.launch.num_workers)
+    # encoders are in the worker's memory only where they run in the step
+    held = sum(count["frozen"] for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
     frozen = sum(count["frozen"] for count in counts.values())
     trained = sum(count["trained"] for count in counts.values())
     lines = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), "", f"{'parameters':16}{'frozen':>14}{'trained':>14}"]
@@ -29,7 +33,7 @@ def dry_run(settings: Settings, survey: Any) -> str:
         f"training records   {survey.records:,}",
         f"tokens per step    {survey.tokens_per_step():,}",
         f"steps              {steps:,}",
-        f"memory per worker  about {memory_mb(settings, survey, frozen, trained):,.0f} MB",
+        f"memory per worker  about {memory_mb(settings, survey, held, trained):,.0f} MB",
         "nothing was started",
     ]
     return "\n".join(lines)
@@ -37,7 +41,8 @@ def dry_run(settings: Settings, survey: Any) -> str:
 
 def memory_mb(settings: Settings, survey: Any, frozen: int, trained: int) -> float:
     """Weights, gradients, optimizer state and activations kept for the backward pass. An estimate: kernels add to it."""
-    width = 4 if settings.training.precision == "float32" else 2
+    on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
+    width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.use_gpu else 4
     positions, activations = survey.widest()
     kept = settings.training.batch_size * positions * activations * width
     return PROCESS_MB + (frozen * width + trained * (4 + GRADIENT_AND_ADAM) + kept) / 1e6

@@ -36,6 +36,7 @@ from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.run import Run, describe_run, finish_run, get_or_create_run
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
+ANSWERS_SHOWN = 20
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -76,18 +77,33 @@ def train_worker(config: dict[str, Any]) -> None:
 
     train_loader, val_loader = loaders(settings, data, world)
     trainer = build_trainer(settings, run, world, precision, (steps, len(train_loader)), writer, show)
-    resumed = last_checkpoint(run.checkpoints)
+    torch.manual_seed(settings.seed * world.size + world.rank)  # dropout differs between workers
+    resumed = from_first(last_checkpoint(run.checkpoints))
     trainer.fit(module, train_loader, val_loader, ckpt_path=str(resumed) if resumed else None, weights_only=resumed is not None)
-    validated = validate_end(trainer, module, val_loader)
 
-    best = best_checkpoint(run.checkpoints)
+    trained = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    validated = validate_end(trainer, module, val_loader)
+    best = from_first(best_checkpoint(run.checkpoints))
     module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
+    if world.is_first:  # before anything is measured: what has been trained is safe then
+        phase.export(module, run.path / phase.ARTIFACT, json.loads((run.path / "config.json").read_text()))
     metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
     if writer is not None:
         writer.write([Point(name, value, steps, time.time()) for name, value in (validated | metrics).items()])
-        finish(run, phase, module, settings, metrics, tables)
-    metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-    report(plan, run, best, metrics, world)
+        finish(run, phase, metrics, tables)
+    report(plan, run, best, metrics | trained | validated, world)
+
+
+def from_first(path: Path | None) -> Path | None:
+    """What rank 0 found, on every worker: listings of shared storage may differ from node to node for a while.
+
+    Raises:
+        FileNotFoundError: this worker does not see it: output.root is not on storage that all nodes share.
+    """
+    found = ray.train.collective.broadcast_from_rank_zero(path)
+    if found is not None and not found.is_file():
+        raise FileNotFoundError(f"rank 0 found {found}, which this node does not have: output.root must be on shared storage")
+    return found
 
 
 def attach_run(plan: Plan, world: World) -> Run:
@@ -201,20 +217,23 @@ def evaluate(
     return metrics, tables
 
 
-def finish(run: Run, phase: Any, module: PhaseModule, settings: Settings, metrics: dict[str, float], tables: dict[str, Any]) -> None:
-    """Artifact, tables and pictures into the run directory and into MLflow; then the run is FINISHED."""
-    config = json.loads((run.path / "config.json").read_text())
-    phase.export(module, run.path / phase.ARTIFACT, config)
+def finish(run: Run, phase: Any, metrics: dict[str, float], tables: dict[str, Any]) -> None:
+    """Tables and pictures into the run directory, and all of it into MLflow; then the run is FINISHED."""
     training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
     if answers := tables.get("answers"):
         write_whole(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
         title = f"run {run.run_id[:8]}: answers on test pictures, drawn at random"
-        answer_sheet(answers[:20], _image_of, run.path / "plots" / "answers.png", title)
+        answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
         run.client.log_artifact(run.run_id, str(run.path / "answers.jsonl"))
     write_json(run.path / "test_metrics.json", metrics)
     run.client.log_artifact(run.run_id, str(run.path / phase.ARTIFACT), Path(phase.ARTIFACT).stem)
     run.client.log_artifacts(run.run_id, str(run.path / "plots"), "plots")
     finish_run(run, "FINISHED")
+
+
+def spread(rows: list[Any], most: int) -> list[Any]:
+    """At most so many of them, evenly from the whole list."""
+    return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
 
 
 def _image_of(row: dict[str, Any]) -> Any:

@@ -5,7 +5,8 @@ Shape letters: B items in a batch, T positions of the grid (1 for pooled text), 
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,19 @@ class ImageEncoder:
     Args:
         name: model setting (hub ID, directory or packaged name).
         image_size: side in pixels; None takes the model's own.
-        device: where the model runs.
+        device: where the model runs (default: a GPU if this process has one); pixels on another device take it along.
 
     Raises:
         InputError: transformers cannot load it as a vision encoder.
     """
 
-    def __init__(self, name: str, image_size: int | None = None, device: str = "cpu") -> None:
+    def __init__(self, name: str, image_size: int | None = None, device: str | None = None) -> None:
         directory = model_directory(name, "model.image_encoder")
         self.fingerprint = image_fingerprint(directory, image_size)
-        self.device = device
+        self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.image_encoder")
         model = getattr(model, "vision_model", model)  # the picture half of a CLIP or SigLIP
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
         except (OSError, ValueError, KeyError) as error:
@@ -60,9 +61,12 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features (B, T, D), float16, on the encoder's device."""
-        with torch.autocast(self.device, enabled=False):  # the step's precision is not the encoder's
-            pixels = pixels.to(self.device, memory_format=torch.channels_last)
+        """Features (B, T, D), float16, on the device of the pixels."""
+        if pixels.device != self.device:
+            self.device = pixels.device
+            self.model.to(self.device)
+        with torch.autocast(self.device.type, enabled=False):  # the step's precision is not the encoder's
+            pixels = pixels.to(memory_format=torch.channels_last)
             hidden = self.model(pixel_values=pixels, **self.options).last_hidden_state
         if hidden.ndim == 4:  # a convolutional network's (B, D, height, width)
             hidden = hidden.flatten(2).transpose(1, 2)
@@ -72,7 +76,7 @@ class ImageEncoder:
         return hidden.to(FEATURE_DTYPE)
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        return self.encode_pixels(self.preprocess(images))
+        return self.encode_pixels(self.preprocess(images).to(self.device))
 
 
 class TextEncoder:
@@ -82,13 +86,13 @@ class TextEncoder:
         InputError: transformers cannot load it.
     """
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
+    def __init__(self, name: str, device: str | None = None) -> None:
         directory = model_directory(name, "model.text_encoder")
         self.fingerprint = text_fingerprint(directory)
-        self.device = device
+        self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.text_encoder")
         model = getattr(model, "text_model", model)
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
 
     @torch.inference_mode()
@@ -100,13 +104,38 @@ class TextEncoder:
         return ((hidden * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).to(FEATURE_DTYPE)
 
 
-def grid_positions(name: str, image_size: int | None) -> int:
-    """T of an image encoder, by encoding one blank picture.
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def probe_image_encoder(name: str, image_size: int | None) -> int:
+    """T of an image encoder, by encoding one blank picture: what is wrong with an encoder shows then.
 
     Raises:
-        InputError: transformers cannot load it as a vision encoder.
+        InputError: transformers cannot load it, or it does not encode pictures.
     """
-    return int(ImageEncoder(name, image_size)([Image.new("RGB", (64, 64))]).shape[1])
+    with _told(f"model.image_encoder={name}", "does not encode pictures"):
+        return int(ImageEncoder(name, image_size)([Image.new("RGB", (64, 64))]).shape[1])
+
+
+def probe_text_encoder(name: str) -> None:
+    """Encode one word.
+
+    Raises:
+        InputError: transformers cannot load it, or it does not encode texts.
+    """
+    with _told(f"model.text_encoder={name}", "does not encode texts"):
+        TextEncoder(name)(["word"])
+
+
+@contextmanager
+def _told(where: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # a foreign model's own code: anything may come out of it
+        raise InputError(Problem(where, f"{what}: {type(error).__name__}: {_first_line(error)}", "take another encoder")) from None
 
 
 def image_fingerprint(directory: Path, image_size: int | None) -> str:
@@ -131,7 +160,10 @@ def encoder_width(name: str, setting: str) -> int:
         raise InputError(Problem(f"{setting}={name}", f"transformers cannot read its configuration: {_first_line(error)}")) from None
     part = getattr(config, "vision_config" if "image" in setting else "text_config", None) or config
     sizes = getattr(part, "hidden_sizes", None)  # convolutional networks list one width per stage
-    return int(sizes[-1] if sizes else part.hidden_size)
+    width = sizes[-1] if sizes else getattr(part, "hidden_size", None) or getattr(part, "hidden_dim", None)
+    if width is None:
+        raise InputError(Problem(f"{setting}={name}", "its configuration has no hidden_size", "take another encoder"))
+    return int(width)
 
 
 def _load(directory: Path, name: str, setting: str) -> Any:

@@ -64,6 +64,10 @@ class ContrastiveLoss(nn.Module):
 
         With `alone`, the other workers' items are left out (and nothing is communicated).
         """
+        with torch.autocast(left.device.type, enabled=False):  # bfloat16 has steps of half a unit at the largest scale
+            return self._loss(left, right, keys, alone)
+
+    def _loss(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, alone: bool) -> torch.Tensor:
         everyones = (lambda rows: rows) if alone else gather
         all_keys = everyones(keys)
         positive = keys[:, None] == all_keys[None, :]

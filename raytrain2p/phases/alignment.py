@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from raytrain2p.config import AlignmentSettings, Findings
 from raytrain2p.data.batches import Share
@@ -17,7 +18,15 @@ from raytrain2p.data.images import ImageRef, content_key, decode_image
 from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
-from raytrain2p.models.encoders import ImageEncoder, TextEncoder, encoder_width, grid_positions, image_fingerprint, text_fingerprint
+from raytrain2p.models.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    encoder_width,
+    image_fingerprint,
+    probe_image_encoder,
+    probe_text_encoder,
+    text_fingerprint,
+)
 from raytrain2p.models.losses import ContrastiveLoss
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.module import PhaseModule
@@ -90,7 +99,13 @@ class AlignmentSurvey:
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting."""
         module = AlignmentModule(self.settings, total_steps=1)
-        return {"aligner": module.aligner, "loss": module.loss}
+        model = self.settings.model
+        with torch.device("meta"):
+            encoders = {
+                what: AutoModel.from_config(AutoConfig.from_pretrained(model_directory(name))).requires_grad_(False)
+                for what, name in (("image encoder", model.image_encoder), ("text encoder", model.text_encoder))
+            }
+        return encoders | {"aligner": module.aligner, "loss": module.loss}
 
     def tokens_per_step(self) -> int:
         """There are no tokens in phase 1; a step is measured in pairs."""
@@ -114,11 +129,12 @@ def survey(settings: AlignmentSettings) -> AlignmentSurvey:
     with findings:
         image_directory = model_directory(model.image_encoder, "model.image_encoder")
         encoder_width(model.image_encoder, "model.image_encoder")
-        grid_positions(model.image_encoder, model.image_size)  # does it load, and does it take pictures?
+        probe_image_encoder(model.image_encoder, model.image_size)
         image_store = FeatureStore(store_root, image_fingerprint(image_directory, model.image_size))
     with findings:
         text_directory = model_directory(model.text_encoder, "model.text_encoder")
         encoder_width(model.text_encoder, "model.text_encoder")
+        probe_text_encoder(model.text_encoder)
         text_store = FeatureStore(store_root, text_fingerprint(text_directory))
     splits = read_splits(settings, 1, findings)
     records = [record for split in splits.values() for record in split]

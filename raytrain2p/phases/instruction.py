@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
 from raytrain2p.data.batches import Ragged, Share
@@ -21,7 +21,7 @@ from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact, save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, build_assistant
-from raytrain2p.models.encoders import ImageEncoder, grid_positions, image_fingerprint
+from raytrain2p.models.encoders import ImageEncoder, image_fingerprint, probe_image_encoder
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.module import PhaseModule
 from raytrain2p.phases.survey import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
@@ -106,9 +106,11 @@ class InstructionSurvey:
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting; made without memory for their weights."""
         with torch.device("meta"):
+            encoder = AutoModel.from_config(AutoConfig.from_pretrained(model_directory(self.settings.model.image_encoder)))
             assistant = build_assistant(assistant_shape(self.settings), "eager", torch.bfloat16, empty=True)
         trains_aligner(assistant, self.settings.model.train_aligner)
-        return {"language model": assistant.language_model, "aligner": assistant.branch, "projector": assistant.projector}
+        trained = {"aligner": assistant.branch, "projector": assistant.projector}
+        return {"image encoder": encoder.requires_grad_(False), "language model": assistant.language_model} | trained
 
     def tokens_per_step(self) -> int:
         """Expected number, from the mean length of the training records."""
@@ -142,7 +144,7 @@ def survey(settings: InstructionSettings) -> InstructionSurvey:
             check_soft_tokens(settings)
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
-        chat = load_chat_format(directory, model.soft_tokens, model.system_prompt)
+        chat = checked_language_model(settings, directory)
         limit = context_length(directory, model.max_length)
     splits = read_splits(settings, 2, findings)
     image_keys = check_images((record for split in splits.values() for record in split), store, findings)
@@ -167,6 +169,8 @@ def check_aligner(settings: InstructionSettings) -> None:
         InputError: it does not; both sides are named.
     """
     model, path = settings.model, Path(settings.model.aligner)
+    if not path.is_file():
+        return  # told where the setting was resolved to a path
     artifact = load_artifact(path, "alignment")
     found = fingerprint(model_directory(model.image_encoder, "model.image_encoder"))
     check_fingerprint(path, artifact, "image_encoder", model.image_encoder, found, "model.image_encoder")
@@ -180,6 +184,33 @@ def check_aligner(settings: InstructionSettings) -> None:
         )
 
 
+def checked_language_model(settings: InstructionSettings, directory: Path) -> ChatFormat:
+    """The chat format of a directory that holds a causal language model with a usable tokenizer and template.
+
+    Raises:
+        InputError: it does not.
+    """
+    model = settings.model
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+        chat = load_chat_format(directory, model.soft_tokens, model.system_prompt)
+        chat.response("Is this a question?", True, "This is an answer.")
+    except Exception as error:  # a foreign model's own code and template: anything may come out of it
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            Problem(
+                f"model.language_model={model.language_model}",
+                f"is no causal language model that can be used: {type(error).__name__}: {reason}",
+                "take another model; if its template refuses system messages, set model.system_prompt=null",
+            )
+        ) from None
+    if not chat.stop_ids:
+        raise InputError(Problem(f"model.language_model={model.language_model}", "its tokenizer has no end token", "take another model"))
+    return chat
+
+
 def check_soft_tokens(settings: InstructionSettings) -> None:
     """A picture gives at most as many soft tokens as its grid has positions.
 
@@ -187,7 +218,7 @@ def check_soft_tokens(settings: InstructionSettings) -> None:
         InputError: more are asked for.
     """
     model = settings.model
-    positions = grid_positions(model.image_encoder, model.image_size)
+    positions = probe_image_encoder(model.image_encoder, model.image_size)
     if model.soft_tokens > positions:
         raise InputError(
             Problem(
@@ -308,7 +339,8 @@ def build(settings: InstructionSettings, data: dict[str, Dialogues], total_steps
     trains_aligner(assistant, settings.model.train_aligner)
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return InstructionModule(settings, assistant, total_steps)
+    # from_pretrained leaves the model in evaluation mode, in which it neither drops out nor checkpoints activations
+    return InstructionModule(settings, assistant.train(), total_steps)
 
 
 def online(module: InstructionModule, data: dict[str, Dialogues]) -> dict[str, Dialogues]:
@@ -321,7 +353,8 @@ def online(module: InstructionModule, data: dict[str, Dialogues]) -> dict[str, D
 def evaluate(
     module: InstructionModule, data: dict[str, Dialogues], tests: list[str], world: World
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Loss and exact match by task on each test split, beside the majority class and the same with pictures shuffled.
+    """Loss and exact match by task on each test split, beside the same with pictures shuffled, and the majority class:
+    the best that one and the same answer to every record of the split could do.
 
     Returns:
         Metrics by name, and `{"answers": [...]}`: a table of sample answers.
@@ -329,9 +362,6 @@ def evaluate(
     settings = module.settings.evaluation
     metrics: dict[str, float] = {}
     answers: list[dict[str, Any]] = []
-    majority = {
-        task: Counter(r.response for r in data[TRAIN].records if r.task == task).most_common(1)[0][0] for task in set(data[TRAIN].tasks)
-    }
     for name in tests:
         split = data[name]
         for task in sorted(set(split.tasks)):
@@ -339,9 +369,8 @@ def evaluate(
             loss, exact = score(module, split, chosen, world)
             metrics[f"{name}/loss/{task}"] = loss
             metrics[f"{name}/exact_match/{task}"] = exact
-            if task in majority:
-                hits = [split.records[record].response == majority[task] for record in chosen]
-                metrics[f"{name}/majority/{task}"] = float(np.mean(hits))
+            commonest = Counter(split.records[record].response for record in chosen).most_common(1)[0][1]
+            metrics[f"{name}/majority/{task}"] = commonest / len(chosen)
             if settings.shuffled and (split.picture[chosen] >= 0).sum() > 1:
                 shuffled = replace(split, picture=shuffle_pictures(split.picture, chosen, module.settings.seed))
                 metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, world)[1]

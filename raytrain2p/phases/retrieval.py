@@ -1,8 +1,15 @@
 """Recall at k for retrieval between pictures and texts, where one text may describe several pictures."""
 
+from math import comb
+
 import numpy as np
 
 RANKS = (1, 5)
+
+
+def chance(candidates: int, right: int, k: int) -> float:
+    """That at least one of the right candidates is among k drawn at random without replacement (hypergeometric)."""
+    return 1 - comb(candidates - right, k) / comb(candidates, min(k, candidates)) if k < candidates else 1.0
 
 
 def retrieval_metrics(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, float]:
@@ -25,5 +32,5 @@ def retrieval_metrics(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -
         found = np.take_along_axis(hits, order, axis=1)
         for k in RANKS:
             metrics[f"{direction}recall_at_{k}"] = float(found[:, :k].any(axis=1).mean())
-        metrics[f"{direction}chance_at_1"] = float(hits.mean())
+            metrics[f"{direction}chance_at_{k}"] = float(np.mean([chance(len(row), int(row.sum()), k) for row in hits]))
     return metrics

@@ -267,7 +267,7 @@ def test_one_end_is_enough(end: str) -> None:
 def test_settings_are_frozen() -> None:
     settings = load_settings(2)
     with pytest.raises(ValidationError):
-        settings.training.batch_size = 3
+        settings.training.batch_size = 3  # type: ignore[misc]
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,14 +105,6 @@ def test_a_table_of_an_item_that_is_not_stored_is_refused(store: FeatureStore) -
         store.table([key("a"), key("z")])
 
 
-def test_taking_some_items_keeps_the_given_order(store: FeatureStore) -> None:
-    fill(store, {"a": 1, "b": 2, "c": 3})
-    taken = store.table([key(name) for name in "abc"]).take(np.array([2, 0, 2]))
-    assert len(taken) == 3
-    assert taken.gather([0, 1, 2])[:, 0, 0].tolist() == [3, 1, 3]
-    assert taken.take(np.array([1])).gather([0])[0, 0, 0].item() == 1
-
-
 def test_gathered_features_are_a_copy_that_may_be_changed(store: FeatureStore) -> None:
     fill(store, {"a": 1})
     table = store.table([key("a")])

@@ -111,9 +111,8 @@ def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_c
 
 def test_a_run_on_a_ray_of_its_own_is_not_ended_by_another_ray_beside_it(run: Run, tiny_config: Path, ray_head: str) -> None:
     """Ray Train watches its controller through "the" Ray of the machine, which need not be the run's own."""
-    alone = run(
-        "raytrain2p.train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "training.max_steps=400", RAY_ADDRESS="local"
-    )
+    config = str(tiny_config / "phase1.yaml")
+    alone = run("raytrain2p.train", "--phase", "1", "--config", config, "training.max_steps=400", RAY_ADDRESS="local")
     assert alone.code == 0, alone.err
 
 
