@@ -16,6 +16,7 @@ import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from torch.utils.data import DataLoader
 
@@ -166,11 +167,10 @@ def build_trainer(
         writer.write if writer else None,
         show_steps if show else None,
     )
-    strategy = ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
     return pl.Trainer(
         accelerator="gpu" if settings.launch.use_gpu else "cpu",
         devices="auto",
-        strategy=strategy,
+        strategy=build_strategy(settings, world),
         plugins=[RayLightningEnvironment()],
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
@@ -186,6 +186,13 @@ def build_trainer(
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
     )
+
+
+def build_strategy(settings: Settings, world: World) -> Strategy:
+    """As set; a single worker has nothing to exchange, and is spared the copies into all-reduce buckets."""
+    if world.size == 1:
+        return SingleDeviceStrategy(ray.train.torch.get_device())
+    return ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
 
 
 def validate_end(trainer: pl.Trainer, module: PhaseModule, loader: Any) -> dict[str, float]:

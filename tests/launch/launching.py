@@ -38,8 +38,17 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             time.sleep(0.5)
         yield "127.0.0.2:6399"
     finally:
-        head.terminate()
-        head.wait(timeout=90)
+        stop(head)
+
+
+def stop(node: subprocess.Popen[bytes]) -> None:
+    """By its process ID. `ray start --block` ends its daemons at once, but itself takes its time now and then."""
+    node.terminate()
+    try:
+        node.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        node.kill()
+        node.wait()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import Run
+from tests.launch.launching import Run, stop
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "node.sh"
 
@@ -33,8 +33,7 @@ def second_node(ray_head: str, tmp_path: Path) -> Iterator[None]:
             time.sleep(0.5)
         yield
     finally:
-        node.terminate()
-        node.wait(timeout=90)
+        stop(node)
 
 
 def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: None) -> None:
