@@ -172,11 +172,11 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     try:
         with followed(board, console):
             result = trainer.fit()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of Ctrl-C ends the process with exit code 0
         if (run := recorded_run(settings.output.root, launch_id)) is not None:
             with suppress(Exception):
                 finish_run(run, "KILLED")
-        raise
+        raise KeyboardInterrupt from None
     except Exception as error:
         if (run := recorded_run(settings.output.root, launch_id)) is not None:
             with suppress(Exception):  # the failure itself is what the user must hear about

@@ -94,17 +94,22 @@ def run(workshop: Path, ray_head: str) -> Run:
     return in_workshop
 
 
-def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
+def command_environment(folder: Path, **environment: str) -> dict[str, str]:
+    """This process's, with outputs and features kept in the folder."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "RAYTRAIN2P_HOME": str(folder),
         "RAYTRAIN2P_FEATURES": str(folder / "features"),
         "RAY_AUTH_MODE": "disabled",
     }
+    return os.environ | settings | environment
+
+
+def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
         cwd=folder,
-        env=os.environ | settings | environment,
+        env=command_environment(folder, **environment),
         capture_output=True,
         text=True,
         timeout=500,
