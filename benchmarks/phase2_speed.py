@@ -29,13 +29,13 @@ def bare_loop(steps: int) -> list[float]:
     from raytrain2p.launch.driver import resolve_aligner
     from raytrain2p.launch.progress import Console
     from raytrain2p.models.precision import resolve_precision
-    from raytrain2p.phases import instruction
+    from raytrain2p.phases import dialogues, instruction
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     settings = resolve_aligner(load_settings(2), Console())
     assert isinstance(settings, InstructionSettings)
-    data = instruction.survey(settings).prepare()["train"]
+    data = dialogues.survey(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
     module = instruction.build(settings, {}, steps, precision)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

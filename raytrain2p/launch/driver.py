@@ -95,7 +95,7 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
     check_phase_of_launch(settings, phase, launch_id)
     with connected(settings.launch, verbose) as capacity:
-        prepare_store(settings, PHASES[phase].EXPERIMENT)
+        prepare_store(settings, PHASES[phase].experiment)
         encode(survey, settings, capacity, console)
         return train(settings, survey, phase, launch_id, capacity, console)
 
@@ -118,7 +118,7 @@ def check_phase_of_launch(settings: Settings, phase: int, launch_id: str) -> Non
         InputError: it was used for the other phase.
     """
     run = recorded_run(settings.output.root, launch_id)
-    if run is not None and run.phase != PHASES[phase].NAME:
+    if run is not None and run.phase != PHASES[phase].name:
         raise InputError(
             Problem(
                 f"--launch-id {launch_id}",

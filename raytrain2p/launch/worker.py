@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from raytrain2p.config import Settings
 from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.data.images import ImageRef, decode_image
-from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.phases import PHASES, Phase
 from raytrain2p.launch.progress import putter
 from raytrain2p.launch.sharding import ShardedStrategy
 from raytrain2p.models.precision import resolve_precision
@@ -87,7 +87,7 @@ def train_worker(config: dict[str, Any]) -> None:
     best = from_first(best_checkpoint(run.checkpoints))
     module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
     if world.is_first:  # before anything is measured: what has been trained is safe then
-        phase.export(module, run.path / phase.ARTIFACT, json.loads((run.path / "config.json").read_text()))
+        phase.export(module, run.path / phase.artifact, json.loads((run.path / "config.json").read_text()))
     metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
     if writer is not None:
         writer.write([Point(name, value, steps, time.time()) for name, value in (validated | metrics).items()])
@@ -110,7 +110,7 @@ def from_first(path: Path | None) -> Path | None:
 def attach_run(plan: Plan, world: World) -> Run:
     """Rank 0 gets or creates the run; every worker then uses the same one."""
     phase = PHASES[plan.phase]
-    run = get_or_create_run(plan.settings, phase.NAME, phase.EXPERIMENT, plan.launch_id) if world.is_first else None
+    run = get_or_create_run(plan.settings, phase.name, phase.experiment, plan.launch_id) if world.is_first else None
     shared = ray.train.collective.broadcast_from_rank_zero(run)
     assert isinstance(shared, Run)
     return shared
@@ -211,7 +211,7 @@ def restored(module: PhaseModule, checkpoint: Path | None, device: torch.device)
 
 
 def evaluate(
-    phase: Any, module: PhaseModule, data: dict[str, Any], settings: Settings, world: World, precision: str, show: Any
+    phase: Phase, module: PhaseModule, data: dict[str, Any], settings: Settings, world: World, precision: str, show: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of the best checkpoint on every test split."""
     if settings.data.features == "online":
@@ -224,7 +224,7 @@ def evaluate(
     return metrics, tables
 
 
-def finish(run: Run, phase: Any, metrics: dict[str, float], tables: dict[str, Any]) -> None:
+def finish(run: Run, phase: Phase, metrics: dict[str, float], tables: dict[str, Any]) -> None:
     """Tables and pictures into the run directory, and all of it into MLflow; then the run is FINISHED."""
     training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
     if answers := tables.get("answers"):
@@ -233,7 +233,7 @@ def finish(run: Run, phase: Any, metrics: dict[str, float], tables: dict[str, An
         answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
         run.client.log_artifact(run.run_id, str(run.path / "answers.jsonl"))
     write_json(run.path / "test_metrics.json", metrics)
-    run.client.log_artifact(run.run_id, str(run.path / phase.ARTIFACT), Path(phase.ARTIFACT).stem)
+    run.client.log_artifact(run.run_id, str(run.path / phase.artifact), Path(phase.artifact).stem)
     run.client.log_artifacts(run.run_id, str(run.path / "plots"), "plots")
     finish_run(run, "FINISHED")
 
@@ -255,7 +255,7 @@ def report(plan: Plan, run: Run, best: Path | None, metrics: dict[str, float], w
         "directory": run.directory,
         "best": str(best) if best else None,
         "last": str(last) if last else None,
-        "artifact": str(run.path / PHASES[plan.phase].ARTIFACT),
+        "artifact": str(run.path / PHASES[plan.phase].artifact),
         "metrics": metrics,
     }
     checkpoint = None

@@ -34,8 +34,6 @@ from raytrain2p.phases.retrieval import retrieval_metrics
 from raytrain2p.phases.survey import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
 from raytrain2p.phases.world import World
 
-NAME, ARTIFACT, EXPERIMENT = "alignment", "aligner.pt", "phase1_alignment"
-
 
 @dataclass(frozen=True)
 class Pairs:
@@ -241,7 +239,7 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
     }
     save_artifact(
         path,
-        NAME,
+        "alignment",
         config,
         {role: {"name": name, "fingerprint": fingerprint(directory)} for role, (name, directory) in directories.items()},
         image_size=model.image_size,

@@ -20,19 +20,9 @@ from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.pretrained import fingerprint
-from raytrain2p.phases.instruction import (
-    Dialogues,
-    InstructionModule,
-    build,
-    check_aligner,
-    choose,
-    context_length,
-    evaluate,
-    export,
-    score,
-    shuffle_pictures,
-    tokenize,
-)
+from raytrain2p.phases.answers import choose, evaluate, score, shuffle_pictures
+from raytrain2p.phases.dialogues import Dialogues, check_aligner, context_length, tokenize
+from raytrain2p.phases.instruction import InstructionModule, build, export
 from raytrain2p.phases.world import World
 
 K, WIDTH = 4, 32
