@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test checks lint types imports unit install install-dev clean
+.PHONY: quickstart test checks lint types imports unit chaos install install-dev clean
 
 quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
@@ -28,6 +28,12 @@ imports: install-dev
 
 unit: install-dev
 	$(BIN)/python -m pytest
+
+# What `make test` has in short: over 50 kills, a quarter of an hour; writes docs/chaos.md.
+chaos: install-dev
+	mkdir -p build
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resuming.py
+	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -5,10 +5,10 @@ import json
 import sys
 from dataclasses import asdict
 
-from raytrain2p.config import InputError, load_settings
+from raytrain2p.config import InputError, Problem, Settings, load_settings
 from raytrain2p.config.help import describe_settings
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -21,7 +21,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--phase", type=int, choices=(1, 2), required=True, help="1: alignment; 2: instruction")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: configs/phase1.yaml or configs/phase2.yaml)")
     parser.add_argument("--aligner", metavar="A", help="phase 2: path, run ID or its start, or `latest`; short for model.aligner=A")
-    parser.add_argument("--launch-id", metavar="ID", help="stable name of this launch over retries (default: a new one)")
+    parser.add_argument(
+        "--launch-id",
+        metavar="ID",
+        help="stable name of this launch over retries (default: a new one); a launch that has a run goes on with it",
+    )
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run: its directory, run ID or the start of one, or `latest`")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="let Ray's own output through")
@@ -32,15 +37,38 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, str]:
+    """The settings and the launch ID of the run to go on with: its own settings, unless `--config` gives others.
+
+    Raises:
+        InputError: no such run; another launch ID beside it.
+    """
+    from raytrain2p.tracking.lookup import find_run
+    from raytrain2p.tracking.store import check_password
+
+    if options.launch_id is not None:
+        raise InputError(Problem("--resume with --launch-id", "both say which run is meant", "give one of them"))
+    phase = {1: "alignment", 2: "phase2"}[options.phase]
+    run = find_run(settings.output.root, [phase], options.resume, "--resume")
+    recorded = run.path / "config.json"
+    if options.config is None and recorded.is_file():
+        settings = load_settings(options.phase, recorded, options.overrides)
+    check_password(settings.tracking.uri)
+    return settings, run.launch_id
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input)."""
     options = parse(arguments)
     try:
         settings = load_settings(options.phase, options.config, options.overrides)
+        if options.resume is not None:
+            settings, options.launch_id = resumed(settings, options)
 
         from raytrain2p.launch.driver import TrainingFailedError, check, launch  # heavy: a typing error should not wait for it
         from raytrain2p.launch.estimate import dry_run
         from raytrain2p.launch.progress import Console
+        from raytrain2p.launch.stopping import StoppedError
         from raytrain2p.launch.summary import summary
 
         console = Console()
@@ -52,6 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
         except TrainingFailedError as error:
             console.say(f"raytrain2p: training failed\n{error}")
             return EXIT_FAILED
+        except StoppedError as stopped:
+            console.say(f"raytrain2p: {stopped}")
+            return stopped.exit_code
         console.say(summary(outcome, options.phase, settings))
         if options.json:
             print(json.dumps(asdict(outcome)), flush=True)
@@ -61,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("raytrain2p: stopped", file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

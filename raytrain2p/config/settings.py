@@ -56,7 +56,14 @@ class TrainingSettings(SettingsGroup):
 
 
 class CheckpointSettings(SettingsGroup):
-    """Which checkpoint counts as the best. The latest is always kept beside it."""
+    """When checkpoints are saved, and which one counts as the best. The latest is always kept beside it."""
+
+    every_steps: PositiveInt | None = Field(
+        50, description="save every so many steps as well as at each epoch's end; null for epochs' ends alone"
+    )
+    best_of: Literal["epochs", "saves"] = Field(
+        "epochs", description="checkpoints that compete for the best: those at epochs' ends (and the run's), or every one saved"
+    )
 
     monitor: Literal["train_loss", "val/loss"] = Field("train_loss", description="metric that ranks checkpoints")
     mode: Literal["min", "max"] = Field("min", description="whether a smaller or a larger monitored metric is better")
@@ -86,6 +93,7 @@ class TrackingSettings(SettingsGroup):
 
     uri: str = Field("sqlite:///mlflow.db", description="MLflow tracking URI")
     experiment: str | None = Field(None, description="MLflow experiment (default: one per phase)")
+    system_metrics: bool = Field(False, description="also record CPU, memory and GPU use of each node")
 
 
 class EvaluationSettings(SettingsGroup):
@@ -128,6 +136,7 @@ class InstructionModelSettings(SettingsGroup):
     aligner: str = Field("latest", description="path of an aligner.pt, a phase 1 run ID (or its start), or `latest`")
     train_aligner: bool = Field(False, description="train the aligner on, instead of keeping it as phase 1 left it")
     soft_tokens: PositiveInt = Field(16, description="soft tokens per picture; a larger grid is averaged down to this number")
+    soft_token_dropout: Fraction = Field(0.0, description="share of soft tokens that are blank in each training step")
     tuning: Literal["lora", "full", "frozen"] = Field("lora", description="what trains in the language model")
     lora: LoraSettings = LoraSettings()
     system_prompt: str | None = Field(None, description="system message; null leaves it to the tokenizer's chat template")

@@ -36,6 +36,7 @@ class StepSampler:
         accumulate: passes per step.
         rank, world_size: of the worker.
         seed: of the order.
+        first_step: optimizer steps that were done before: the order goes on after them.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class StepSampler:
         rank: int,
         world_size: int,
         seed: int,
+        first_step: int = 0,
     ) -> None:
         self.lengths, self.supervised = lengths, supervised
         self.accumulate, self.rank, self.world_size, self.seed = accumulate, rank, world_size, seed
         self.global_batch = batch_size * accumulate * world_size
-        self.epoch = 0
+        self.first_epoch, self.skipped = divmod(first_step, max(1, self.steps))
+        self.epoch = self.first_epoch
 
     @property
     def steps(self) -> int:
@@ -67,7 +70,8 @@ class StepSampler:
 
     def __iter__(self) -> Iterator[Share]:
         deal = self.accumulate * self.world_size
-        for step in self.step_records():
+        skipped = self.skipped if self.epoch == self.first_epoch else 0
+        for step in self.step_records()[skipped:]:
             tokens = int(self.supervised[step].sum())
             for index in range(self.accumulate):
                 yield Share(step[index * self.world_size + self.rank :: deal], tokens)

@@ -20,9 +20,10 @@ CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFL
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs by node."""
+    """CPUs and GPUs by node, and on how many machines these are."""
 
     nodes: tuple[tuple[float, float], ...]
+    machines: int = 1
 
     @property
     def cpus(self) -> float:
@@ -80,7 +81,9 @@ def local_capacity() -> Capacity:
 
 def cluster_capacity() -> Capacity:
     """Of the cluster that this process is connected to."""
-    return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in ray.nodes() if node["Alive"]))
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    machines = len({node["NodeManagerHostname"] for node in alive})
+    return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive), machines)
 
 
 def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:

@@ -1,14 +1,14 @@
 """The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
 
-import json
+import os
 import re
 import shlex
 import sys
 import time
 import traceback
 import uuid
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,26 @@ from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
-from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Plan, train_worker
+from raytrain2p.launch.resuming import check_resumable, finished_outcome
+from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
+from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Outcome, Plan, train_worker
+from raytrain2p.phases.dialogues import check_aligner
+from raytrain2p.tracking.checkpoints import StorageError
+from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_artifact
-from raytrain2p.tracking.run import finish_run, prepare_store, recorded_run
+from raytrain2p.tracking.mirror import Mirror
+from raytrain2p.tracking.recorder import end_run
+from raytrain2p.tracking.run import Run, launch_lock, read_status, recorded_run
+from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 
 
 class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a launch leaves: `--json` prints it."""
-
-    run_id: str
-    directory: str
-    best: str | None
-    last: str | None
-    artifact: str
-    metrics: dict[str, float]
-
-
-def check(settings: Settings, phase: int, console: Console) -> tuple[Settings, Any]:
-    """Everything that can be known before a cluster is asked: models, aligner, records, pictures, resources.
+def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, Any]:
+    """Everything that can be known before a cluster is asked: models, aligner, records, pictures, resources; and, for a
+    launch that has a run already, whether these settings can go on with it.
 
     Returns:
         The settings with the aligner resolved to a path, and the phase's survey.
@@ -54,7 +51,7 @@ def check(settings: Settings, phase: int, console: Console) -> tuple[Settings, A
     """
     findings = Findings()
     with findings:
-        settings = resolve_aligner(settings, console)
+        settings = resolve_aligner(settings, console, run)
     with findings:
         findings.extend(check_before_connecting(settings.launch))
     survey = None
@@ -62,17 +59,39 @@ def check(settings: Settings, phase: int, console: Console) -> tuple[Settings, A
     with findings:
         survey = PHASES[phase].survey(settings)
     console.clear()
+    if run is not None:
+        with findings:
+            check_resumable(run, settings, survey.records if survey is not None else None)
     findings.raise_any()
     return settings, survey
 
 
-def resolve_aligner(settings: Settings, console: Console) -> Settings:
-    """Replace a run ID or `latest` by the path of the aligner.pt that it means, and say which one that is."""
+def resolve_aligner(settings: Settings, console: Console, run: Run | None = None) -> Settings:
+    """Replace a run ID or `latest` by the path of the aligner.pt that it means, and say which one that is.
+
+    A run that goes on keeps the aligner that it began with, though `latest` may mean another one by now.
+    """
     if not isinstance(settings, InstructionSettings):
         return settings
-    path = find_artifact(settings.output.root, "alignment", "aligner.pt", settings.model.aligner, "model.aligner")
+    wanted = settings.model.aligner
+    if run is not None and wanted == "latest" and (config := read_json(run.path / "config.json")):
+        wanted = config["model"]["aligner"]
+    path = find_artifact(settings.output.root, "alignment", "aligner.pt", wanted, "model.aligner", partial(fits, settings))
     console.say(f"aligner: {path}")
+    return with_aligner(settings, path)
+
+
+def with_aligner(settings: InstructionSettings, path: Path) -> InstructionSettings:
     return settings.model_copy(update={"model": settings.model.model_copy(update={"aligner": str(path)})})
+
+
+def fits(settings: InstructionSettings, path: Path) -> bool:
+    """Whether an aligner was trained with the encoder and the image size of these settings."""
+    try:
+        check_aligner(with_aligner(settings, path))
+    except InputError:
+        return False
+    return True
 
 
 def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console) -> Outcome:
@@ -81,21 +100,33 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
     Args:
         settings: as loaded.
         phase: 1 or 2.
-        launch_id: stable name of the launch; None makes a new one.
+        launch_id: stable name of the launch; None makes a new one. If it has a run already, that run goes on.
         verbose: let Ray's own output through.
         console: where progress goes.
 
     Raises:
         InputError: bad input; nothing was started.
         TrainingFailedError: the workers failed.
+        StoppedError: a signal ended it, with a checkpoint.
     """
     if not verbose:
         quiet()
-    settings, survey = check(settings, phase, console)
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
-    check_phase_of_launch(settings, phase, launch_id)
-    with connected(settings.launch, verbose) as capacity:
-        prepare_store(settings, PHASES[phase].experiment)
+    run = recorded_run(settings.output.root, launch_id)
+    if run is not None:
+        check_phase_of_launch(run, phase)
+    settings, survey = check(settings, phase, console, run)
+    if run is not None and (outcome := finished_outcome(run, settings, survey.records)) is not None:
+        console.say(f"run {run.run_id} is finished already")
+        return outcome
+    with connected(settings.launch, verbose) as capacity, ExitStack() as stack:
+        if problems := check_store_is_shared(settings.tracking.uri, capacity.machines):
+            raise InputError(problems)
+        if run is None:  # a run that goes on needs no MLflow to do so
+            prepare_store(settings, PHASES[phase].experiment)
+        holder = stack.enter_context(launch_lock(settings.output.root, launch_id).held())
+        if holder is not None:
+            raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
         encode(survey, settings, capacity, console)
         return train(settings, survey, phase, launch_id, capacity, console)
 
@@ -111,17 +142,16 @@ def checked_launch_id(launch_id: str) -> str:
     return launch_id
 
 
-def check_phase_of_launch(settings: Settings, phase: int, launch_id: str) -> None:
+def check_phase_of_launch(run: Run, phase: int) -> None:
     """A launch ID belongs to one run, and so to one phase.
 
     Raises:
         InputError: it was used for the other phase.
     """
-    run = recorded_run(settings.output.root, launch_id)
-    if run is not None and run.phase != PHASES[phase].name:
+    if run.phase != PHASES[phase].name:
         raise InputError(
             Problem(
-                f"--launch-id {launch_id}",
+                f"--launch-id {run.launch_id}",
                 f"belongs to {run.phase} run {run.run_id}; required is one of phase {phase}",
                 "take another name",
             )
@@ -147,11 +177,20 @@ def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console
 
 def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity: Capacity, console: Console) -> Outcome:
     """Hand the plan to the workers and follow them to the end."""
-    storage = Path(settings.output.root) / ".ray"
+    root, uri = settings.output.root, settings.tracking.uri
     threads = cpus_per_worker(settings.launch, capacity)
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
-    command = " ".join(["python -m raytrain2p.train", *map(shlex.quote, sys.argv[1:])])
-    plan = Plan(settings, phase, launch_id, command, str(storage), threads, ray.put(survey.prepare()), board)
+    plan = Plan(
+        settings,
+        phase,
+        launch_id,
+        command=" ".join(["python -m raytrain2p.train", *map(shlex.quote, sys.argv[1:])]),
+        threads=threads,
+        data=ray.put(survey.prepare()),
+        board=board,
+        facts={"train_records": survey.records},
+        environment={name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
+    )
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -161,9 +200,11 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         ),
         run_config=RunConfig(
             name=launch_id,
-            storage_path=str(storage),
+            storage_path=str(Path(root) / ".ray"),
             failure_config=FailureConfig(max_failures=settings.launch.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
+            ),
         ),
     )
     workers = f"{settings.launch.num_workers} worker{'s' if settings.launch.num_workers > 1 else ''}"
@@ -171,20 +212,27 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     say_if_waiting(threads * settings.launch.num_workers, console)
     try:
         with followed(board, console):
-            result = trainer.fit()
-    except (KeyboardInterrupt, SystemExit):  # Ray's own handler of Ctrl-C ends the process with exit code 0
-        if (run := recorded_run(settings.output.root, launch_id)) is not None:
-            with suppress(Exception):
-                finish_run(run, "KILLED")
-        raise KeyboardInterrupt from None
+            fit_until_stopped(trainer.fit, board, console.say)
+    except (StoppedError, KeyboardInterrupt):
+        end(root, launch_id, uri, "KILLED", console)
+        raise
     except Exception as error:
-        if (run := recorded_run(settings.output.root, launch_id)) is not None:
-            with suppress(Exception):  # the failure itself is what the user must hear about
-                finish_run(run, "FAILED")
+        end(root, launch_id, uri, "FAILED", console)
         raise TrainingFailedError(_cause(error)) from error
-    assert result.checkpoint is not None
-    with result.checkpoint.as_directory() as folder:
-        return Outcome(**json.loads((Path(folder) / "run.json").read_text()))
+    run = recorded_run(root, launch_id)
+    assert run is not None
+    if not Mirror(run, uri).complete():
+        console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
+    return Outcome(**read_json(run.path / "result.json"))
+
+
+def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
+    """Say how the run ended, if there is one and it has not said so itself."""
+    run = recorded_run(root, launch_id)
+    if run is None or (read_status(run.path)["status"] == status and Mirror(run, uri).complete()):
+        return
+    if not end_run(run, uri, status):
+        console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
 def say_if_waiting(needed: int, console: Console) -> None:
@@ -202,7 +250,9 @@ def _resources(settings: Settings, threads: int) -> dict[str, float]:
 
 
 def _cause(error: Exception) -> str:
-    """The worker's own traceback, without the layers around it."""
+    """The worker's own traceback, without the layers around it; a full disk is no bug, and has one line."""
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
+    if StorageError.__name__ in type(first).__name__ or isinstance(first.__cause__, StorageError):
+        return str(first.__cause__ or first)
     return "".join(traceback.format_exception(first)).rstrip() + "\n(--ray-logs shows more)"

@@ -1,30 +1,69 @@
 """What the user sees while a run is under way: one live line in a terminal, occasional lines elsewhere."""
 
+import asyncio
+import contextlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
 
 PLAIN_SECONDS = 15.0  # between two lines where nobody looks all the time
-POLL_SECONDS = 0.5
+POLL_SECONDS = 2.0  # the board answers sooner if there is news
 
 
 @ray.remote(num_cpus=0)
 class ProgressBoard:
-    """Holds the latest word of rank 0 until the driver asks. It knows nothing that is not on disk too."""
+    """Where rank 0 and the driver leave word for each other. It knows nothing that is not on disk too."""
 
     def __init__(self) -> None:
         self.latest: dict[str, Any] = {}
+        self.lines: list[str] = []
+        self.points: list[Any] = []
+        self.changed, self.stop, self.listening = asyncio.Event(), asyncio.Event(), False
 
-    def put(self, word: dict[str, Any]) -> None:
+    async def put(self, word: dict[str, Any]) -> None:
+        """Where things stand; replaces what was put before."""
         self.latest = word
+        self.changed.set()
 
-    def get(self) -> dict[str, Any]:
-        return self.latest
+    async def say(self, line: str) -> None:
+        """A line that the user must not miss."""
+        self.lines.append(line)
+        self.changed.set()
+
+    async def put_points(self, points: Sequence[Any]) -> None:
+        """Metric points from any worker, for rank 0 to note."""
+        self.points += points
+
+    async def take_points(self) -> list[Any]:
+        points, self.points = self.points, []
+        return points
+
+    async def next(self, seconds: float) -> tuple[dict[str, Any], list[str]]:
+        """The latest word and the lines that were not told yet, when there is news or so much time has gone by."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.changed.wait(), seconds)
+        self.changed.clear()
+        lines, self.lines = self.lines, []
+        return self.latest, lines
+
+    async def request_stop(self) -> bool:
+        """Ask the workers to stop; whether they are training, and will."""
+        self.stop.set()
+        return self.listening
+
+    async def wait_for_stop(self) -> None:
+        """Returns when the driver has been asked to stop."""
+        self.listening = True
+        await self.stop.wait()
+
+    async def stop_listening(self) -> None:
+        """Training is over: nobody looks for a request any more."""
+        self.listening = False
 
 
 def describe(word: dict[str, Any]) -> str:
@@ -77,11 +116,14 @@ def followed(board: Any, console: Console) -> Iterator[None]:
 
     def follow() -> None:
         stage = ""
-        while not done.wait(POLL_SECONDS):
+        while not done.is_set():
             try:
-                word = ray.get(board.get.remote(), timeout=5)
+                word, lines = ray.get(board.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
             except ray.exceptions.RayError:
-                continue  # the board's node is gone or slow: training goes on without a picture of it
+                done.wait(POLL_SECONDS)  # the board's node is gone or slow: training goes on without a picture of it
+                continue
+            for line in lines:
+                console.say(line)
             if word.get("stage", stage) != stage:
                 stage = word["stage"]
                 console.say(stage)

@@ -1,9 +1,11 @@
 """FSDP: what trains, and the frozen base with it, sharded over Ray's workers."""
 
+from typing import Any
+
 import ray.train
 import ray.train.torch
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, Strategy
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -20,3 +22,7 @@ class ShardedStrategy(ModelParallelStrategy):
     @property
     def root_device(self) -> torch.device:
         return ray.train.torch.get_device()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """As every other strategy does, through the checkpoint plugin; the state is gathered by now."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)

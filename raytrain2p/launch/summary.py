@@ -7,8 +7,8 @@ from rich.console import Console as RichConsole
 from rich.table import Table
 
 from raytrain2p.config import Settings
+from raytrain2p.config.secrets import masked
 from raytrain2p.launch.driver import Outcome
-from raytrain2p.tracking.run import masked
 
 
 def summary(outcome: Outcome, phase: int, settings: Settings) -> str:

@@ -1,10 +1,11 @@
 """What runs on each worker: from the run's identity to its artifact."""
 
 import json
-import shutil
-import tempfile
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import ray.train.collective
 import ray.train.torch
 import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 from torch.utils.data import DataLoader
 
@@ -25,16 +27,29 @@ from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.data.images import ImageRef, decode_image
 from raytrain2p.launch.phases import PHASES, Phase
 from raytrain2p.launch.progress import putter
+from raytrain2p.launch.reporting import RayReports
 from raytrain2p.launch.sharding import ShardedStrategy
+from raytrain2p.launch.stopping import StopOnRequest
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.phases.module import PhaseModule, planned_steps
 from raytrain2p.phases.survey import TRAIN, VAL
 from raytrain2p.phases.world import World
-from raytrain2p.tracking.checkpoints import best_checkpoint, checkpoint_callbacks, last_checkpoint
+from raytrain2p.tracking.checkpoints import (
+    BestAndLast,
+    CheckpointFiles,
+    Judgement,
+    best_checkpoint,
+    damage,
+    last_checkpoint,
+    resumable_checkpoint,
+)
 from raytrain2p.tracking.files import write_json, write_whole
-from raytrain2p.tracking.metrics import MetricsWriter, Point, StepLog
+from raytrain2p.tracking.journal import Point, read_points
+from raytrain2p.tracking.metrics import StepLog
 from raytrain2p.tracking.plots import answer_sheet, training_curve
-from raytrain2p.tracking.run import Run, describe_run, finish_run, get_or_create_run
+from raytrain2p.tracking.recorder import Recorder, recording
+from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
+from raytrain2p.tracking.system_metrics import SystemSampler
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
 ANSWERS_SHOWN = 20
@@ -43,21 +58,48 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Plan:
-    """What the driver hands to each worker. `data` is the prepared splits in Ray's object store."""
+    """What the driver hands to each worker.
+
+    Args:
+        settings: of the run.
+        phase: 1 or 2.
+        launch_id: stable name of the launch.
+        command: shell line that launches the same again.
+        threads: CPUs of a worker.
+        data: the prepared splits in Ray's object store.
+        board: where rank 0 and the driver leave word for each other.
+        facts: what a resumed run is checked against.
+        environment: variables that MLflow needs, credentials perhaps: so they are not in Ray's runtime environment,
+            which Ray logs.
+    """
 
     settings: Settings
     phase: int
     launch_id: str
     command: str
-    storage: str
     threads: int
     data: Any
     board: Any
+    facts: dict[str, Any]
+    environment: dict[str, str] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves: result.json in its directory, and what `--json` prints."""
+
+    run_id: str
+    directory: str
+    best: str | None
+    last: str | None
+    artifact: str
+    metrics: dict[str, float]
 
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training function that Ray runs on each worker."""
     plan: Plan = config["plan"]
+    os.environ.update(plan.environment)
     settings, phase, world = plan.settings, PHASES[plan.phase], World.current()
     show = putter(plan.board) if world.is_first else None
     torch.set_num_threads(plan.threads)
@@ -65,34 +107,42 @@ def train_worker(config: dict[str, Any]) -> None:
 
     run = attach_run(plan, world)
     precision = agree_on_precision(settings, world)
-    data = ray.get(plan.data)
-    steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
-    module = phase.build(settings, data, steps, precision)
-    if settings.data.features == "online":
-        data = phase.online(module, data)
-    writer = None
-    if world.is_first:
-        resolved = {"training.precision": precision, "launch.cpus_per_worker": plan.threads}
-        describe_run(run, settings, resolved, plan.command)
-        writer = MetricsWriter(run)
+    with ExitStack() as stack:
+        recorder = stack.enter_context(recorded(plan, run, precision)) if world.is_first else None
+        checkpoint, step = resume_point(run, recorder, show)
+        data = ray.get(plan.data)
+        steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
+        module = phase.build(settings, data, steps, precision)
+        if settings.data.features == "online":
+            data = phase.online(module, data)
 
-    train_loader, val_loader = loaders(settings, data, world)
-    trainer = build_trainer(settings, run, world, precision, (steps, len(train_loader)), writer, show)
-    torch.manual_seed(settings.seed * world.size + world.rank)  # dropout differs between workers
-    resumed = from_first(last_checkpoint(run.checkpoints))
-    trainer.fit(module, train_loader, val_loader, ckpt_path=str(resumed) if resumed else None, weights_only=resumed is not None)
+        if settings.tracking.system_metrics:
+            stack.callback(watch_system(plan, run, recorder).close)
 
-    trained = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    validated = validate_end(trainer, module, val_loader)
-    best = from_first(best_checkpoint(run.checkpoints))
-    module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
-    if world.is_first:  # before anything is measured: what has been trained is safe then
-        phase.export(module, run.path / phase.artifact, json.loads((run.path / "config.json").read_text()))
-    metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
-    if writer is not None:
-        writer.write([Point(name, value, steps, time.time()) for name, value in (validated | metrics).items()])
-        finish(run, phase, metrics, tables)
-    report(plan, run, best, metrics | trained | validated, world)
+        train_loader, val_loader = loaders(settings, data, world, step)
+        trainer = build_trainer(plan, run, world, precision, steps, train_loader, val_loader, recorder)
+        torch.manual_seed(settings.seed)
+        try:
+            trainer.fit(module, train_loader, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=checkpoint is not None)
+        except SIGTERMException:
+            if recorder is not None:
+                recorder.finish("KILLED")
+            return
+
+        best = from_first(whole_checkpoint(run) if recorder is not None else None)
+        module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
+        if recorder is not None:  # before anything is measured: what has been trained is safe then
+            phase.export(module, run.path / phase.artifact, json.loads((run.path / "config.json").read_text()))
+        metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
+        if recorder is not None:
+            recorder.write_metrics(metrics, steps)
+            finish(recorder, phase, metrics, tables)
+
+
+def whole_checkpoint(run: Run) -> Path | None:
+    """What is exported: the best checkpoint, or the last one if the best is damaged or there is none."""
+    best = best_checkpoint(run.checkpoints)
+    return best if best is not None and damage(best) is None else last_checkpoint(run.checkpoints)
 
 
 def from_first(path: Path | None) -> Path | None:
@@ -116,17 +166,63 @@ def attach_run(plan: Plan, world: World) -> Run:
     return shared
 
 
+def recorded(plan: Plan, run: Run, precision: str) -> Any:
+    """The context in which rank 0 records the run."""
+    config = resolved_config(plan.settings, {"training.precision": precision, "launch.cpus_per_worker": plan.threads})
+    return recording(
+        run,
+        plan.settings.tracking.uri,
+        {"config": config, "command": plan.command, "facts": plan.facts},
+        plan.board.say.remote,
+    )
+
+
+def watch_system(plan: Plan, run: Run, recorder: Recorder | None) -> SystemSampler:
+    """One worker of each node samples it; rank 0 notes what all of them found."""
+
+    def deliver(points: Sequence[Point]) -> None:
+        if ray.train.get_context().get_local_rank() == 0:
+            ray.get(plan.board.put_points.remote(points))
+        if recorder is not None and (gathered := ray.get(plan.board.take_points.remote())):
+            recorder.write(gathered)
+
+    return SystemSampler(run.timestamp, deliver)
+
+
+def resume_point(run: Run, recorder: Recorder | None, show: Any) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, as rank 0 finds them; (None, 0) to begin with."""
+    found: tuple[Path | None, int] = (None, 0)
+    if recorder is not None:
+        path, complaints = resumable_checkpoint(run.checkpoints)
+        step = int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"]) if path else 0
+        recorder.resume_from(step)
+        for complaint in complaints:
+            recorder.mirror.tell(f"{complaint}; going on from {path.name if path else 'the beginning'} at step {step}")
+        if path is not None:
+            recorder.mirror.tell(f"resuming {run.phase} run {run.run_id[:8]} at step {step}")
+        found = (path, step)
+    path, step = ray.train.collective.broadcast_from_rank_zero(found)
+    return from_first(path), step
+
+
 def agree_on_precision(settings: Settings, world: World) -> str:
     """The precision that every worker's hardware has: workers in different ones would not train one model."""
     mine = resolve_precision(settings.training.precision, ray.train.torch.get_device())
     return "bf16" if set(world.gather(mine)) == {"bf16"} else "float32"
 
 
-def loaders(settings: Settings, data: dict[str, Any], world: World) -> tuple[Any, Any]:
-    """Training in steps drawn by seed; validation in shares of equal stride."""
+def loaders(settings: Settings, data: dict[str, Any], world: World, first_step: int) -> tuple[Any, Any]:
+    """Training in steps drawn by seed, after those that were done before; validation in shares of equal stride."""
     training = settings.training
     sampler = StepSampler(
-        data[TRAIN].lengths, data[TRAIN].supervised, training.batch_size, training.accumulate, world.rank, world.size, settings.seed
+        data[TRAIN].lengths,
+        data[TRAIN].supervised,
+        training.batch_size,
+        training.accumulate,
+        world.rank,
+        world.size,
+        settings.seed,
+        first_step,
     )
     options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
     train = DataLoader(data[TRAIN], sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
@@ -147,43 +243,69 @@ def validation_shares(lengths: np.ndarray, size: int, world: World) -> list[Shar
 
 
 def build_trainer(
-    settings: Settings, run: Run, world: World, precision: str, length: tuple[int, int], writer: MetricsWriter | None, show: Any
+    plan: Plan, run: Run, world: World, precision: str, steps: int, train_loader: Any, val_loader: Any, recorder: Recorder | None
 ) -> pl.Trainer:
-    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints.
-
-    `length` is the whole run's steps and the passes of one epoch. A run that is shorter than an epoch is told to
-    Lightning as a short epoch: at an epoch's end it validates, in the middle of one it does not.
-    """
-    training = settings.training
-    steps, passes = length
+    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints."""
+    settings, training = plan.settings, plan.settings.training
+    show = putter(plan.board) if recorder is not None else None
+    steps_per_epoch = len(train_loader) // training.accumulate
 
     def show_steps(word: dict[str, Any]) -> None:
-        show(word | {"steps": steps})
+        show(word | {"steps": steps})  # type: ignore[misc]
 
     log = StepLog(
         training.log_every,
         training.batch_size * training.accumulate * world.size,
+        steps_per_epoch,
         world.mean,
-        writer.write if writer else None,
+        recorder.write if recorder else None,
         show_steps if show else None,
+    )
+
+    reports = RayReports(run, settings.checkpoint.mode, world.is_first)
+
+    def measure(trainer: pl.Trainer, module: Any) -> dict[str, float]:
+        since = time.perf_counter()
+        metrics = {"train_loss": log.since_judged.take()}
+        if val_loader is not None:
+            metrics["val/loss"] = module.validate(val_loader)
+        log.since += time.perf_counter() - since  # the speed of training is without it
+        return metrics
+
+    def judged(metrics: dict[str, float], judgement: Judgement) -> None:
+        if recorder is not None:
+            recorder.write_metrics({name: value for name, value in metrics.items() if name != "train_loss"}, judgement.step)
+        reports.add(metrics, judgement, judgement.step == steps)
+
+    checkpoints = BestAndLast(
+        run.checkpoints,
+        settings.checkpoint.monitor,
+        settings.checkpoint.mode,
+        settings.checkpoint.every_steps,
+        settings.checkpoint.best_of,
+        steps_per_epoch,
+        measure,
+        log.hand_over,
+        judged,
     )
     return pl.Trainer(
         accelerator="gpu" if settings.launch.use_gpu else "cpu",
         devices="auto",
         strategy=build_strategy(settings, world),
-        plugins=[RayLightningEnvironment()],
+        plugins=[RayLightningEnvironment(), CheckpointFiles()],
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
         max_epochs=-1,
-        limit_train_batches=min(passes, steps * training.accumulate),
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.gradient_clip,
-        callbacks=[log, *checkpoint_callbacks(run.checkpoints, settings.checkpoint.monitor, settings.checkpoint.mode)],
+        callbacks=[log, checkpoints, StopOnRequest(plan.board if recorder is not None else None)],
         default_root_dir=run.directory,
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        limit_val_batches=0,
         use_distributed_sampler=False,
     )
 
@@ -193,14 +315,6 @@ def build_strategy(settings: Settings, world: World) -> Strategy:
     if world.size == 1:
         return SingleDeviceStrategy(ray.train.torch.get_device())
     return ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
-
-
-def validate_end(trainer: pl.Trainer, module: PhaseModule, loader: Any) -> dict[str, float]:
-    """Validation metrics at the last step, if training ended in the middle of an epoch."""
-    if loader is None or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-        return {}
-    (metrics,) = trainer.validate(module, loader, verbose=False)
-    return metrics
 
 
 def restored(module: PhaseModule, checkpoint: Path | None, device: torch.device) -> PhaseModule:
@@ -224,18 +338,32 @@ def evaluate(
     return metrics, tables
 
 
-def finish(run: Run, phase: Phase, metrics: dict[str, float], tables: dict[str, Any]) -> None:
-    """Tables and pictures into the run directory, and all of it into MLflow; then the run is FINISHED."""
+def finish(recorder: Recorder, phase: Phase, metrics: dict[str, float], tables: dict[str, Any]) -> None:
+    """Tables and pictures into the run directory; then the run is FINISHED, and all of it goes to MLflow."""
+    run = recorder.run
     training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
     if answers := tables.get("answers"):
         write_whole(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
         title = f"run {run.run_id[:8]}: answers on test pictures, drawn at random"
         answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
-        run.client.log_artifact(run.run_id, str(run.path / "answers.jsonl"))
     write_json(run.path / "test_metrics.json", metrics)
-    run.client.log_artifact(run.run_id, str(run.path / phase.artifact), Path(phase.artifact).stem)
-    run.client.log_artifacts(run.run_id, str(run.path / "plots"), "plots")
-    finish_run(run, "FINISHED")
+    best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
+    outcome = Outcome(
+        run.run_id,
+        run.directory,
+        str(best) if best else None,
+        str(last) if last else None,
+        str(run.path / phase.artifact),
+        metrics | last_values(run.path / "metrics.jsonl", ("val/loss", "train_loss")),
+    )
+    write_json(run.path / "result.json", asdict(outcome))
+    recorder.finish("FINISHED")
+
+
+def last_values(journal: Path, names: tuple[str, ...]) -> dict[str, float]:
+    """The latest value of each of these metrics that was noted."""
+    found = {point.name: point.value for point in read_points(journal) if point.name in names}
+    return {name: found[name] for name in names if name in found}
 
 
 def spread(rows: list[Any], most: int) -> list[Any]:
@@ -245,24 +373,3 @@ def spread(rows: list[Any], most: int) -> list[Any]:
 
 def _image_of(row: dict[str, Any]) -> Any:
     return decode_image(ImageRef(row["image"], row["image_row"]).read()) if row["image"] else None
-
-
-def report(plan: Plan, run: Run, best: Path | None, metrics: dict[str, float], world: World) -> None:
-    """Hand the driver a pointer to what is on disk. Ray's own checkpoint is that pointer, nothing more."""
-    last = last_checkpoint(run.checkpoints)
-    pointer = {
-        "run_id": run.run_id,
-        "directory": run.directory,
-        "best": str(best) if best else None,
-        "last": str(last) if last else None,
-        "artifact": str(run.path / PHASES[plan.phase].artifact),
-        "metrics": metrics,
-    }
-    checkpoint = None
-    if world.is_first:
-        folder = Path(tempfile.mkdtemp())
-        write_json(folder / "run.json", pointer)
-        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
-    ray.train.report(metrics, checkpoint=checkpoint)
-    if world.is_first:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -27,7 +27,7 @@ def save_artifact(path: Path, phase: str, config: Mapping[str, Any], models: Map
         content: tensors and plain types.
     """
     artifact = {"format_version": FORMAT_VERSION, "phase": phase, "config": dict(config), "models": {k: dict(v) for k, v in models.items()}}
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
         with aside.open("wb") as stream:
             torch.save(artifact | content, stream)

@@ -76,6 +76,7 @@ class Assistant(nn.Module):
 
     def __init__(self, language_model: Any, branch: Branch, dimension: int, soft_tokens: int) -> None:
         super().__init__()
+        self.soft_token_dropout = 0.0  # share of soft tokens that are blank in each training pass
         self.language_model = language_model
         self.branch = branch
         embedding = language_model.get_input_embeddings().weight
@@ -92,6 +93,8 @@ class Assistant(nn.Module):
             return embeddings + 0 * idle.sum().to(embeddings.dtype)
         grid = self.branch.grid(features.to(self.branch.dtype))
         soft = self.projector(pool_grid(grid, self.soft_tokens))
+        if self.training and self.soft_token_dropout:
+            soft = soft * (torch.rand(*soft.shape[:2], 1, device=soft.device) >= self.soft_token_dropout)
         return embeddings.masked_scatter(batch.soft.unsqueeze(-1), soft.to(embeddings.dtype))
 
     def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:

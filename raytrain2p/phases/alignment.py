@@ -159,7 +159,7 @@ class AlignmentModule(PhaseModule):
     """The aligner and its loss as a LightningModule."""
 
     def __init__(self, settings: AlignmentSettings, total_steps: int) -> None:
-        super().__init__(settings.training, total_steps)
+        super().__init__(settings.training, settings.seed, total_steps)
         model = settings.model
         widths = {
             "image": encoder_width(model.image_encoder, "model.image_encoder"),

@@ -174,7 +174,8 @@ def check_aligner(settings: InstructionSettings) -> None:
             Problem(
                 f"model.image_size={model.image_size}",
                 f"{path} was trained with {artifact['image_size']} (null is the encoder's own)",
-                f"set model.image_size={'null' if artifact['image_size'] is None else artifact['image_size']}",
+                f"set model.image_size={'null' if artifact['image_size'] is None else artifact['image_size']}, or train an aligner "
+                f"with phase 1 and model.image_size={'null' if model.image_size is None else model.image_size}",
             )
         )
 

@@ -20,7 +20,7 @@ class InstructionModule(PhaseModule):
     """The assistant as a LightningModule."""
 
     def __init__(self, settings: InstructionSettings, assistant: Assistant, total_steps: int) -> None:
-        super().__init__(settings.training, total_steps)
+        super().__init__(settings.training, settings.seed, total_steps)
         self.settings = settings
         self.assistant = assistant
         self.encoder: list[ImageEncoder] = []  # in a list, so that its weights are no part of this module
@@ -64,6 +64,7 @@ def build(settings: InstructionSettings, data: dict[str, Dialogues], total_steps
     prefix = "branches.image."
     assistant.branch.load_state_dict({k.removeprefix(prefix): v for k, v in aligner.items() if k.startswith(prefix)})
     trains_aligner(assistant, settings.model.train_aligner)
+    assistant.soft_token_dropout = settings.model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained leaves the model in evaluation mode, in which it neither drops out nor checkpoints activations

@@ -1,8 +1,10 @@
 """What both LightningModules share: the optimizer and its schedule, the step's loss, and checkpoints of what trains."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -14,13 +16,12 @@ from raytrain2p.config.settings import TrainingSettings
 class PhaseModule(pl.LightningModule):
     """Base of the phase modules. A checkpoint holds what trains; frozen weights are built anew from their models."""
 
-    def __init__(self, training: TrainingSettings, total_steps: int) -> None:
+    def __init__(self, training: TrainingSettings, seed: int, total_steps: int) -> None:
         super().__init__()
-        self.training_settings = training
+        self.training_settings, self.seed = training, seed
         self.total_steps = total_steps
         self.strict_loading = False  # the frozen weights are not in the checkpoint
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
-        self.val_parts = torch.zeros(2)
 
     def shardable(self) -> list[nn.Module]:
         """Submodules that FSDP shards one by one, innermost first."""
@@ -42,27 +43,38 @@ class PhaseModule(pl.LightningModule):
                 fully_shard(part, mesh=mesh["data_parallel"])
             fully_shard(self, mesh=mesh["data_parallel"])
 
+    def on_train_batch_start(self, batch: Any, index: int) -> None:
+        """Dropout depends on the worker and the pass alone: a run that goes on draws what it would have drawn."""
+        accumulate = self.training_settings.accumulate
+        place = [self.seed, self.trainer.global_rank, self.trainer.global_step * accumulate + index % accumulate]
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         loss = self.total_loss(batch)
         self.pass_loss = loss.detach() / self.training_settings.accumulate
-        self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=1)
         return loss
 
-    def on_validation_epoch_start(self) -> None:
-        self.val_parts = torch.zeros(2, device=self.device)
-
-    def validation_step(self, batch: dict[str, Any], index: int) -> None:
-        total, count = self.val_sums(batch)
-        counts = min(batch["step_tokens"], 1)  # 0: a batch that only keeps this worker in step with the others
-        self.val_parts += counts * torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
-
-    def on_validation_epoch_end(self) -> None:
-        total, count = self.trainer.strategy.reduce(self.val_parts, reduce_op="sum")
-        self.log("val/loss", total / count, sync_dist=False, rank_zero_only=False)
+    @torch.no_grad()
+    def validate(self, loader: Iterable[Any]) -> float:
+        """The mean loss over all validation records, on each worker."""
+        strategy = self.trainer.strategy
+        parts = torch.zeros(2, device=self.device)
+        self.eval()
+        with self.trainer.precision_plugin.forward_context():
+            for batch in loader:
+                on_device = strategy.batch_to_device(batch)
+                total, count = self.val_sums(on_device)
+                counts = min(on_device["step_tokens"], 1)  # 0: a batch that only keeps this worker in step with the others
+                parts += counts * torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
+        self.train()
+        total, count = strategy.reduce(parts, reduce_op="sum")
+        return float(total / count)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
+        accumulate = self.training_settings.accumulate
+        set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], int(self.trainer.num_training_batches), accumulate)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""
@@ -83,6 +95,29 @@ class PhaseModule(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def set_progress(loops: dict[str, Any], step: int, passes: int, accumulate: int) -> None:
+    """Write into Lightning's loop counters that `step` optimizer steps are done, and nothing is half done.
+
+    What Lightning counts differs between its hooks: saved in the one at an epoch's end, it would go on one step into the
+    ended epoch. Saved like this, it goes on with the next pass, wherever the checkpoint was made.
+
+    Args:
+        loops: state of the fit loop, as in a checkpoint.
+        step: optimizer steps that are done.
+        passes: forward passes of an epoch.
+        accumulate: passes of a step.
+    """
+    epoch, done = divmod(step, passes // accumulate)
+    begun = epoch + (1 if done else 0)
+    epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
+    loops["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
+    for name, unit in (("batch_progress", accumulate), ("scheduler_progress", 1)):
+        progress = loops[f"epoch_loop.{name}"]
+        progress["total"] = dict.fromkeys(progress["total"], step * unit)
+        progress["current"] = dict.fromkeys(progress["current"], done * unit)
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
 
 
 def planned_steps(training: TrainingSettings, records: int, world_size: int) -> int:

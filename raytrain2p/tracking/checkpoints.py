@@ -1,42 +1,281 @@
-"""Two checkpoints: the best by a monitored metric, and the latest, really the latest."""
+"""Two checkpoints, really the best and really the latest, written while training goes on."""
 
+import errno
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import ModelCheckpoint
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 BEST, LAST = "best-*.ckpt", "last.ckpt"
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class OnlyBest(ModelCheckpoint):
-    """Keeps one file. A worker that died after writing a best checkpoint, but before the last one, leaves a best that the
-    resumed run knows nothing of: it goes when the next best is written, so that there is never a doubt which one is best.
+class StorageError(RuntimeError):
+    """The disk is full, read-only or gone. Its text is one line for the user."""
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's checkpoints as whole files: copied in memory at once, written by a thread aside, renamed when on disk.
+
+    `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` makes what is being saved the best one as well: the same
+    file under a second name, and no second time written.
     """
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        super()._save_checkpoint(trainer, filepath)
-        if trainer.is_global_zero:
-            for other in Path(filepath).parent.glob(BEST):
-                if other != Path(filepath):
-                    other.unlink(missing_ok=True)
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self.pending: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: str | None = None) -> None:
+        """Returns when the copy is made. What went wrong with the one before is raised here.
+
+        Raises:
+            StorageError: the last checkpoint could not be written.
+        """
+        self.wait()
+        self.pending = self.thread.submit(write_checkpoint, _copied(checkpoint), Path(path), storage_options)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return found
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        self.wait()
+        self.thread.shutdown()
 
 
-def checkpoint_callbacks(directory: Path, monitor: str, mode: str) -> list[ModelCheckpoint]:
-    """Lightning's own `save_last` writes last.ckpt only when the metric improves: so a second callback keeps the latest."""
-    best = OnlyBest(
-        dirpath=directory,
-        filename="best-epoch={epoch:02d}-" + monitor.replace("/", "_") + "={" + monitor + ":.4f}",
-        auto_insert_metric_name=False,
-        monitor=monitor,
-        mode=mode,
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=True,
-    )
-    last = ModelCheckpoint(
-        dirpath=directory, filename="last", monitor=None, save_top_k=1, enable_version_counter=False, save_on_train_epoch_end=True
-    )
-    return [best, last]
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own, on the CPU: training goes on to change the originals."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
+    """Write aside, put on disk, rename; then give it its second name, if it is the best.
+
+    Raises:
+        StorageError: no space, or no such disk; what was whole stays.
+    """
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as stream:
+            torch.save(checkpoint, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        aside.rename(path)
+        if best is not None:
+            make_best(path, path.with_name(best))
+    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise storage_error(path, error, _size(checkpoint)) from None
+
+
+def make_best(path: Path, best: Path) -> None:
+    """Name a checkpoint the best, and remove those that were before it."""
+    aside = best.with_name(f".{best.name}.aside-{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(path, aside)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, aside)
+    aside.rename(best)
+    for other in best.parent.glob(BEST):
+        if other != best:
+            other.unlink(missing_ok=True)
+
+
+def storage_error(path: Path, error: Exception, needed: int) -> StorageError:
+    """One line: the path, what is wrong with it, and the space that is needed."""
+    folder = path.parent
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError as gone:
+        return StorageError(f"{path} cannot be written: {folder} is gone ({gone.strerror}); what was whole before stays as it is")
+    full = free < needed or getattr(error, "errno", None) in OUT_OF_SPACE
+    reason = "no space left" if full else " ".join(str(error).split())[:200]
+    return StorageError(f"{path} cannot be written: {reason}; needed {needed / 1e6:.1f} MB, free {free / 1e6:.1f} MB")
+
+
+def _size(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_size(inner) for inner in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_size(inner) for inner in value)
+    return 0
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One checkpoint's value of the monitored metric."""
+
+    epoch: int
+    step: int
+    metric: str
+    value: float
+
+    def file_name(self) -> str:
+        return f"best-epoch={self.epoch:02d}-{self.metric.replace('/', '_')}={self.value:.4f}.ckpt"
+
+
+class BestAndLast(pl.Callback):
+    """Saves every few steps, at each epoch's end and at the end of training; keeps the latest and the best.
+
+    Which one is the best is part of the checkpoint itself, so that a run that goes on, from whatever it found, knows it.
+
+    Args:
+        directory: of the checkpoints.
+        monitor: name of the metric.
+        mode: `min` or `max`.
+        every_steps: steps between two saves within an epoch; None saves at epochs' ends alone.
+        best_of: `epochs`, or `saves`: which checkpoints compete for the best.
+        steps_per_epoch: to tell the epoch of a step.
+        measure: the metrics at this moment, as on every worker: called when a checkpoint competes.
+        before_save: called before anything is saved, so that metrics never lag behind a checkpoint.
+        judged: told each judgement, on every worker.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        monitor: str,
+        mode: str,
+        every_steps: int | None,
+        best_of: str,
+        steps_per_epoch: int,
+        measure: Callable[[pl.Trainer, Any], dict[str, float]],
+        before_save: Callable[[pl.Trainer], None],
+        judged: Callable[[dict[str, float], Judgement], None] | None = None,
+    ) -> None:
+        self.directory, self.monitor, self.sign = directory, monitor, 1 if mode == "min" else -1
+        self.every_steps, self.best_of, self.steps_per_epoch = every_steps, best_of, steps_per_epoch
+        self.measure, self.before_save, self.judged = measure, before_save, judged
+        self.best: dict[str, Any] | None = None
+        self.saved_step = -1
+        self.seen_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.saved_step = self.seen_step = trainer.global_step
+        if trainer.is_global_zero and self.best is not None and trainer.global_step:
+            settle(self.directory, self.best["file"], trainer.global_step == self.best["step"])
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step == self.seen_step:
+            return  # not the last pass of its step
+        self.seen_step = step
+        due = self.every_steps is not None and step % self.every_steps == 0
+        if due and not ends_epoch(trainer):
+            self.save(trainer, pl_module, competes=self.best_of == "saves")
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.saved_step != trainer.global_step:
+            self.save(trainer, pl_module, competes=True)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A request to stop comes between two steps, on all workers alike: keep what has been done."""
+        if isinstance(exception, SIGTERMException) and self.saved_step != trainer.global_step:
+            self.save(trainer, pl_module, competes=False)
+
+    def save(self, trainer: pl.Trainer, pl_module: Any, competes: bool) -> None:
+        """Write the latest; it is the best as well, if it competes and wins. A metric that is missing or NaN never wins."""
+        self.before_save(trainer)
+        name = None
+        if competes:
+            metrics, step = self.measure(trainer, pl_module), trainer.global_step
+            judgement = Judgement((step - 1) // self.steps_per_epoch, step, self.monitor, metrics.get(self.monitor, math.nan))
+            if self._wins(judgement.value):
+                name = judgement.file_name()
+                self.best = {"file": name, "value": judgement.value, "step": judgement.step}
+            if self.judged is not None:
+                self.judged(metrics, judgement)
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(self.directory / LAST, storage_options=name)
+
+    def _wins(self, value: float) -> bool:
+        if not math.isfinite(value):
+            return False
+        return self.best is None or self.sign * value < self.sign * self.best["value"]
+
+
+def ends_epoch(trainer: pl.Trainer) -> bool:
+    """Whether the pass that has just ended was the epoch's or the run's last: its end follows, and saves."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step >= trainer.max_steps > 0
+
+
+def settle(directory: Path, best: str, is_last: bool) -> None:
+    """After a resume: the best is the one that the checkpoint knows of. A predecessor may have died between naming a new
+    one and removing the old one, or before it named it."""
+    path, last = directory / best, directory / LAST
+    if not path.is_file() and is_last and last.is_file():
+        make_best(last, path)
+    if path.is_file():
+        for other in directory.glob(BEST):
+            if other != path:
+                other.unlink(missing_ok=True)
+
+
+def resumable_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and what is wrong with those that would have come before it.
+
+    last.ckpt; if it is torn or corrupt, the best; if that is too, none.
+    """
+    complaints: list[str] = []
+    for path in [directory / LAST, *sorted(directory.glob(BEST))]:
+        if path.is_file():
+            if (reason := damage(path)) is None:
+                return path, complaints
+            complaints.append(f"{path} is damaged ({reason})")
+    return None, complaints
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file: None if every byte is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (bad := archive.testzip()) is not None:  # compares each part's checksum, which torch.load does not
+                return f"checksum of {bad} is wrong"
+        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # a torn file fails in many ways
+        return " ".join(f"{type(error).__name__}: {error}".split())[:120]
+    return None
 
 
 def best_checkpoint(directory: Path) -> Path | None:

@@ -1,7 +1,12 @@
-"""Files of a run directory, each written aside and then renamed: what can be read is whole."""
+"""Files of a run directory, each written aside and then renamed: what can be read is whole. And locks on them."""
 
+import fcntl
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +14,7 @@ from typing import Any
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace a file by new content in one step, on disk before it is seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
         with aside.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
@@ -22,3 +27,58 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None if there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+class Lock:
+    """A file that one process holds at a time; it lets go when it dies, however it dies.
+
+    Between machines this needs a file system with locks, such as NFS 4.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def held(self, seconds: float = 0.0) -> Iterator[str | None]:
+        """Try for so long. Yields None if the lock is held within, else who has it: such as `pid 4711 on node3`."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+") as stream:
+            deadline = time.monotonic() + seconds
+            while not _locked(stream.fileno()):
+                if time.monotonic() >= deadline:
+                    stream.seek(0)
+                    yield stream.read().strip() or "another process"
+                    return
+                time.sleep(0.2)
+            with suppress(OSError):  # on a full disk the name of the holder is missing, nothing else
+                stream.truncate(0)
+                os.write(stream.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+            yield None
+
+    def touch(self) -> None:
+        """A sign of life, for machines that locks do not reach."""
+        os.utime(self.path)
+
+    def is_held(self) -> bool:
+        """Whether a living process has it. Changes nothing."""
+        try:
+            with self.path.open() as stream:
+                return not _locked(stream.fileno())
+        except FileNotFoundError:
+            return False
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,15 +1,61 @@
 """Finding a run again: by path, by run ID or the start of one, or the latest."""
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.tracking.run import RUN_ID_LENGTH
+from raytrain2p.tracking.files import read_json
+from raytrain2p.tracking.run import RUN_ID_LENGTH, Run, run_of
 
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
 
 
-def find_artifact(root: str, phase: str, artifact: str, wanted: str, setting: str) -> Path:
+def run_directories(root: str, phases: Iterable[str]) -> list[Path]:
+    """All run directories of these phases, the oldest first."""
+    found = [folder for phase in phases for folder in (Path(root) / phase).glob("*_*_*") if RUN_DIRECTORY.fullmatch(folder.name)]
+    return sorted(found, key=lambda folder: (folder.name[RUN_ID_LENGTH:], folder.stat().st_mtime_ns))
+
+
+def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
+    """A run by its directory, its run ID, the start of one, or `latest`.
+
+    Args:
+        root: where run directories are.
+        phases: names of the phases that it may be of.
+        wanted: as the user gave it.
+        setting: where `wanted` came from, for messages.
+
+    Raises:
+        InputError: none, or more than one, fits.
+    """
+    phases = tuple(phases)
+    path = Path(wanted).expanduser()
+    directory = path.absolute() if (path / "run.json").is_file() else _one(run_directories(root, phases), wanted, root, setting)
+    noted = read_json(directory / "run.json")
+    if noted is None:
+        raise InputError(Problem(f"{setting} {wanted}", f"{directory} has no run.json: it is no run of this version", "take another run"))
+    run = replace(run_of(noted), directory=str(directory))  # it may have been moved
+    if run.phase not in phases:
+        raise InputError(
+            Problem(f"{setting} {wanted}", f"is a run of {run.phase}; required is one of {' or '.join(phases)}", "take another run")
+        )
+    return run
+
+
+def _one(runs: list[Path], wanted: str, root: str, setting: str) -> Path:
+    fitting = runs[-1:] if wanted == "latest" else [run for run in runs if run.name.startswith(wanted)]
+    if len(fitting) == 1:
+        return fitting[0]
+    ids = ", ".join(run.name[:RUN_ID_LENGTH] for run in fitting)
+    what = f"fits {len(fitting)} runs in {root}: {ids}" if fitting else f"there is no such run in {root}"
+    raise InputError(Problem(f"{setting} {wanted}", what, "give a directory, a run ID or more of it, or `latest`"))
+
+
+def find_artifact(
+    root: str, phase: str, artifact: str, wanted: str, setting: str, fits: Callable[[Path], bool] = lambda path: True
+) -> Path:
     """The path of an artifact.
 
     Args:
@@ -18,6 +64,7 @@ def find_artifact(root: str, phase: str, artifact: str, wanted: str, setting: st
         artifact: `aligner.pt` or `model.pt`.
         wanted: a path of a file or of a run directory, a run ID, the start of one, or `latest` (the newest that has one).
         setting: where `wanted` came from, for messages.
+        fits: what `latest` prefers; if none does, it is the newest of all, for the caller to say what is wrong with it.
 
     Raises:
         InputError: none, or more than one, fits.
@@ -28,10 +75,7 @@ def find_artifact(root: str, phase: str, artifact: str, wanted: str, setting: st
     if (path / artifact).is_file():
         return (path / artifact).absolute()
     folder = Path(root) / phase
-    runs = sorted(
-        (run for run in folder.glob("*_*_*") if RUN_DIRECTORY.fullmatch(run.name)),
-        key=lambda run: (run.name[RUN_ID_LENGTH:], run.stat().st_mtime_ns),
-    )
+    runs = run_directories(root, [phase])
     whole = [run for run in runs if (run / artifact).is_file()]
     if wanted == "latest":
         if not whole:
@@ -43,7 +87,8 @@ def find_artifact(root: str, phase: str, artifact: str, wanted: str, setting: st
                     f"run `python -m raytrain2p.train --phase {number}` first, or set {setting} to a path or a run ID",
                 )
             )
-        return whole[-1] / artifact
+        newest_first = [run / artifact for run in reversed(whole)]
+        return next(filter(fits, newest_first), newest_first[0])
     fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) != 1:
         what = (

@@ -1,46 +1,29 @@
-"""Metric points: on disk first (metrics.jsonl), then to MLflow in batches."""
+"""What each training step did: kept on the device, and noted every few steps."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from mlflow.entities import Metric
 
-from raytrain2p.tracking.run import Run
-
-POINTS_PER_BATCH = 1000  # MLflow's limit for one request
+from raytrain2p.tracking.journal import Point
 
 
-@dataclass(frozen=True)
-class Point:
-    """One value of one metric at one step."""
+class Mean:
+    """A running mean that a checkpoint can hold."""
 
-    name: str
-    value: float
-    step: int
-    time: float
+    def __init__(self) -> None:
+        self.total, self.count = 0.0, 0
 
+    def add(self, value: float) -> None:
+        self.total, self.count = self.total + value, self.count + 1
 
-class MetricsWriter:
-    """Appends points to a run's metrics.jsonl and sends them to MLflow."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.client, self.path = run, run.client, run.path / "metrics.jsonl"
-        if self.path.is_file() and not self.path.read_bytes().endswith(b"\n"):
-            with self.path.open("a") as stream:  # a kill has torn the last line: what follows must not be glued to it
-                stream.write("\n")
-
-    def write(self, points: Sequence[Point]) -> None:
-        lines = [json.dumps({"step": p.step, "name": p.name, "value": p.value, "time": round(p.time, 3)}) + "\n" for p in points]
-        with self.path.open("a") as stream:
-            stream.writelines(lines)
-        for start in range(0, len(points), POINTS_PER_BATCH):
-            batch = points[start : start + POINTS_PER_BATCH]
-            self.client.log_batch(self.run.run_id, metrics=[Metric(p.name, p.value, round(p.time * 1000), p.step) for p in batch])
+    def take(self) -> float:
+        """The mean, or NaN of nothing; begins anew."""
+        value = self.total / self.count if self.count else float("nan")
+        self.total, self.count = 0.0, 0
+        return value
 
 
 class StepLog(pl.Callback):
@@ -51,6 +34,7 @@ class StepLog(pl.Callback):
     Args:
         every: steps between two hand-overs.
         records_per_step: of all workers together.
+        steps_per_epoch: to tell the epoch of a step.
         mean: the mean over the workers; a collective, so called equally often on each.
         write: takes the points; None on every worker but the first.
         show: called with the latest numbers after each hand-over; likewise.
@@ -60,16 +44,26 @@ class StepLog(pl.Callback):
         self,
         every: int,
         records_per_step: int,
+        steps_per_epoch: int,
         mean: Callable[[torch.Tensor], torch.Tensor],
         write: Callable[[Sequence[Point]], None] | None,
         show: Callable[[dict[str, Any]], None] | None,
     ) -> None:
-        self.every, self.records_per_step, self.mean, self.write, self.show = every, records_per_step, mean, write, show
+        self.every, self.records_per_step, self.steps_per_epoch = every, records_per_step, steps_per_epoch
+        self.mean, self.write, self.show = mean, write, show
         self.losses: list[torch.Tensor] = []
-        self.steps: list[tuple[int, float, int, float]] = []
+        self.steps: list[tuple[int, float, float]] = []
         self.passes: torch.Tensor | float = 0.0
         self.seen = -1
         self.since = 0.0
+        self.of_epoch, self.since_judged = Mean(), Mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [mean.total, mean.count] for name, mean in (("epoch", self.of_epoch), ("judged", self.since_judged))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.of_epoch.total, self.of_epoch.count = state_dict["epoch"]
+        self.since_judged.total, self.since_judged.count = state_dict["judged"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.seen, self.since = trainer.global_step, time.perf_counter()
@@ -79,22 +73,18 @@ class StepLog(pl.Callback):
         if trainer.global_step == self.seen:
             return  # not the last pass of its step
         self.seen = trainer.global_step
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
         assert isinstance(self.passes, torch.Tensor)
         self.losses.append(self.passes)
-        self.steps.append((self.seen, rate, trainer.current_epoch, time.time()))
+        self.steps.append((self.seen, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
         self.passes = 0.0
-        if len(self.losses) >= self.every:
+        if self.seen % self.every == 0:
             self.hand_over(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.hand_over(trainer)
-        metrics = trainer.callback_metrics
-        names = {"train_loss": "train_loss_epoch"}
-        now = time.time()
-        points = [Point(names.get(name, name), float(value), trainer.global_step, now) for name, value in metrics.items()]
-        if self.write is not None:
-            self.write(points)
+        if self.of_epoch.count and self.write is not None:
+            self.write([Point("train_loss_epoch", self.of_epoch.total / self.of_epoch.count, trainer.global_step, time.time())])
+        self.of_epoch.take()
 
     def hand_over(self, trainer: pl.Trainer) -> None:
         """Write what has been kept."""
@@ -104,13 +94,17 @@ class StepLog(pl.Callback):
         now = time.perf_counter()
         speed = len(values) * self.records_per_step / (now - self.since)
         points = []
-        for value, (step, rate, epoch, at) in zip(values, self.steps, strict=True):
-            points += [Point("train_loss", value, step, at), Point("learning_rate", rate, step, at), Point("epoch", float(epoch), step, at)]
-        points.append(Point("samples_per_second", speed, self.steps[-1][0], self.steps[-1][3]))
+        for value, (step, rate, at) in zip(values, self.steps, strict=True):
+            self.of_epoch.add(value)
+            self.since_judged.add(value)
+            epoch = float((step - 1) // self.steps_per_epoch)
+            points += [Point("train_loss", value, step, at), Point("learning_rate", rate, step, at), Point("epoch", epoch, step, at)]
+        step, _, at = self.steps[-1]
+        points.append(Point("samples_per_second", speed, step, at))
         if self.write is not None:
             self.write(points)
         if self.show is not None:
-            step, _, epoch, _ = self.steps[-1]
-            left = (trainer.estimated_stepping_batches - step) * (now - self.since) / len(values)
+            left = (trainer.max_steps - step) * (now - self.since) / len(values)
+            epoch = (step - 1) // self.steps_per_epoch
             self.show({"epoch": epoch, "step": step, "loss": values[-1], "samples_per_second": speed, "seconds_left": left})
         self.losses, self.steps, self.since = [], [], now

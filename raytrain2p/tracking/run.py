@@ -5,26 +5,30 @@ The launch ID is a tag of the MLflow run, and a record on disk. Rank 0 looks for
 
 import json
 import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-from raytrain2p.config import InputError, Problem, Settings, flatten
-from raytrain2p.tracking.files import write_json, write_whole
+from mlflow.entities import Run as MlflowRun
+from mlflow.entities import ViewType
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-
-import mlflow
-from mlflow.entities import Param, RunTag
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
+from raytrain2p.config import Settings
+from raytrain2p.config.secrets import masked
+from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
+from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
+ROOT_TAG = "raytrain2p.root"
 RUN_ID_LENGTH = 32
-PARAMS_PER_BATCH = 100  # MLflow's limit for one request
+# What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
+ARTIFACTS = {"aligner.pt": "aligner", "model.pt": "model", "plots": "plots", "answers.jsonl": None}
+SECONDS_TO_CREATE = 60.0  # the driver has just spoken to the store: if it is away now, it may be back in a moment
+SECONDS_TO_INHERIT = 60.0  # a killed predecessor may take this long to let go of the run directory
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Run:
     timestamp: str
     launch_id: str
     phase: str
-    tracking_uri: str
+    tracking_uri: str  # masked: for people
 
     @property
     def path(self) -> Path:
@@ -47,130 +51,191 @@ class Run:
     def checkpoints(self) -> Path:
         return self.path / "lightning_checkpoints"
 
-    @property
-    def client(self) -> "mlflow.MlflowClient":
-        return mlflow.MlflowClient(self.tracking_uri)
-
 
 def launch_record(root: str, launch_id: str) -> Path:
     """Where a launch notes which run is its own."""
     return Path(root) / ".launches" / f"{launch_id}.json"
 
 
+def launch_lock(root: str, launch_id: str) -> Lock:
+    """Held by the driver for as long as the launch is under way."""
+    return Lock(Path(root) / ".launches" / f"{launch_id}.lock")
+
+
+def run_lock(run: Run) -> Lock:
+    """Held by rank 0 for as long as it writes to the run directory."""
+    return Lock(run.path / ".lock")
+
+
 def recorded_run(root: str, launch_id: str) -> Run | None:
     """The run that a launch made, if it got that far."""
-    try:
-        return Run(**json.loads(launch_record(root, launch_id).read_text()))
-    except FileNotFoundError:
-        return None
+    noted = read_json(launch_record(root, launch_id))
+    return run_of(noted) if noted and "run_id" in noted else None
 
 
-def experiment_name(settings: Settings, default: str) -> str:
-    return settings.tracking.experiment or default
-
-
-def prepare_store(settings: Settings, default_experiment: str) -> None:
-    """Make the tracking store and the experiment once, in the driver: several workers at a fresh SQLite file fail.
-
-    Raises:
-        InputError: the store cannot be reached.
-    """
-    uri, name = settings.tracking.uri, experiment_name(settings, default_experiment)
-    location = None
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        location = (folder / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
-    try:
-        client = mlflow.MlflowClient(uri)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            client.create_experiment(name, artifact_location=location)
-    except (MlflowException, OSError, ImportError, SQLAlchemyError) as error:
-        reason = " ".join(str(error).split()).replace(uri, masked(uri))[:300]
-        raise InputError(
-            Problem(
-                f"tracking.uri={masked(uri)}",
-                f"MLflow cannot use it: {reason}",
-                "start the server, or mend the URI",
-            )
-        ) from None
-
-    if experiment is not None and experiment.lifecycle_stage == "deleted":
-        raise InputError(
-            Problem(
-                f"tracking.experiment={name}",
-                "the experiment of this name was deleted in MLflow",
-                f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`), or set tracking.experiment to another name",
-            )
-        )
+def run_of(noted: dict[str, Any]) -> Run:
+    """The run out of a record or a run.json, which may say more."""
+    return Run(**{field: noted[field] for field in Run.__dataclass_fields__})
 
 
 def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str) -> Run:
-    """The launch's run: the one that an earlier worker group made, else a new one. Called on rank 0 alone."""
+    """The launch's run: the one that an earlier worker group made, else a new one. Called on rank 0 alone.
+
+    Whenever a predecessor died, there is one run: before it asked for a run there was none; a run that the store made has
+    the launch ID as a tag, or, in the plain-file store, which writes tags one by one, at least the name that was noted
+    beforehand; and once it is recorded, the store is not asked at all.
+
+    Raises:
+        STORE_ERRORS: the store has been away for a minute.
+    """
     root = settings.output.root
-    if (run := recorded_run(root, launch_id)) is not None:
-        run.client.update_run(run.run_id, status="RUNNING")
-        return run
-    client = mlflow.MlflowClient(settings.tracking.uri)
-    name = experiment_name(settings, default_experiment)
-    experiment = client.get_experiment_by_name(name)
-    assert experiment is not None, "prepare_store() runs in the driver, before any worker"
-    found = client.search_runs([experiment.experiment_id], f"tags.`{LAUNCH_TAG}` = '{launch_id}'", max_results=1)
-    if found:
-        made, timestamp = found[0], found[0].data.tags[TIMESTAMP_TAG]
-    else:
-        timestamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-        made = client.create_run(
-            experiment.experiment_id, run_name=f"{phase}_{timestamp}", tags={LAUNCH_TAG: launch_id, TIMESTAMP_TAG: timestamp}
-        )
-    run_id = made.info.run_id
-    directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
-    run = Run(run_id, directory, name, timestamp, launch_id, phase, settings.tracking.uri)
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    client.set_tag(run_id, DIRECTORY_TAG, directory)
-    write_json(launch_record(root, launch_id), asdict(run))
+    record = launch_record(root, launch_id)
+    with Lock(record.with_suffix(".creating")).held(SECONDS_TO_CREATE):  # rank 0 of a launch that was killed just now may be at it
+        if (run := recorded_run(root, launch_id)) is not None:
+            return run
+        intent = read_json(record)
+        if intent is None:
+            intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
+            write_json(record, intent)
+        name, begun = experiment_name(settings, default_experiment), f"{phase}_{intent['timestamp']}"
+        run_id, timestamp = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root))
+        directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
+        run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
+        _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(run.path / "run.json", asdict(run))
+        write_json(record, asdict(run))
     return run
 
 
-def describe_run(run: Run, settings: Settings, resolved: dict[str, Any], command: str) -> None:
-    """Write what the run is into its directory and into MLflow: settings, identity, and a page for a person.
+def _patiently(ask: Any) -> Any:
+    """The answer of the store, asked again while it is away."""
+    deadline = time.monotonic() + SECONDS_TO_CREATE
+    while True:
+        try:
+            return ask()
+        except STORE_ERRORS:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+
+
+def _find_or_make(uri: str, experiment: str, name: str, intent: dict[str, Any], root: str) -> tuple[str, str]:
+    """The ID of the launch's run in the store, and when it began. Asked again after any failure, it finds what the failed request made."""
+    client = client_of(uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None, "prepare_store() runs in the driver, before any worker"
+    tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: root}
+
+    def search(query: str) -> list[MlflowRun]:
+        return list(client.search_runs([found.experiment_id], query, ViewType.ALL))
+
+    runs = search(f"tags.`{LAUNCH_TAG}` = '{intent['launch_id']}'")
+    if not runs:
+        runs = [
+            run
+            for run in search(f"attributes.run_name = '{name}'")
+            if LAUNCH_TAG not in run.data.tags and run.info.start_time >= 1000 * intent["since"] - 1
+        ]
+        for run in runs[:1]:
+            for key, value in tags.items():
+                client.set_tag(run.info.run_id, key, value)
+    made = runs[0] if runs else client.create_run(found.experiment_id, run_name=name, tags=tags)
+    return str(made.info.run_id), str(made.data.tags.get(TIMESTAMP_TAG, intent["timestamp"]))
+
+
+@contextmanager
+def sole_writer(run: Run) -> Iterator[None]:
+    """Within, no other process writes to the run directory: a killed launch's workers may live on for a few seconds.
+
+    Raises:
+        RuntimeError: another process does not let go.
+    """
+    with run_lock(run).held(SECONDS_TO_INHERIT) as holder:
+        if holder is not None:
+            raise RuntimeError(f"another process writes to {run.directory} ({holder}), and does not end")
+        for aside in run.path.rglob(".*.aside-*"):
+            aside.unlink(missing_ok=True)  # what a kill left half written
+        yield
+
+
+def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str, Any]) -> list[str]:
+    """Write what the run is into its directory: settings, identity, and a page for a person. The mirror sends it on.
 
     Args:
         run: the run.
-        settings: as given.
-        resolved: what was only known on the worker, by dotted path, such as the precision that `auto` became.
+        config: every setting, resolved and masked, as nested groups.
         command: shell line that launches the same again.
+        facts: what a resumed run is checked against, such as the number of training records.
+
+    Returns:
+        What is different from the last time, a line for each setting.
     """
-    config = json.loads(settings.model_dump_json())
+    before = read_json(run.path / "config.json")
+    changes = setting_changes(before, config) if before else {}
+    if changes:
+        row = {"at": time.time(), "changes": {key: list(pair) for key, pair in changes.items()}}
+        with (run.path / "changes.jsonl").open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+    write_json(run.path / "config.json", config)
+    write_whole(
+        run.path / "MLFLOW_RUN_ID.txt",
+        f"run_id: {run.run_id}\ndirectory: {run.directory}\nexperiment: {run.experiment}\ntimestamp: {run.timestamp}\n",
+    )
+    write_whole(run.path / "README.md", _readme(run, masked(command)))
+    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, "raytrain2p.command": masked(command)}
+    write_json(run.path / "run.json", asdict(run) | facts | {"tags": tags, "described": time.time()})
+    return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
+
+
+def resolved_config(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Every setting as nested groups of plain values, with what only the worker knew, and no password.
+
+    Args:
+        settings: as given.
+        resolved: by dotted path, such as the precision that `auto` became.
+    """
+    config: dict[str, Any] = _without_passwords(json.loads(settings.model_dump_json()))
     for key, value in resolved.items():
         *groups, last = key.split(".")
         node = config
         for group in groups:
             node = node[group]
         node[last] = value
-    config["tracking"]["uri"] = masked(config["tracking"]["uri"])
-    write_json(run.path / "config.json", config)
-    write_whole(
-        run.path / "MLFLOW_RUN_ID.txt",
-        f"run_id: {run.run_id}\ndirectory: {run.directory}\nexperiment: {run.experiment}\ntimestamp: {run.timestamp}\n",
-    )
-    write_whole(run.path / "README.md", _readme(run, command))
-    params = flatten(settings) | resolved | {"tracking.uri": masked(settings.tracking.uri)}
-    logged = run.client.get_run(run.run_id).data.params
-    # MLflow never changes a parameter: what a later attempt of the launch has otherwise is kept as a tag
-    changed = [
-        RunTag(f"raytrain2p.changed.{key}", str(value)) for key, value in params.items() if logged.get(key, str(value)) != str(value)
-    ]
-    pairs = [Param(key, str(value)) for key, value in params.items() if key not in logged]
-    for start in range(0, len(pairs), PARAMS_PER_BATCH):
-        run.client.log_batch(run.run_id, params=pairs[start : start + PARAMS_PER_BATCH])
-    run.client.log_batch(run.run_id, tags=[RunTag("raytrain2p.command", command), *changed])
-    run.client.log_artifact(run.run_id, str(run.path / "config.json"), "config")
+    return config
+
+
+def _without_passwords(value: Any) -> Any:
+    """URIs masked, and nothing else: what a resumed run reads must be what was set."""
+    if isinstance(value, dict):
+        return {key: _without_passwords(inner) for key, inner in value.items()}
+    return masked(value) if isinstance(value, str) and "://" in value else value
+
+
+def setting_changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by dotted path, as (before, after)."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in [*before, *(key for key in after if key not in before)]:
+        old, new, path = before.get(key), after.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes |= setting_changes(old, new, f"{path}.")
+        elif old != new:
+            changes[path] = (old, new)
+    return changes
+
+
+def write_status(directory: Path, status: str) -> None:
+    """RUNNING, FINISHED, FAILED or KILLED: what MLflow is to say, too."""
+    write_json(directory / "status.json", {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()})
+
+
+def read_status(directory: Path) -> dict[str, Any]:
+    """The last `write_status`; RUNNING, at no time, where there was none."""
+    return read_json(directory / "status.json") or {"status": "RUNNING", "at": 0.0, "host": "", "pid": 0}
 
 
 def _readme(run: Run, command: str) -> str:
-    artifact = {"alignment": "aligner.pt", "phase2": "model.pt"}[run.phase]
+    artifact, number = {"alignment": ("aligner.pt", 1), "phase2": ("model.pt", 2)}[run.phase]
     use = (
         f"python -m raytrain2p.train --phase 2 --aligner {run.run_id[:8]}"
         if run.phase == "alignment"
@@ -184,9 +249,10 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
 |---|---|
 | `{artifact}` | the deployable result |
 | `lightning_checkpoints/` | the best checkpoint and the last one: what was trained, and the optimizer |
-| `config.json` | every setting |
+| `config.json` | every setting; `changes.jsonl`, if there is one: what a resumed run had otherwise |
 | `metrics.jsonl` | every metric point |
 | `plots/` | pictures |
+| `status.json` | RUNNING, FINISHED, FAILED or KILLED |
 
 Trained with
 
@@ -195,18 +261,8 @@ Trained with
 Use it:
 
     {use}
+
+Go on with it, if it did not finish:
+
+    python -m raytrain2p.train --phase {number} --resume {run.run_id[:8]}
 """
-
-
-def finish_run(run: Run, status: str) -> None:
-    """Set FINISHED, FAILED or KILLED."""
-    run.client.set_terminated(run.run_id, status)
-
-
-def masked(uri: str) -> str:
-    """The URI without its password: it would end in logs, files and parameters that many can read."""
-    parts = urlsplit(uri)
-    user, at, host = parts.netloc.rpartition("@")
-    if not at or ":" not in user:
-        return uri
-    return urlunsplit(parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}"))

@@ -21,7 +21,7 @@ def train(run: Run, config: Path, phase: int, *overrides: str) -> Command:
 @pytest.fixture(scope="module")
 def aligned(run: Run, tiny_config: Path) -> Command:
     """A finished phase 1 run."""
-    return train(run, tiny_config, 1, "--launch-id", "again")
+    return train(run, tiny_config, 1)
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,6 @@ def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, work
     assert made.data.params["training.batch_size"] == "16"
     assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
     assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
-
-
-def test_launching_again_under_the_same_launch_id_goes_on_in_the_same_run(
-    run: Run, tiny_config: Path, aligned: Command, workshop: Path
-) -> None:
-    first = aligned.outcome
-    second = train(run, tiny_config, 1, "--launch-id", "again").outcome
-    assert second["run_id"] == first["run_id"]
-    assert second["directory"] == first["directory"]
-    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
-    experiment = client.get_experiment_by_name("phase1_alignment")
-    assert len(client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'again'")) == 1
 
 
 def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command) -> None:

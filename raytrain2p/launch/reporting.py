@@ -1,0 +1,64 @@
+"""Ray's view of a run's checkpoints: the same best and the same last as on disk."""
+
+import math
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import ray.train
+import ray.train.collective
+
+from raytrain2p.tracking.checkpoints import Judgement
+from raytrain2p.tracking.files import write_json
+from raytrain2p.tracking.run import Run
+
+# A report waits until Ray has fetched the one before, about once a second: epochs that are shorter must not wait for that.
+SECONDS_BETWEEN = 2.0
+
+
+class RayReports:
+    """Tells Ray what each checkpoint is worth. Ray's checkpoint is a pointer to the run directory, nothing more.
+
+    Judgements that come too fast are left out, but never the best one, and never the last.
+
+    Args:
+        run: whose directory the pointer names.
+        mode: `min` or `max`.
+        is_first: whether this worker is rank 0, which alone hands Ray the pointer; all workers must report equally often.
+    """
+
+    def __init__(self, run: Run, mode: str, is_first: bool) -> None:
+        self.run, self.worst, self.sign, self.is_first = run, math.inf if mode == "min" else -math.inf, 1 if mode == "min" else -1, is_first
+        self.reported = -math.inf
+        self.kept: tuple[dict[str, float], Judgement] | None = None
+
+    def add(self, metrics: dict[str, float], judgement: Judgement, is_final: bool) -> None:
+        """One judgement, alike on every worker."""
+        due = is_final or time.monotonic() - self.reported >= SECONDS_BETWEEN
+        if not ray.train.collective.broadcast_from_rank_zero(due):
+            if self.kept is None or self.sign * self._value(judgement) < self.sign * self._value(self.kept[1]):
+                self.kept = (metrics, judgement)
+            return
+        if self.kept is not None:
+            self._report(*self.kept)
+        self.kept = None
+        self._report(metrics, judgement)
+        self.reported = time.monotonic()
+
+    def _value(self, judgement: Judgement) -> float:
+        """A metric that is missing or no number is the worst: Ray would take it for the best."""
+        return judgement.value if math.isfinite(judgement.value) else self.worst
+
+    def _report(self, metrics: dict[str, float], judgement: Judgement) -> None:
+        told = metrics | {judgement.metric: self._value(judgement), "step": judgement.step, "epoch": judgement.epoch}
+        if not self.is_first:
+            ray.train.report(told)
+            return
+        folder = Path(tempfile.mkdtemp())
+        try:
+            write_json(folder / "run.json", {"run_id": self.run.run_id, "directory": self.run.directory} | asdict(judgement))
+            ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

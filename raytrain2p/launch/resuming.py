@@ -1,0 +1,94 @@
+"""Going on with a run: which one, with which settings, and what must not change."""
+
+from typing import Any
+
+from raytrain2p.config import InputError, Problem, Settings, flatten
+from raytrain2p.config.secrets import masked
+from raytrain2p.launch.worker import Outcome
+from raytrain2p.phases.module import planned_steps
+from raytrain2p.tracking.files import read_json
+from raytrain2p.tracking.mirror import flatten_tree
+from raytrain2p.tracking.run import Run, read_status
+
+# What a checkpoint holds is made from these: with others it would not load, or would silently not be what they say.
+FIXED = (
+    "seed",
+    "model.",
+    "data.train",
+    "training.learning_rate",
+    "training.warmup_steps",
+    "training.weight_decay",
+    "checkpoint.monitor",
+    "checkpoint.mode",
+    "launch.strategy",
+    "output.root",
+    "tracking.",
+)
+FREE = ("model.attention", "tracking.system_metrics")
+DERIVED = ("auto", None)  # the worker put what it found in the place of these
+GLOBAL_BATCH = ("training.batch_size", "training.accumulate", "launch.num_workers")
+
+
+def check_resumable(run: Run, settings: Settings, records: int | None) -> None:
+    """Whether these settings can go on with this run.
+
+    Args:
+        run: to go on with.
+        settings: with the aligner resolved to a path.
+        records: training records; None if they could not be read.
+
+    Raises:
+        InputError: every setting that differs and must not.
+    """
+    config = read_json(run.path / "config.json")
+    if config is None:
+        return  # it died before it wrote down its settings, and so before it trained
+    before, after = (
+        flatten_tree(config),
+        {key: masked(value) if isinstance(value, str) else value for key, value in flatten(settings).items()},
+    )
+    problems = [
+        Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {before.get(key)}", f"set {key}={before.get(key)}")
+        for key, value in after.items()
+        if key.startswith(FIXED) and not key.startswith(FREE) and value not in DERIVED and before.get(key) != value
+    ]
+    if (had := global_batch(before)) != (has := global_batch(after)):
+        problems.append(
+            Problem(
+                " x ".join(f"{key}={after[key]}" for key in GLOBAL_BATCH),
+                f"is a step of {has} records; run {run.run_id[:8]} began with {had}, and its position in the data would be lost",
+                f"set training.batch_size so that the product is {had}",
+            )
+        )
+    facts = read_json(run.path / "run.json") or {}
+    if records is not None and facts.get("train_records", records) != records:
+        problems.append(
+            Problem(
+                f"data.train={settings.data.train}",
+                f"has {records} records; run {run.run_id[:8]} began with {facts['train_records']}, and its position in them would be lost",
+                "give the records that it began with, or begin a new run",
+            )
+        )
+    if problems:
+        raise InputError(problems)
+
+
+def global_batch(flat: dict[str, Any]) -> int:
+    """Records of one optimizer step."""
+    size = 1
+    for key in GLOBAL_BATCH:
+        size *= int(flat[key])
+    return size
+
+
+def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | None:
+    """What a run that has ended well left, unless these settings ask for more steps."""
+    outcome, status = read_json(run.path / "result.json"), read_status(run.path)
+    config = read_json(run.path / "config.json")
+    if outcome is None or config is None or status["status"] != "FINISHED":
+        return None
+    before = type(settings).model_validate(config).training
+    workers = config["launch"]["num_workers"]
+    if planned_steps(settings.training, records, settings.launch.num_workers) > planned_steps(before, records, workers):
+        return None
+    return Outcome(**outcome)

@@ -1,0 +1,114 @@
+"""A request to stop (SIGTERM, Ctrl-C, `ray job stop`): all workers stop between the same two steps, and a checkpoint is kept."""
+
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from raytrain2p.tracking.checkpoints import ends_epoch
+
+SECONDS_TO_STOP = 60.0  # a long step and a large checkpoint must fit into it
+
+
+class StopOnRequest(pl.Callback):
+    """Ends training with a SIGTERMException at the first step after the request that does not end an epoch anyway.
+
+    Args:
+        board: where the driver leaves the request; None on every worker but the first.
+    """
+
+    def __init__(self, board: Any) -> None:
+        self.board, self.requested = board, threading.Event()
+        self.seen_step = -1
+        if board is not None:
+            threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
+
+    def _wait(self) -> None:
+        try:
+            ray.get(self.board.wait_for_stop.remote())
+        except ray.exceptions.RayError:
+            return  # the driver is gone, and Ray ends this worker
+        self.requested.set()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seen_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.board is not None:
+            self.board.stop_listening.remote()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped = trainer.global_step != self.seen_step
+        self.seen_step = trainer.global_step
+        if not self.requested.is_set() or not stepped or ends_epoch(trainer):
+            return
+        if trainer.world_size == 1:
+            raise SIGTERMException
+        # Lightning tells the others before the next pass, and all of them raise together
+        trainer._signal_connector.received_sigterm = True
+
+
+class StoppedError(Exception):
+    """The launch was asked to stop, and did."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, as requests that the driver sees between two waits. In another thread than the main one, where
+    Python hears no signals, there are none.
+    """
+
+    def __init__(self) -> None:
+        self.news, self.received = threading.Event(), list[int]()
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.received.append(number)
+        self.news.set()
+
+
+def fit_until_stopped(fit: Callable[[], Any], board: Any, say: Callable[[str], None]) -> Any:
+    """What `fit` returns, unless a signal stops the workers before.
+
+    It runs in a thread: in the main one, Ray would put a handler of its own in the place of ours, which saves nothing.
+
+    Raises:
+        StoppedError: after a signal; by then the workers have saved a checkpoint, if they were training.
+    """
+    outcome: Future[Any] = Future()
+    with StopSignals() as signals:
+
+        def work() -> None:
+            try:
+                outcome.set_result(fit())
+            except BaseException as error:
+                outcome.set_exception(error)
+            signals.news.set()
+
+        threading.Thread(target=work, name="fit", daemon=True).start()
+        signals.news.wait()
+        if signals.received:
+            say("stopping after this step, with a checkpoint (again: at once)")
+            signals.news.clear()
+            if ray.get(board.request_stop.remote(), timeout=10):
+                while not outcome.done() and len(signals.received) == 1 and signals.news.wait(SECONDS_TO_STOP):
+                    signals.news.clear()
+            raise StoppedError(signals.received[0])
+    return outcome.result()

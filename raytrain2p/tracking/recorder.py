@@ -1,0 +1,92 @@
+"""Rank 0's hand on the run directory: whoever holds it is the only one that writes there."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+from raytrain2p.tracking.checkpoints import storage_error
+from raytrain2p.tracking.journal import Journal, Point
+from raytrain2p.tracking.mirror import Mirror, MirrorThread
+from raytrain2p.tracking.run import Run, describe_run, sole_writer, write_status
+from raytrain2p.tracking.store import STORE_ERRORS, client_of
+
+SECONDS_TO_SEND = 1800.0  # at the end, for what MLflow does not have yet, while it takes it; model files may be large
+SECONDS_TO_LEAVE = 5.0  # when the worker fails: Ray is about to start it again
+
+
+class Recorder:
+    """Notes points, and says how the run ended. Made by `recording`.
+
+    Args:
+        run: whose directory it writes to.
+        mirror: sends all of it to MLflow meanwhile.
+    """
+
+    def __init__(self, run: Run, mirror: MirrorThread) -> None:
+        self.run, self.mirror = run, mirror
+        self.journal = Journal(run.path / "metrics.jsonl")
+
+    def resume_from(self, step: int) -> None:
+        """What is noted of later steps is not noted again."""
+        self.journal = Journal(self.journal.path, step)
+
+    def write(self, points: Sequence[Point]) -> None:
+        """Note points on disk; they are sent later.
+
+        Raises:
+            StorageError: the disk is full, or gone.
+        """
+        try:
+            self.journal.append(points)
+        except OSError as error:
+            raise storage_error(self.journal.path, error, 200 * len(points)) from None
+
+    def write_metrics(self, metrics: dict[str, float], step: int) -> None:
+        now = time.time()
+        self.write([Point(name, float(value), step, now) for name, value in metrics.items()])
+
+    def finish(self, status: str) -> bool:
+        """Say how the run ended, and send the rest; whether MLflow has everything by now."""
+        write_status(self.run.path, status)
+        return self.mirror.close(SECONDS_TO_SEND)
+
+
+@contextmanager
+def recording(run: Run, uri: str, describe: dict[str, Any], tell: Callable[[str], None]) -> Iterator[Recorder]:
+    """Within, this process alone writes to the run directory, and MLflow says that the run is RUNNING.
+
+    Args:
+        run: whose directory it is.
+        uri: of the tracking store, with the password that it may need.
+        describe: arguments of `describe_run`.
+        tell: shows a line to the user.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(sole_writer(run))
+            changes = describe_run(run, **describe)
+            write_status(run.path, "RUNNING")
+        except OSError as error:
+            raise storage_error(run.path / "config.json", error, 100_000) from None
+        for line in changes:
+            tell(f"changed since the run began: {line}")
+        recorder = Recorder(run, MirrorThread(Mirror(run, uri), tell))
+        try:
+            yield recorder
+        finally:
+            recorder.mirror.close(SECONDS_TO_LEAVE)
+
+
+def end_run(run: Run, uri: str, status: str) -> bool:
+    """Say how a run ended whose workers are gone; whether MLflow knows it.
+
+    On a full disk the status cannot be noted: MLflow is told all the same.
+    """
+    with suppress(*STORE_ERRORS):
+        write_status(run.path, status)
+        Mirror(run, uri).send()
+        return True
+    with suppress(*STORE_ERRORS):
+        client_of(uri).set_terminated(run.run_id, status)
+    return False

@@ -1,0 +1,83 @@
+"""Put on PYTHONPATH, this kills a process at a named moment, once: RAYTRAIN2P_CHAOS_MOMENT names it, and the file
+RAYTRAIN2P_CHAOS_DONE is made when it has struck. The program itself knows nothing of it.
+"""
+
+import importlib.abc
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+# name: module, what in it, whether to strike before or after it, in which call
+MOMENTS = {
+    "before the run exists": ("raytrain2p.tracking.run", "_find_or_make", "before", 1),
+    "between making the run and recording it": ("raytrain2p.tracking.run", "_find_or_make", "after", 1),
+    "after recording it, before its settings are written": ("raytrain2p.tracking.recorder", "describe_run", "before", 1),
+    "before the first report": ("raytrain2p.launch.reporting", "RayReports._report", "before", 1),
+    "between two checkpoints": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "after", 2),
+    "while a checkpoint is written": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "half", 2),
+    "between the last checkpoint and the best": ("raytrain2p.tracking.checkpoints", "make_best", "before", 2),
+    "between sending points and noting it": ("raytrain2p.tracking.mirror", "Mirror._note_sent", "before", 2),
+    "while the artifact is written": ("raytrain2p.launch.worker", "last_values", "before", 1),
+}
+
+
+def strike() -> None:
+    try:
+        os.close(os.open(os.environ["RAYTRAIN2P_CHAOS_DONE"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wrapped(function: Any, when: str, wanted: int) -> Any:
+    calls = 0
+
+    def striking(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == wanted and when == "before":
+            strike()
+        if calls == wanted and when == "half":
+            path = Path(arguments[1])
+            path.with_name(f".{path.name}.aside-{os.getpid()}").write_bytes(b"PK half of a checkpoint")
+            strike()
+        result = function(*arguments, **options)
+        if calls == wanted and when == "after":
+            strike()
+        return result
+
+    return striking
+
+
+class Patching(importlib.abc.MetaPathFinder):
+    """Patches one module right after it is loaded."""
+
+    def __init__(self, module: str, name: str, when: str, wanted: int) -> None:
+        self.module, self.name, self.when, self.wanted = module, name, when, wanted
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        if fullname != self.module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None
+        assert spec.loader is not None
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            *owners, last = self.name.split(".")
+            owner = module
+            for part in owners:
+                owner = getattr(owner, part)
+            setattr(owner, last, wrapped(getattr(owner, last), self.when, self.wanted))
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if os.environ.get("RAYTRAIN2P_CHAOS_MOMENT"):
+    sys.meta_path.insert(0, Patching(*MOMENTS[os.environ["RAYTRAIN2P_CHAOS_MOMENT"]]))

@@ -1,0 +1,45 @@
+"""`python tests/chaos/table.py build/chaos.json docs/chaos.md`: what `make chaos` measured, as a page."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+PAGE = """# Chaos: what was killed, and what was left
+
+Measured by `make chaos` on {machine}: {kills} kills at {moments}. Each launch is compared with an undisturbed one of the same
+settings ({steps} steps of phase 1 with dropout, tiny models, float32 on the CPU): MLflow runs and run directories that it left,
+steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of every step, and the trained weights, bit for bit.
+
+| what was killed | kills | runs | directories | steps twice | steps lost | losses | weights | seconds to the next step, median (most) |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+The seconds are from the kill to the next step that was not noted before; they hold the start of the processes that were
+killed, and the steps since the last checkpoint, which are done again. A short form runs in `make test`.
+"""
+
+
+def row(one: dict[str, Any]) -> str:
+    """One scenario as a line of the table."""
+    waits = one["seconds_to_next_step"]
+    seconds = f"{statistics.median(waits):.1f} ({max(waits):.1f})" if waits else ""
+    cells = [one["scenario"], one["kills"], one["runs"], one["directories"], one["duplicate_steps"], one["lost_steps"]]
+    cells += ["equal" if one["same_losses"] else "DIFFER", "equal" if one["same_weights"] else "DIFFER", seconds]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def page(rows: list[dict[str, Any]], steps: int) -> str:
+    """The whole page."""
+    machine = f"{os.cpu_count()} cores ({platform.machine()}, {platform.system()}), no GPU"
+    kills = sum(one["kills"] for one in rows)
+    moments = "seeded random moments and at each named one"
+    return PAGE.format(machine=machine, kills=kills, moments=moments, steps=steps, rows="\n".join(map(row, rows)))
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    target.write_text(page(json.loads(source.read_text()), steps=400))

@@ -1,0 +1,199 @@
+"""MLflow is away, the disk is full, read-only or gone, a checkpoint is torn: nothing is lost, and the user is told."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from raytrain2p.tracking.checkpoints import damage
+from tests.chaos.killing import Launch, kill_driver, losses, only_long
+from tests.chaos.test_kills import launch_in
+from tests.launch.launching import Command, run_command
+
+
+class Server:
+    """A real `mlflow server` on SQLite, to be stopped and started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--workers=1", "--host=127.0.0.1", f"--port={self.port}"),
+            *(f"--backend-store-uri=sqlite:///{self.folder}/server.db", f"--artifacts-destination={self.folder}/artifacts"),
+        ]
+        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                assert time.monotonic() < deadline, (self.folder / "server.log").read_text()[-3000:]
+                time.sleep(0.3)
+
+    def stop(self) -> None:
+        """The server and its worker, at once."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.stop()
+
+
+def wait_for_steps(launch: Launch, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(launch.steps()) < steps:
+        assert launch.running(), launch.log[-3000:]
+        assert time.monotonic() < deadline, launch.log[-3000:]
+        time.sleep(0.1)
+
+
+def sent_steps(uri: str) -> list[int]:
+    """Steps whose loss MLflow has, of its one run."""
+    client = mlflow.MlflowClient(uri)
+    (run,) = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    assert run.info.status == "FINISHED"
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"aligner", "config", "plots"}
+    return sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss"))
+
+
+def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
+    tmp_path: Path, server: Server, ray_head: str, tiny_config: Path
+) -> None:
+    server.start()
+    launch = launch_in(tmp_path / "away", tiny_config, 1, RAY_ADDRESS=ray_head)
+    launch.arguments = [*launch.arguments, f"tracking.uri={server.uri}", "training.max_steps=1500"]
+    launch.start()
+    wait_for_steps(launch, 300)
+    server.stop()
+    assert launch.wait() == 0, launch.log
+    assert "MLflow does not answer; training goes on" in launch.log
+    assert "raytrain2p.runs sync" in launch.log
+    assert sorted(launch.steps()) == list(range(1, 1501))
+
+    def sync() -> Command:
+        return run_command(launch.folder, "raytrain2p.runs", "sync", f"tracking.uri={server.uri}")
+
+    assert sync().code == 1  # still away
+    server.start()
+    done = sync()
+    assert done.code == 0, done.err
+    assert "1 of 1 runs are whole in MLflow" in done.out
+    assert sent_steps(server.uri) == list(range(1, 1501))
+    assert sync().code == 0
+    assert sent_steps(server.uri) == list(range(1, 1501))  # the second time sends nothing twice
+    server.stop()
+
+
+def test_mlflow_away_at_the_start_is_bad_input_and_leaves_nothing(tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
+    launch = launch_in(tmp_path / "never", tiny_config, 1, RAY_ADDRESS=ray_head)
+    launch.arguments = [*launch.arguments, "tracking.uri=http://127.0.0.1:9"]
+    launch.start()
+    assert launch.wait() == 2, launch.log
+    assert "tracking.uri=http://127.0.0.1:9" in launch.log
+    assert not (launch.folder / "checkpoints").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs the right to mount a small tmpfs: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(disk: Path) -> None:
+    """To the last byte, and stay: as another program would."""
+    with (disk / "filler").open("wb", buffering=0) as stream:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    stream.write(b"x" * size)
+            except OSError:
+                continue
+
+
+def remount_read_only(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+def take_away(disk: Path) -> None:
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("disaster", [fill, pytest.param(remount_read_only, marks=only_long), pytest.param(take_away, marks=only_long)])
+def test_the_disk_fails_and_the_run_is_failed_with_one_line(
+    disaster: Callable[[Path], None], tmp_path: Path, small_disk: Path, ray_head: str, tiny_config: Path
+) -> None:
+    launch = launch_in(tmp_path / "launch", tiny_config, 1, RAY_ADDRESS=ray_head)
+    launch.folder.mkdir()
+    (launch.folder / "checkpoints").symlink_to(small_disk)
+    launch.arguments = [*launch.arguments, "training.max_steps=4000", "launch.max_failures=0"]
+    launch.start()
+    wait_for_steps(launch, 200)
+    kept = tmp_path / "kept"
+    disaster(small_disk)
+    assert launch.wait() == 1, launch.log
+    assert "cannot be written" in launch.log
+    assert "needed" in launch.log
+    assert "Traceback" not in launch.log
+    client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
+    (run,) = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    assert run.info.status == "FAILED"
+    if disaster is not take_away:
+        shutil.copytree(launch.directories()[0] / "lightning_checkpoints", kept)
+        assert (kept / "last.ckpt").is_file()
+        assert [damage(path) for path in kept.glob("[!.]*.ckpt")] == [None, None]
+
+
+@only_long
+@pytest.mark.parametrize("torn", ["cut off", "one bit wrong"])
+def test_a_damaged_last_checkpoint_is_named_and_the_best_is_used(torn: str, tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
+    launch = launch_in(tmp_path / "launch", tiny_config, 1, RAY_ADDRESS=ray_head)
+    launch.start()
+    wait_for_steps(launch, 150)
+    assert kill_driver(launch)
+    launch.wait()
+    time.sleep(5)  # Ray ends the workers of a dead driver
+    (directory,) = launch.directories()
+    last = directory / "lightning_checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    last.unlink()  # it may be the best one under a second name
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content[: len(content) // 2] if torn == "cut off" else content)
+    launch.start()
+    assert launch.wait() == 0, launch.log
+    assert f"{last} is damaged" in launch.log
+    assert "going on from best-epoch=" in launch.log
+    assert sorted(launch.steps()) == list(range(1, 401))
+    assert len(losses(launch)) == 400
+    assert json.loads((directory / "status.json").read_text())["status"] == "FINISHED"

@@ -1,0 +1,203 @@
+"""Going on with a run: after a death, after a request to stop, with other settings, or when there is nothing left to do."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from raytrain2p.models.aligner import Aligner
+from raytrain2p.models.artifacts import save_artifact
+from raytrain2p.models.pretrained import fingerprint
+from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
+from tests.launch.launching import run_command
+
+STEPS = 60
+
+
+def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, workers: int = 1) -> Launch:
+    """60 steps of phase 2 with several passes a step and dropout: what a resume must restore."""
+    arguments = [
+        "--phase=2",
+        f"--config={tiny_config}/phase2.yaml",
+        f"training.max_steps={STEPS}",
+        f"training.batch_size={4 // workers}",
+        "training.accumulate=2",
+        "training.log_every=3",
+        "checkpoint.every_steps=4",
+        "checkpoint.monitor=val/loss",
+        "model.lora.dropout=0.2",
+        "model.soft_token_dropout=0.3",
+        f"launch.num_workers={workers}",
+        *more,
+    ]
+    return Launch(folder, arguments, {"RAY_ADDRESS": ray_head})
+
+
+@pytest.fixture(scope="module")
+def aligned(workshop: Path, tiny_vit: Path) -> Path:
+    """An aligner.pt for tiny_vit, as phase 1 leaves it; not trained."""
+    torch.manual_seed(3)
+    aligner = Aligner({"image": 32}, hidden=32, dimension=16)
+    path = workshop / "aligner.pt"
+    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
+    save_artifact(path, "alignment", {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> Launch:
+    launch = phase2_in(workshop / "undisturbed", tiny_config, ray_head, f"model.aligner={aligned}")
+    launch.start()
+    assert launch.wait() == 0, launch.log
+    return launch
+
+
+def wait_for_steps(launch: Launch, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(launch.steps()) < steps:
+        assert launch.running(), launch.log[-3000:]
+        assert time.monotonic() < deadline, launch.log[-3000:]
+        time.sleep(0.05)
+
+
+def status(launch: Launch) -> str:
+    """What MLflow says of the launch's one run."""
+    client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
+    (run,) = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    return str(run.info.status)
+
+
+def assert_equal(launch: Launch, other: Launch) -> None:
+    assert sorted(launch.steps()) == list(range(1, STEPS + 1))
+    assert losses(launch) == losses(other)
+    mine, theirs = last(launch), last(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def resume(launch: Launch, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`--resume latest` in the launch's directory."""
+    return subprocess.run(
+        ["python", "-m", "raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments],
+        cwd=launch.folder,
+        env=launch.variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["single", pytest.param("ddp", marks=only_long), pytest.param("fsdp", marks=only_long)])
+def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbed_run(
+    strategy: str, workshop: Path, tiny_config: Path, ray_head: str, aligned: Path, undisturbed: Launch
+) -> None:
+    more = (f"model.aligner={aligned}", f"launch.strategy={'fsdp' if strategy == 'fsdp' else 'ddp'}")
+    launch = phase2_in(workshop / f"stopped_{strategy}", tiny_config, ray_head, *more, workers=1 if strategy == "single" else 2)
+    if strategy != "single":  # dropout differs from worker to worker: two of them have losses of their own
+        undisturbed = phase2_in(workshop / f"undisturbed_{strategy}", tiny_config, ray_head, *more, workers=2)
+        undisturbed.start()
+        assert undisturbed.wait() == 0, undisturbed.log
+    launch.start()
+    wait_for_steps(launch, 8)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM, launch.log
+    assert "stopping after this step" in launch.log
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
+    assert 8 <= stopped_at < STEPS
+
+    done = resume(launch)
+    assert done.returncode == 0, done.stderr
+    assert f"at step {stopped_at}" in done.stderr
+    assert status(launch) == "FINISHED"
+    assert_equal(launch, undisturbed)
+    assert len(launch.directories()) == 1
+
+
+@only_long
+def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> None:
+    launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=2000")
+    launch.start()
+    wait_for_steps(launch, 4)
+    second = Launch(launch.folder, launch.arguments, launch.environment, starts=1)
+    second.start()
+    assert second.wait() == 2, second.log
+    assert "--launch-id chaos" in second.log
+    assert "is under way: pid" in second.log
+    kill_driver(launch)
+    launch.wait()
+
+
+def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undisturbed: Launch) -> None:
+    before = undisturbed.steps()
+    done = resume(undisturbed)
+    assert done.returncode == 0, done.stderr
+    assert "is finished already" in done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["directory"] == str(undisturbed.directories()[0])
+    assert undisturbed.steps() == before
+    assert len(undisturbed.directories()) == 1
+
+
+def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed: Launch) -> None:
+    changes = ("model.soft_tokens=2", "training.batch_size=8", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
+    done = resume(undisturbed, *changes)
+    assert done.returncode == 2
+    for line in (
+        "model.soft_tokens=2",
+        "began with 4",
+        "training.batch_size=8 x training.accumulate=2 x launch.num_workers=1",
+        "is a step of 16 records",
+        "training.learning_rate=0.0001",
+        "seed=7",
+        "launch.strategy=fsdp",
+    ):
+        assert line in done.stderr, done.stderr
+
+
+@only_long
+def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Path) -> None:
+    done = resume(undisturbed, f"training.max_steps={STEPS + 4}", "training.log_every=2")
+    assert done.returncode == 0, done.stderr
+    assert f"changed since the run began: training.max_steps: {STEPS} -> {STEPS + 4}" in done.stderr
+    (directory,) = undisturbed.directories()
+    assert json.loads((directory / "changes.jsonl").read_text())["changes"]["training.max_steps"] == [STEPS, STEPS + 4]
+    assert sorted(undisturbed.steps()) == list(range(1, STEPS + 5))
+    client = mlflow.MlflowClient(f"sqlite:///{undisturbed.folder}/mlflow.db")
+    tags = client.get_run(directory.name[:32]).data.tags
+    assert tags["raytrain2p.changed.training.max_steps"] == str(STEPS + 4)
+
+
+def test_a_run_that_is_not_there_is_bad_input(undisturbed: Launch) -> None:
+    done = run_command(undisturbed.folder, "raytrain2p.train", "--phase=2", "--resume", "ffff", **undisturbed.environment)
+    assert done.code == 2
+    assert "--resume ffff" in done.err
+    assert "there is no such run" in done.err
+
+
+@only_long
+def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
+    workshop: Path, tiny_config: Path, ray_head: str, aligned: Path
+) -> None:
+    launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=4000")
+    launch.start()
+    wait_for_steps(launch, 4)
+    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert "under way" in looked.out
+    kill_driver(launch)
+    launch.wait()
+    time.sleep(5)  # until Ray has ended the dead driver's workers
+    assert status(launch) == "RUNNING"
+    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert looked.code == 0, looked.err
+    assert "died without a word: FAILED" in looked.out
+    assert status(launch) == "FAILED"
+    assert len(launch.directories()) == 1
