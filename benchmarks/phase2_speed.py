@@ -1,39 +1,45 @@
 """Steady speed of phase 2 through Ray and Lightning, against a bare torch loop with the same tricks, in one run.
 
-    python benchmarks/phase2_speed.py [--rounds 3] [--steps 60]
+    python benchmarks/phase2_speed.py [--slices 10] [--seconds 20]
 
 Both use the same model code, stored features, batches and precision, so what the ratio shows is what Ray and Lightning
-cost. The two take turns, because a shared machine's speed drifts; a round's figure is the median over windows of ten
-steps, the first window left out. Needs a finished phase 1 run in ./checkpoints (`make quickstart` makes one).
+cost. Both are alive at once and take turns: while one runs, every process of the other is stopped (SIGSTOP). A shared
+machine's speed drifts by a tenth and more within a minute, and runs one after the other would measure that. Each pair of
+neighbouring slices gives a ratio; the first seconds of a slice are left out. Needs a finished phase 1 run in ./checkpoints
+(`make quickstart` makes one).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-WINDOW = 10
+import psutil
+
+SETTLING_SECONDS = 2.0  # at the beginning of a slice: caches are cold, and what was stopped catches up
+WARM_UP_STEPS = 10
+BATCH = 16  # training.batch_size of configs/phase2.yaml
 
 
-def bare_loop(steps: int) -> list[float]:
-    """Samples per second in each window of a plain torch loop."""
+def bare_loop(steps: int, aligner: str, times: Path) -> None:
+    """A plain torch loop; writes the time at the end of each step."""
     import torch
     from torch.optim.lr_scheduler import LambdaLR
 
     from raytrain2p.config import InstructionSettings, load_settings
     from raytrain2p.data.batches import StepSampler
-    from raytrain2p.launch.driver import resolve_aligner
-    from raytrain2p.launch.progress import Console
     from raytrain2p.models.precision import resolve_precision
     from raytrain2p.phases import dialogues, instruction
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    settings = resolve_aligner(load_settings(2), Console())
+    settings = load_settings(2, None, [f"model.aligner={aligner}"])
     assert isinstance(settings, InstructionSettings)
     data = dialogues.survey(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
@@ -41,59 +47,112 @@ def bare_loop(steps: int) -> list[float]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.training.learning_rate, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    batch_size = settings.training.batch_size
-    sampler = StepSampler(data.lengths, data.supervised, batch_size, 1, 0, 1, settings.seed)
+    sampler = StepSampler(data.lengths, data.supervised, settings.training.batch_size, 1, 0, 1, settings.seed)
     module.train()
-    speeds, since = [], time.perf_counter()
-    for step, share in enumerate(sampler, 1):
-        batch = data[share]
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = module(batch) / share.step_tokens
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings.training.gradient_clip or float("inf"))
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % WINDOW == 0:
-            now = time.perf_counter()
-            speeds.append(WINDOW * batch_size / (now - since))
-            since = now
-        if step == steps:
-            break
-    return speeds
+    done = 0
+    with times.open("a", buffering=1) as stream:
+        while done < steps:
+            sampler.set_epoch(done // sampler.steps)
+            for share in sampler:
+                batch = data[share]
+                with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                    loss = module(batch) / share.step_tokens
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(trained, settings.training.gradient_clip or float("inf"))
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                stream.write(f"{time.time()}\n")
+                done += 1
 
 
-def through_ray(steps: int) -> list[float]:
-    """The same figure out of metrics.jsonl of a real run."""
-    settings = [f"training.max_steps={steps}", f"training.log_every={WINDOW}", "data.test={}", "data.val=null"]
-    outcome = json.loads(last_line("-m", "raytrain2p.train", "--phase", "2", "--json", *settings))
-    metrics = Path(outcome["directory"]) / "metrics.jsonl"
-    points = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [point["value"] for point in points if point["name"] == "samples_per_second"]
+class Contestant:
+    """A process with all that it starts, to be stopped and let go; `times` reads the ends of its steps so far."""
+
+    def __init__(self, arguments: list[str], log: Path, times: Callable[[], list[float]]) -> None:
+        with log.open("wb") as stream:
+            self.process = psutil.Popen([sys.executable, *arguments], stdout=stream, stderr=stream)
+        self.log, self.times = log, times
+
+    def each(self, action: str) -> None:
+        for process in [self.process, *self.process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                getattr(process, action)()
+
+    def warm_up(self) -> None:
+        while len(self.times()) < WARM_UP_STEPS:
+            if self.process.poll() is not None:
+                raise SystemExit(f"it ended before its time:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.5)
+
+    def slice(self, seconds: float) -> tuple[float, float]:
+        """Let it run alone for so long; from when to when its steps count."""
+        self.each("resume")
+        begin = time.time() + SETTLING_SECONDS
+        time.sleep(seconds)
+        end = time.time()
+        self.each("suspend")
+        return begin, end
+
+    def speed(self, begin: float, end: float) -> float:
+        """Steps per second between two moments."""
+        inside = [at for at in self.times() if begin <= at <= end]
+        return (len(inside) - 1) / (inside[-1] - inside[0])
 
 
-def last_line(*arguments: str) -> str:
-    """Of what a Python process prints."""
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.splitlines()[-1]
+def journal_times(root: Path) -> list[float]:
+    """Ends of the steps that a run has noted."""
+    points = [json.loads(line) for path in root.glob("phase2/*/metrics.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
+    return [point["time"] for point in points if point["name"] == "train_loss"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--slices", type=int, default=10, help="slices of each contestant")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of a slice")
+    parser.add_argument("--bare", nargs=2, metavar=("ALIGNER", "TIMES"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.bare:
-        print(json.dumps(bare_loop(options.steps)))
+        bare_loop(100_000, options.bare[0], Path(options.bare[1]))
         return
-    ratios = []
-    for number in range(1, options.rounds + 1):
-        bare = statistics.median(json.loads(last_line(__file__, "--bare", "--steps", str(options.steps)))[1:])
-        ours = statistics.median(through_ray(options.steps)[1:])
-        ratios.append(ours / bare)
-        print(f"round {number}: bare loop {bare:.1f} samples/s, through Ray and Lightning {ours:.1f}, ratio {ours / bare:.3f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.3f} (least {min(ratios):.3f}, greatest {max(ratios):.3f})")
+
+    from raytrain2p.tracking.lookup import find_artifact
+
+    aligner = find_artifact("checkpoints", "alignment", "aligner.pt", "latest", "model.aligner")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        times = folder / "times"
+        times.touch()
+        bare = Contestant(
+            [__file__, "--bare", str(aligner), str(times)],
+            folder / "bare.log",
+            lambda: [float(at) for at in times.read_text().split("\n")[:-1]],
+        )
+        bare.warm_up()
+        bare.each("suspend")
+        settings = [f"model.aligner={aligner}", f"output.root={folder}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
+        settings += ["training.max_steps=100000", "data.test={}", "data.val=null"]
+        ours = Contestant(["-m", "raytrain2p.train", "--phase", "2", *settings], folder / "ours.log", lambda: journal_times(folder))
+        try:
+            ours.warm_up()
+            ours.each("suspend")
+            slices = []
+            for number in range(1, options.slices + 1):
+                slices.append((bare.slice(options.seconds), ours.slice(options.seconds)))
+                print(f"slice {number} of {options.slices}", end="\r", flush=True)
+        finally:
+            for contestant in (bare, ours):
+                contestant.each("resume")
+                contestant.process.terminate()
+            for contestant in (bare, ours):
+                contestant.process.wait(120)  # ours notes its last steps before it ends
+        ratios = []
+        for of_bare, of_ours in slices:
+            theirs, mine = BATCH * bare.speed(*of_bare), BATCH * ours.speed(*of_ours)
+            ratios.append(mine / theirs)
+            print(f"bare loop {theirs:.1f} samples/s, through Ray and Lightning {mine:.1f}, ratio {ratios[-1]:.3f}")
+        lower, _, upper = statistics.quantiles(ratios, n=4)
+        print(f"median ratio {statistics.median(ratios):.3f} (middle half {lower:.3f} to {upper:.3f}, {len(ratios)} pairs of slices)")
 
 
 if __name__ == "__main__":
