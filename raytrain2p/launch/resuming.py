@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from raytrain2p.config import InputError, Problem, Settings, flatten
 from raytrain2p.config.secrets import masked
 from raytrain2p.launch.worker import Outcome
@@ -25,7 +27,6 @@ FIXED = (
     "tracking.",
 )
 FREE = ("model.attention", "tracking.system_metrics")
-DERIVED = ("auto", None)  # the worker put what it found in the place of these
 GLOBAL_BATCH = ("training.batch_size", "training.accumulate", "launch.num_workers")
 
 
@@ -50,7 +51,7 @@ def check_resumable(run: Run, settings: Settings, records: int | None) -> None:
     problems = [
         Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {before.get(key)}", f"set {key}={before.get(key)}")
         for key, value in after.items()
-        if key.startswith(FIXED) and not key.startswith(FREE) and value not in DERIVED and before.get(key) != value
+        if key.startswith(FIXED) and not key.startswith(FREE) and before.get(key, value) != value
     ]
     if (had := global_batch(before)) != (has := global_batch(after)):
         problems.append(
@@ -87,8 +88,11 @@ def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | No
     config = read_json(run.path / "config.json")
     if outcome is None or config is None or status["status"] != "FINISHED":
         return None
-    before = type(settings).model_validate(config).training
-    workers = config["launch"]["num_workers"]
-    if planned_steps(settings.training, records, settings.launch.num_workers) > planned_steps(before, records, workers):
+    try:
+        before = type(settings).model_validate(config)
+    except ValidationError:
+        return None  # of another version: train() says what it makes of it
+    planned, trained = (planned_steps(one.training, records, one.launch.num_workers) for one in (settings, before))
+    if planned > trained:
         return None
     return Outcome(**outcome)

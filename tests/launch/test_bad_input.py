@@ -19,7 +19,7 @@ Refuse = Callable[..., str]
 def refused(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
     """Runs the command, sees that it is refused and that nothing was left behind, and returns what it said."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "local")  # other tests have a cluster on this machine
     monkeypatch.setenv("RAYTRAIN2P_FEATURES", str(tmp_path / "features"))
     monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
 
