@@ -44,16 +44,21 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
         InputError: no such run; another launch ID beside it.
     """
     from raytrain2p.tracking.lookup import find_run
+    from raytrain2p.tracking.run import recorded_run
     from raytrain2p.tracking.store import check_password
 
     if options.launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "both say which run is meant", "give one of them"))
     phase = {1: "alignment", 2: "phase2"}[options.phase]
     run = find_run(settings.output.root, [phase], options.resume, "--resume")
-    recorded = run.path / "config.json"
-    if options.config is None and recorded.is_file():
-        settings = load_settings(options.phase, recorded, options.overrides)
+    config = run.path / "config.json"
+    if options.config is None and config.is_file():
+        settings = load_settings(options.phase, config, options.overrides)
     check_password(settings.tracking.uri)
+    known = recorded_run(settings.output.root, run.launch_id)
+    if known is None or known.path != run.path:
+        where = known.directory if known is not None else f"a run under {settings.output.root}"
+        raise InputError(Problem(f"--resume {options.resume}", f"{run.path} is recorded as {where}: it was moved", "move it back"))
     return settings, run.launch_id
 
 

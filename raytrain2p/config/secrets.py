@@ -1,11 +1,14 @@
 """Passwords do not belong where many can read them: parameters, pages, logs, recorded commands."""
 
 import re
+from typing import Any
 
 # scheme://user:password@host, but not scheme://host:port
 PASSWORD = re.compile(r"(\b[\w.+-]+://[^\s:/@]*:)(?!\d+(?:[/?\s\"',]|$))[^\s]*(?=@)")
 # a token or key that is given as a value: `token=...`, `api_key: ...`
 TOKEN = re.compile(r"(?i)\b([\w-]*(?:token|password|secret|api_key|apikey))(\s*[=:]\s*)(['\"]?)[^\s'\"&]{4,}")
+# https://token@host
+USER = re.compile(r"(\bhttps?://)[^\s:/@]+(?=@)")
 MASK = "***"
 
 
@@ -15,4 +18,11 @@ def masked(text: str) -> str:
     >>> masked("postgresql://me:hunter2@db/mlflow")
     'postgresql://me:***@db/mlflow'
     """
-    return TOKEN.sub(rf"\1\2\3{MASK}", PASSWORD.sub(rf"\1{MASK}", text))
+    return TOKEN.sub(rf"\1\2\3{MASK}", USER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1{MASK}", text)))
+
+
+def without_passwords(value: Any) -> Any:
+    """Settings with their URIs masked, and nothing else: what a resumed run reads must be what was set."""
+    if isinstance(value, dict):
+        return {key: without_passwords(inner) for key, inner in value.items()}
+    return masked(value) if isinstance(value, str) and "://" in value else value

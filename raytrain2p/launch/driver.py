@@ -1,8 +1,10 @@
 """The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
+from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import InstructionSettings
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
@@ -124,7 +127,7 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
             raise InputError(problems)
         if run is None:  # a run that goes on needs no MLflow to do so
             prepare_store(settings, PHASES[phase].experiment)
-        holder = stack.enter_context(launch_lock(settings.output.root, launch_id).held())
+        holder = stack.enter_context(launch_lock(settings.output.root, launch_id).held(1.0))
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
         encode(survey, settings, capacity, console)
@@ -191,6 +194,7 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         facts={"train_records": survey.records},
         environment={name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
     )
+    forget_torn_bookkeeping(Path(root) / ".ray" / launch_id)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -212,8 +216,9 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     say_if_waiting(threads * settings.launch.num_workers, console)
     try:
         with followed(board, console):
-            fit_until_stopped(trainer.fit, board, console.say)
+            signal = fit_until_stopped(trainer.fit, board, console.say)
     except (StoppedError, KeyboardInterrupt):
+        ray.shutdown()  # first the workers end, then it is said how
         end(root, launch_id, uri, "KILLED", console)
         raise
     except Exception as error:
@@ -221,9 +226,20 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         raise TrainingFailedError(_cause(error)) from error
     run = recorded_run(root, launch_id)
     assert run is not None
+    if signal is not None and read_status(run.path)["status"] == "KILLED":
+        raise StoppedError(signal)
     if not Mirror(run, uri).complete():
         console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
     return Outcome(**read_json(run.path / "result.json"))
+
+
+def forget_torn_bookkeeping(folder: Path) -> None:
+    """Ray reads its notes of an earlier attempt, refuses to begin if a kill has torn them, and we need none of them."""
+    try:
+        for snapshot in folder.glob("*snapshot*.json"):
+            json.loads(snapshot.read_text())
+    except ValueError:
+        shutil.rmtree(folder)
 
 
 def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
@@ -254,5 +270,5 @@ def _cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
     if StorageError.__name__ in type(first).__name__ or isinstance(first.__cause__, StorageError):
-        return str(first.__cause__ or first)
-    return "".join(traceback.format_exception(first)).rstrip() + "\n(--ray-logs shows more)"
+        return masked(str(first.__cause__ or first))
+    return masked("".join(traceback.format_exception(first))).rstrip() + "\n(--ray-logs shows more)"

@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from raytrain2p.config import InputError, Problem, Settings, flatten
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import without_passwords
 from raytrain2p.launch.worker import Outcome
 from raytrain2p.phases.module import planned_steps
 from raytrain2p.tracking.files import read_json
@@ -44,15 +44,23 @@ def check_resumable(run: Run, settings: Settings, records: int | None) -> None:
     config = read_json(run.path / "config.json")
     if config is None:
         return  # it died before it wrote down its settings, and so before it trained
-    before, after = (
-        flatten_tree(config),
-        {key: masked(value) if isinstance(value, str) else value for key, value in flatten(settings).items()},
-    )
+    before, after = flatten_tree(config), without_passwords(flatten(settings))
     problems = [
         Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {before.get(key)}", f"set {key}={before.get(key)}")
         for key, value in after.items()
         if key.startswith(FIXED) and not key.startswith(FREE) and before.get(key, value) != value
     ]
+    if run.phase == "alignment" and (before["training.accumulate"], before["launch.num_workers"] * before["training.batch_size"]) != (
+        after["training.accumulate"],
+        after["launch.num_workers"] * after["training.batch_size"],
+    ):
+        problems.append(
+            Problem(
+                f"training.accumulate={after['training.accumulate']}",
+                "cannot change in phase 1: a pass of another size has other negatives",
+                f"set training.accumulate={before['training.accumulate']}",
+            )
+        )
     if (had := global_batch(before)) != (has := global_batch(after)):
         problems.append(
             Problem(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import ray
+import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from raytrain2p.tracking.checkpoints import ends_epoch
@@ -45,12 +46,19 @@ class StopOnRequest(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = trainer.global_step != self.seen_step
         self.seen_step = trainer.global_step
-        if not self.requested.is_set() or not stepped or ends_epoch(trainer):
-            return
-        if trainer.world_size == 1:
+        if stepped and not ends_epoch(trainer) and self._agreed(trainer):
             raise SIGTERMException
-        # Lightning tells the others before the next pass, and all of them raise together
-        trainer._signal_connector.received_sigterm = True
+
+    def _agreed(self, trainer: pl.Trainer) -> bool:
+        """What rank 0 knows, on every worker: one that raised alone would leave the others waiting for it.
+
+        Costs what Lightning's own question before each pass costs, which cannot be used: in it, rank 0 raises first.
+        """
+        if trainer.world_size == 1:
+            return self.requested.is_set()
+        flag = torch.tensor([int(self.requested.is_set())], device=trainer.strategy.root_device)
+        torch.distributed.broadcast(flag, src=0)
+        return bool(flag.item())
 
 
 class StoppedError(Exception):
@@ -84,13 +92,15 @@ class StopSignals:
         self.news.set()
 
 
-def fit_until_stopped(fit: Callable[[], Any], board: Any, say: Callable[[str], None]) -> Any:
-    """What `fit` returns, unless a signal stops the workers before.
+def fit_until_stopped(fit: Callable[[], Any], board: Any, say: Callable[[str], None]) -> int | None:
+    """Wait for the end of `fit`; if a signal came meanwhile, its number.
 
     It runs in a thread: in the main one, Ray would put a handler of its own in the place of ours, which saves nothing.
 
     Raises:
-        StoppedError: after a signal; by then the workers have saved a checkpoint, if they were training.
+        StoppedError: a signal came, and the workers did not end by themselves: they were not training, took too long, or
+            the signal came again.
+        Exception: what `fit` raised.
     """
     outcome: Future[Any] = Future()
     with StopSignals() as signals:
@@ -104,11 +114,21 @@ def fit_until_stopped(fit: Callable[[], Any], board: Any, say: Callable[[str], N
 
         threading.Thread(target=work, name="fit", daemon=True).start()
         signals.news.wait()
-        if signals.received:
+        if signals.received and not outcome.done():
             say("stopping after this step, with a checkpoint (again: at once)")
             signals.news.clear()
-            if ray.get(board.request_stop.remote(), timeout=10):
+            if _request_stop(board):
                 while not outcome.done() and len(signals.received) == 1 and signals.news.wait(SECONDS_TO_STOP):
                     signals.news.clear()
-            raise StoppedError(signals.received[0])
-    return outcome.result()
+            if not outcome.done():
+                raise StoppedError(signals.received[0])
+        outcome.result()
+        return signals.received[0] if signals.received else None
+
+
+def _request_stop(board: Any) -> bool:
+    """Whether workers train, and will stop."""
+    try:
+        return bool(ray.get(board.request_stop.remote(), timeout=10))
+    except ray.exceptions.RayError:  # a time-out among them: the board's node is gone or slow
+        return False

@@ -73,7 +73,7 @@ class Plan:
             which Ray logs.
     """
 
-    settings: Settings
+    settings: Settings = field(repr=False)  # its tracking URI may have a password
     phase: int
     launch_id: str
     command: str
@@ -298,7 +298,7 @@ def build_trainer(
         max_epochs=-1,
         accumulate_grad_batches=training.accumulate,
         gradient_clip_val=training.gradient_clip,
-        callbacks=[log, checkpoints, StopOnRequest(plan.board if recorder is not None else None)],
+        callbacks=[log, checkpoints, StopOnRequest(plan.board if world.is_first else None)],
         default_root_dir=run.directory,
         logger=False,
         enable_checkpointing=False,

@@ -70,15 +70,15 @@ class Lock:
     def is_held(self) -> bool:
         """Whether a living process has it. Changes nothing."""
         try:
-            with self.path.open() as stream:
-                return not _locked(stream.fileno())
-        except FileNotFoundError:
+            with self.path.open("r+") as stream:  # NFS locks only what may be written to
+                return not _locked(stream.fileno(), fcntl.LOCK_SH)
+        except OSError:  # no such file; or on a disk that is read-only or gone, where nobody writes either
             return False
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

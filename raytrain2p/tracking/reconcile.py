@@ -55,7 +55,9 @@ def sync(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> b
         mirror = Mirror(run, tracking_uri(run, uri))
         if mirror.complete():
             return True
-        mirror.send()
+        with run_lock(run).held(5.0) as holder:  # another `sync` may be at it
+            if holder is None:
+                mirror.send()
     except InputError as error:
         tell(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].mend}")
         return False

@@ -18,7 +18,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
 from raytrain2p.config import Settings
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
@@ -90,7 +90,9 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
     """
     root = settings.output.root
     record = launch_record(root, launch_id)
-    with Lock(record.with_suffix(".creating")).held(SECONDS_TO_CREATE):  # rank 0 of a launch that was killed just now may be at it
+    with Lock(record.with_suffix(".creating")).held(2 * SECONDS_TO_CREATE) as holder:
+        if holder is not None:  # rank 0 of a launch that was killed just now was at it, and does not end
+            raise RuntimeError(f"launch {launch_id} is being recorded by another process ({holder})")
         if (run := recorded_run(root, launch_id)) is not None:
             return run
         intent = read_json(record)
@@ -195,7 +197,7 @@ def resolved_config(settings: Settings, resolved: dict[str, Any]) -> dict[str, A
         settings: as given.
         resolved: by dotted path, such as the precision that `auto` became.
     """
-    config: dict[str, Any] = _without_passwords(json.loads(settings.model_dump_json()))
+    config: dict[str, Any] = without_passwords(json.loads(settings.model_dump_json()))
     for key, value in resolved.items():
         *groups, last = key.split(".")
         node = config
@@ -203,13 +205,6 @@ def resolved_config(settings: Settings, resolved: dict[str, Any]) -> dict[str, A
             node = node[group]
         node[last] = value
     return config
-
-
-def _without_passwords(value: Any) -> Any:
-    """URIs masked, and nothing else: what a resumed run reads must be what was set."""
-    if isinstance(value, dict):
-        return {key: _without_passwords(inner) for key, inner in value.items()}
-    return masked(value) if isinstance(value, str) and "://" in value else value
 
 
 def setting_changes(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

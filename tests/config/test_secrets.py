@@ -55,7 +55,7 @@ def test_the_value_of_a_token_is_hidden_and_nothing_else(text: str, shown: str) 
         "sqlite:////data/a:b@c.db",
         "http://server:5000",
         "http://server:5000/path",
-        "https://me@server/path",
+        "postgresql://me@server/path",
         "file:///data/mlruns",
         "databricks",
         "see http://server:5000 and write to me@lab",
@@ -75,3 +75,7 @@ def test_a_text_without_any_is_unchanged(text: str) -> None:
 def test_what_is_masked_stays_as_it_is() -> None:
     once = masked("http://me:hunter2@server token=abcdef")
     assert masked(once) == once
+
+
+def test_a_token_in_the_place_of_a_user_is_hidden() -> None:
+    assert masked("clone https://ghp_hunter2@host/x") == "clone https://***@host/x"

@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def assert_equal(launch: Launch, other: Launch) -> None:
 def resume(launch: Launch, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`--resume latest` in the launch's directory."""
     return subprocess.run(
-        ["python", "-m", "raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments],
+        [sys.executable, "-m", "raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments],
         cwd=launch.folder,
         env=launch.variables,
         capture_output=True,
