@@ -32,7 +32,7 @@ unit: install-dev
 # What `make test` has in short: over 50 kills, a quarter of an hour; writes docs/chaos.md.
 chaos: install-dev
 	mkdir -p build
-	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resuming.py
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resuming.py tests/launch/test_training.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
 
 install: $(VENV)/.installed

@@ -80,6 +80,7 @@ def sent_steps(uri: str) -> list[int]:
     return sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss"))
 
 
+@only_long
 def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     tmp_path: Path, server: Server, ray_head: str, tiny_config: Path
 ) -> None:
@@ -150,7 +151,8 @@ def take_away(disk: Path) -> None:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("disaster", [fill, pytest.param(remount_read_only, marks=only_long), pytest.param(take_away, marks=only_long)])
+@only_long
+@pytest.mark.parametrize("disaster", [fill, remount_read_only, take_away])
 def test_the_disk_fails_and_the_run_is_failed_with_one_line(
     disaster: Callable[[Path], None], tmp_path: Path, small_disk: Path, ray_head: str, tiny_config: Path
 ) -> None:

@@ -17,6 +17,7 @@ from raytrain2p.models.pretrained import fingerprint
 from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
 from tests.launch.launching import run_command
 
+pytestmark = only_long  # tests/phases/test_module.py goes on from every step, in seconds
 STEPS = 60
 
 
@@ -94,7 +95,7 @@ def resume(launch: Launch, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("strategy", ["single", pytest.param("ddp", marks=only_long), pytest.param("fsdp", marks=only_long)])
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbed_run(
     strategy: str, workshop: Path, tiny_config: Path, ray_head: str, aligned: Path, undisturbed: Launch
 ) -> None:
@@ -124,7 +125,6 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert len(launch.directories()) == 1
 
 
-@only_long
 def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> None:
     launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=2000")
     launch.start()
@@ -164,7 +164,6 @@ def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed:
         assert line in done.stderr, done.stderr
 
 
-@only_long
 def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Path) -> None:
     done = resume(undisturbed, f"training.max_steps={STEPS + 4}", "training.log_every=2")
     assert done.returncode == 0, done.stderr
@@ -184,7 +183,6 @@ def test_a_run_that_is_not_there_is_bad_input(undisturbed: Launch) -> None:
     assert "there is no such run" in done.err
 
 
-@only_long
 def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
     workshop: Path, tiny_config: Path, ray_head: str, aligned: Path
 ) -> None:

@@ -11,6 +11,7 @@ import mlflow
 import pytest
 import torch
 
+from tests.chaos.killing import only_long
 from tests.launch.launching import Command, Run, command_environment
 
 
@@ -79,8 +80,9 @@ def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command)
     assert all("lora_" in name or "projector" in name for name in state)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize(
+    ("phase", "strategy"), [(1, "ddp"), (2, "fsdp"), pytest.param(1, "fsdp", marks=only_long), pytest.param(2, "ddp", marks=only_long)]
+)
 def test_two_workers_with_half_the_batch_each_have_the_losses_of_one(
     run: Run, tiny_config: Path, aligned: Command, tuned: Command, phase: int, strategy: str
 ) -> None:
@@ -132,6 +134,7 @@ def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workshop: Path, ray_he
     assert mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db").get_run(run_id).info.status == "KILLED"
 
 
+@only_long
 def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workshop: Path) -> None:
     overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker finds out
     failed = train(run, tiny_config, 2, *overrides)
