@@ -125,11 +125,14 @@ def train_worker(config: dict[str, Any]) -> None:
         try:
             trainer.fit(module, train_loader, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=checkpoint is not None)
         except SIGTERMException:
+            trainer.strategy.checkpoint_io.wait()
             if recorder is not None:
                 recorder.finish("KILLED")
             return
 
+        trainer.strategy.checkpoint_io.wait()  # not every strategy does so at its end
         best = from_first(whole_checkpoint(run) if recorder is not None else None)
+        assert best is not None, "training saves at its end"
         module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
         if recorder is not None:  # before anything is measured: what has been trained is safe then
             phase.export(module, run.path / phase.artifact, json.loads((run.path / "config.json").read_text()))
