@@ -2,7 +2,7 @@
 
 from raytrain2p.config.loading import Settings, base_directory, cache_directory, load_settings
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.settings import AlignmentSettings, InstructionSettings, flatten
+from raytrain2p.config.settings import AlignmentSettings, InstructionSettings, flatten, flatten_tree
 
 __all__ = [
     "AlignmentSettings",
@@ -14,5 +14,6 @@ __all__ = [
     "base_directory",
     "cache_directory",
     "flatten",
+    "flatten_tree",
     "load_settings",
 ]

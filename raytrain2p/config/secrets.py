@@ -21,6 +21,11 @@ def masked(text: str) -> str:
     return TOKEN.sub(rf"\1\2\3{MASK}", USER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1{MASK}", text)))
 
 
+def one_line(error: object, most: int = 200) -> str:
+    """What an error says, for a message of one line: without line breaks, without passwords, not too long."""
+    return masked(" ".join(str(error).split()))[:most]
+
+
 def without_passwords(value: Any) -> Any:
     """Settings with their URIs masked, and nothing else: what a resumed run reads must be what was set."""
     if isinstance(value, dict):

@@ -189,14 +189,13 @@ SETTINGS_OF_PHASE: dict[int, type[AlignmentSettings] | type[InstructionSettings]
 
 def flatten(settings: SettingsGroup) -> dict[str, Any]:
     """Every setting by its dotted path, in the order of definition: `{"training.batch_size": 16, ...}`."""
+    return flatten_tree(settings.model_dump(mode="json"))
+
+
+def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups as dotted paths: settings that were written down, for one."""
     flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", settings.model_dump(mode="json"))
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten_tree(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
     return flat

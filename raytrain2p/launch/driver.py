@@ -181,6 +181,7 @@ def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console
 def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity: Capacity, console: Console) -> Outcome:
     """Hand the plan to the workers and follow them to the end."""
     root, uri = settings.output.root, settings.tracking.uri
+    storage = Path(root) / ".ray"
     threads = cpus_per_worker(settings.launch, capacity)
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
     plan = Plan(
@@ -194,7 +195,7 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         facts={"train_records": survey.records},
         environment={name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
     )
-    forget_torn_bookkeeping(Path(root) / ".ray" / launch_id)
+    forget_torn_bookkeeping(storage / launch_id)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"plan": plan},
@@ -204,7 +205,7 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
         ),
         run_config=RunConfig(
             name=launch_id,
-            storage_path=str(Path(root) / ".ray"),
+            storage_path=str(storage),
             failure_config=FailureConfig(max_failures=settings.launch.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode

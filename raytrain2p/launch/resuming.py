@@ -4,12 +4,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from raytrain2p.config import InputError, Problem, Settings, flatten
+from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.launch.worker import Outcome
 from raytrain2p.phases.module import planned_steps
 from raytrain2p.tracking.files import read_json
-from raytrain2p.tracking.mirror import flatten_tree
 from raytrain2p.tracking.run import Run, read_status
 
 # What a checkpoint holds is made from these: with others it would not load, or would silently not be what they say.

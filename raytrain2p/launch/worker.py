@@ -43,7 +43,7 @@ from raytrain2p.tracking.checkpoints import (
     last_checkpoint,
     resumable_checkpoint,
 )
-from raytrain2p.tracking.files import write_json, write_whole
+from raytrain2p.tracking.files import read_json, write_json, write_whole
 from raytrain2p.tracking.journal import Point, read_points
 from raytrain2p.tracking.metrics import StepLog
 from raytrain2p.tracking.plots import answer_sheet, training_curve
@@ -109,7 +109,7 @@ def train_worker(config: dict[str, Any]) -> None:
     precision = agree_on_precision(settings, world)
     with ExitStack() as stack:
         recorder = stack.enter_context(recorded(plan, run, precision)) if world.is_first else None
-        checkpoint, step = resume_point(run, recorder, show)
+        checkpoint, step = resume_point(run, recorder)
         data = ray.get(plan.data)
         steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
         module = phase.build(settings, data, steps, precision)
@@ -135,7 +135,7 @@ def train_worker(config: dict[str, Any]) -> None:
         assert best is not None, "training saves at its end"
         module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
         if recorder is not None:  # before anything is measured: what has been trained is safe then
-            phase.export(module, run.path / phase.artifact, json.loads((run.path / "config.json").read_text()))
+            phase.export(module, run.path / phase.artifact, read_json(run.path / "config.json"))
         metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
         if recorder is not None:
             recorder.write_metrics(metrics, steps)
@@ -192,7 +192,7 @@ def watch_system(plan: Plan, run: Run, recorder: Recorder | None) -> SystemSampl
     return SystemSampler(run.timestamp, deliver)
 
 
-def resume_point(run: Run, recorder: Recorder | None, show: Any) -> tuple[Path | None, int]:
+def resume_point(run: Run, recorder: Recorder | None) -> tuple[Path | None, int]:
     """The checkpoint to go on from and its step, as rank 0 finds them; (None, 0) to begin with."""
     found: tuple[Path | None, int] = (None, 0)
     if recorder is not None:
@@ -320,10 +320,9 @@ def build_strategy(settings: Settings, world: World) -> Strategy:
     return ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
 
 
-def restored(module: PhaseModule, checkpoint: Path | None, device: torch.device) -> PhaseModule:
+def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> PhaseModule:
     """A fresh module with a checkpoint's trained weights, whole on this worker, in evaluation mode."""
-    if checkpoint is not None:
-        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False)
     return module.to(device).eval()
 
 

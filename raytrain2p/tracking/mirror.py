@@ -15,7 +15,8 @@ from typing import Any
 
 from mlflow.entities import Metric, Param, RunTag
 
-from raytrain2p.config.secrets import masked
+from raytrain2p.config import flatten_tree
+from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import ARTIFACTS, Run, read_status, run_lock
 from raytrain2p.tracking.store import client_of
@@ -165,7 +166,7 @@ class MirrorThread:
                 self.mirror.send()
             except Exception as error:  # whatever MLflow's client raises: training must not stop for it
                 if not failed:
-                    reason = masked(" ".join(str(error).split()))[:200]
+                    reason = one_line(error)
                     self.tell(f"MLflow does not answer; training goes on, and what it lacks waits on disk ({reason})")
                 failed, wait = failed + 1, min(2 * wait, LONGEST_WAIT)
                 if closing and (failed > TRIES_AT_THE_END or time.monotonic() > self.deadline):
@@ -178,12 +179,3 @@ class MirrorThread:
             failed, wait = 0, SEND_SECONDS
             if closing:
                 return
-
-
-def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as dotted paths."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten_tree(value, f"{path}.") if isinstance(value, dict) and value else {path: value}
-    return flat

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from raytrain2p.config import InputError
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_run, run_directories
 from raytrain2p.tracking.mirror import Mirror
@@ -62,7 +62,7 @@ def sync(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> b
         tell(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].mend}")
         return False
     except STORE_ERRORS as error:
-        tell(f"{name}  MLflow is away: {masked(' '.join(str(error).split()))[:200]}")
+        tell(f"{name}  MLflow is away: {one_line(error)}")
         return False
     tell(f"{name}  sent, {read_status(run.path)['status']}")
     return mirror.complete()
@@ -88,7 +88,7 @@ def reconcile_unborn(root: str, uri: str, tell: Callable[[str], None]) -> None:
                 client.set_terminated(found.info.run_id, "FAILED")
                 tell(f"{found.info.run_name} {found.info.run_id[:8]}  died before it had a directory: FAILED")
     except STORE_ERRORS as error:
-        tell(f"MLflow is away: {masked(' '.join(str(error).split()))[:200]}")
+        tell(f"MLflow is away: {one_line(error)}")
 
 
 def tracking_uri(run: Run, given: str | None) -> str:

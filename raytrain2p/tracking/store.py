@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from raytrain2p.config import InputError, Problem, Settings
-from raytrain2p.config.secrets import MASK, masked
+from raytrain2p.config.secrets import MASK, masked, one_line
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # What fails is kept on disk and sent again later: MLflow's own retries, minutes of them, would only hide an outage.
@@ -27,11 +27,8 @@ PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1
 
 
 def client_of(uri: str) -> "mlflow.MlflowClient":
-    """A client for a tracking URI.
-
-    A trailing slash would double in every request, and MLflow answers those with a page of HTML.
-    """
-    return mlflow.MlflowClient(uri.rstrip("/") if uri.startswith("http") else uri)
+    """A client for a tracking URI, with MLflow's environment as it is set above."""
+    return mlflow.MlflowClient(uri)
 
 
 def local_folder(uri: str) -> Path | None:
@@ -86,7 +83,7 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
         if experiment is None:
             client.create_experiment(name, artifact_location=location)
     except (*STORE_ERRORS, ImportError, ValueError) as error:
-        reason = masked(" ".join(str(error).split()))[:300]
+        reason = one_line(error, 300)
         raise InputError(
             Problem(f"tracking.uri={masked(uri)}", f"MLflow cannot use it: {reason}", "start the server, or mend the URI")
         ) from None

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import mlflow
 import pytest
 import torch
 
-from tests.launch.launching import command_environment
+from tests.launch.launching import start_command
 
 SECONDS_PER_LAUNCH = 240
 LONG = "RAYTRAIN2P_CHAOS_TABLE"  # set by `make chaos`: where it wants the table
@@ -65,14 +64,14 @@ class Launch:
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.starts += 1
-        log = (self.folder / f"log{self.starts}").open("wb")
-        command = [sys.executable, "-m", "raytrain2p.train", *self.arguments, "--launch-id", "chaos", "--json"]
-        self.process = subprocess.Popen(command, cwd=self.folder, env=self.variables, stdout=log, stderr=log)
+        log = self.folder / f"log{self.starts}"
+        command = ["raytrain2p.train", *self.arguments, "--launch-id", "chaos", "--json"]
+        self.process = start_command(self.folder, log, *command, **self.variables)
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of its commands: outputs of its own, features shared with the launches beside it."""
-        return command_environment(self.folder, RAYTRAIN2P_FEATURES=str(self.folder.parent / "features"), **self.environment)
+        """Environment of its commands: features are shared with the launches beside it."""
+        return {"RAYTRAIN2P_FEATURES": str(self.folder.parent / "features")} | self.environment
 
     @property
     def log(self) -> str:
@@ -96,6 +95,19 @@ class Launch:
                 lines = (directory / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
                 found += [point["step"] for point in map(json.loads, lines) if point["name"] == "train_loss"]
         return found
+
+    def wait_for_steps(self, steps: int) -> None:
+        """Until so many steps are noted."""
+        deadline = time.monotonic() + 120
+        while len(self.steps()) < steps:
+            assert self.running(), self.log[-3000:]
+            assert time.monotonic() < deadline, self.log[-3000:]
+            time.sleep(0.05)
+
+    def mlflow_runs(self) -> list[mlflow.entities.Run]:
+        """Every run of its SQLite store."""
+        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
 
     def rank_zero(self) -> int | None:
         """Process ID of the worker that writes."""
@@ -191,7 +203,7 @@ def run_with_kills(launch: Launch, target: str, kills: int, seconds: tuple[float
 def verdict(scenario: str, launch: Launch, undisturbed: Launch, kills: int, waits: list[float]) -> Verdict:
     """Compare what a launch left with what an undisturbed one left."""
     client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
-    runs = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    runs = launch.mlflow_runs()
     steps, wanted = launch.steps(), undisturbed.steps()
     sent = [metric.step for run in runs for metric in client.get_metric_history(run.info.run_id, "train_loss")]
     mine, other = last(launch), last(undisturbed)

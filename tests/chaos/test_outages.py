@@ -15,7 +15,7 @@ import mlflow
 import pytest
 
 from raytrain2p.tracking.checkpoints import damage
-from tests.chaos.killing import Launch, kill_driver, losses, only_long
+from tests.chaos.killing import kill_driver, losses, only_long
 from tests.chaos.test_kills import launch_in
 from tests.launch.launching import Command, run_command
 
@@ -63,14 +63,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.stop()
 
 
-def wait_for_steps(launch: Launch, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(launch.steps()) < steps:
-        assert launch.running(), launch.log[-3000:]
-        assert time.monotonic() < deadline, launch.log[-3000:]
-        time.sleep(0.1)
-
-
 def sent_steps(uri: str) -> list[int]:
     """Steps whose loss MLflow has, of its one run."""
     client = mlflow.MlflowClient(uri)
@@ -88,7 +80,7 @@ def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     launch = launch_in(tmp_path / "away", tiny_config, 1, RAY_ADDRESS=ray_head)
     launch.arguments = [*launch.arguments, f"tracking.uri={server.uri}", "training.max_steps=1500"]
     launch.start()
-    wait_for_steps(launch, 300)
+    launch.wait_for_steps(300)
     server.stop()
     assert launch.wait() == 0, launch.log
     assert "MLflow does not answer; training goes on" in launch.log
@@ -161,15 +153,14 @@ def test_the_disk_fails_and_the_run_is_failed_with_one_line(
     (launch.folder / "checkpoints").symlink_to(small_disk)
     launch.arguments = [*launch.arguments, "training.max_steps=4000", "launch.max_failures=0"]
     launch.start()
-    wait_for_steps(launch, 200)
+    launch.wait_for_steps(200)
     kept = tmp_path / "kept"
     disaster(small_disk)
     assert launch.wait() == 1, launch.log
     assert "cannot be written" in launch.log
     assert "needed" in launch.log
     assert "Traceback" not in launch.log
-    client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
-    (run,) = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    (run,) = launch.mlflow_runs()
     assert run.info.status == "FAILED"
     if disaster is not take_away:
         shutil.copytree(launch.directories()[0] / "lightning_checkpoints", kept)
@@ -182,7 +173,7 @@ def test_the_disk_fails_and_the_run_is_failed_with_one_line(
 def test_a_damaged_last_checkpoint_is_named_and_the_best_is_used(torn: str, tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
     launch = launch_in(tmp_path / "launch", tiny_config, 1, RAY_ADDRESS=ray_head)
     launch.start()
-    wait_for_steps(launch, 150)
+    launch.wait_for_steps(150)
     assert kill_driver(launch)
     launch.wait()
     time.sleep(5)  # Ray ends the workers of a dead driver

@@ -105,6 +105,34 @@ def command_environment(folder: Path, **environment: str) -> dict[str, str]:
     return os.environ | settings | environment
 
 
+STARTED: list[subprocess.Popen[bytes]] = []  # in the background, by tests
+
+
+def start_command(folder: Path, log: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    """`python -m ...` in the background; ended with the test at the latest, lest it hold the CPUs of the shared Ray."""
+    with log.open("wb") as stream:
+        started = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=folder,
+            env=command_environment(folder, **environment),
+            stdout=stream,
+            stderr=stream,
+        )
+    STARTED.append(started)
+    return started
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on() -> Iterator[None]:
+    """Whatever a failed test left running is ended by its process ID."""
+    yield
+    while STARTED:
+        command = STARTED.pop()
+        if command.poll() is None:
+            command.kill()
+            command.wait()
+
+
 def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
     done = subprocess.run(
         [sys.executable, "-m", *arguments],

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.pretrained import fingerprint
 from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
-from tests.launch.launching import run_command
+from tests.launch.launching import Command, run_command
 
 pytestmark = only_long  # tests/phases/test_module.py goes on from every step, in seconds
 STEPS = 60
@@ -59,18 +57,9 @@ def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path)
     return launch
 
 
-def wait_for_steps(launch: Launch, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while len(launch.steps()) < steps:
-        assert launch.running(), launch.log[-3000:]
-        assert time.monotonic() < deadline, launch.log[-3000:]
-        time.sleep(0.05)
-
-
 def status(launch: Launch) -> str:
     """What MLflow says of the launch's one run."""
-    client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
-    (run,) = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+    (run,) = launch.mlflow_runs()
     return str(run.info.status)
 
 
@@ -82,17 +71,10 @@ def assert_equal(launch: Launch, other: Launch) -> None:
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def resume(launch: Launch, *arguments: str) -> subprocess.CompletedProcess[str]:
+def resume(launch: Launch, *arguments: str) -> Command:
     """`--resume latest` in the launch's directory."""
-    return subprocess.run(
-        [sys.executable, "-m", "raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments],
-        cwd=launch.folder,
-        env=launch.variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = ["raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments]
+    return run_command(launch.folder, *command, **launch.variables)
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
@@ -106,7 +88,7 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
         undisturbed.start()
         assert undisturbed.wait() == 0, undisturbed.log
     launch.start()
-    wait_for_steps(launch, 8)
+    launch.wait_for_steps(8)
     assert launch.process is not None
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == 128 + signal.SIGTERM, launch.log
@@ -118,8 +100,8 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert 8 <= stopped_at < STEPS
 
     done = resume(launch)
-    assert done.returncode == 0, done.stderr
-    assert f"at step {stopped_at}" in done.stderr
+    assert done.code == 0, done.err
+    assert f"at step {stopped_at}" in done.err
     assert status(launch) == "FINISHED"
     assert_equal(launch, undisturbed)
     assert len(launch.directories()) == 1
@@ -128,7 +110,7 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
 def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> None:
     launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=2000")
     launch.start()
-    wait_for_steps(launch, 4)
+    launch.wait_for_steps(4)
     second = Launch(launch.folder, launch.arguments, launch.environment, starts=1)
     second.start()
     assert second.wait() == 2, second.log
@@ -141,9 +123,9 @@ def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_co
 def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undisturbed: Launch) -> None:
     before = undisturbed.steps()
     done = resume(undisturbed)
-    assert done.returncode == 0, done.stderr
-    assert "is finished already" in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["directory"] == str(undisturbed.directories()[0])
+    assert done.code == 0, done.err
+    assert "is finished already" in done.err
+    assert json.loads(done.out.splitlines()[-1])["directory"] == str(undisturbed.directories()[0])
     assert undisturbed.steps() == before
     assert len(undisturbed.directories()) == 1
 
@@ -151,7 +133,7 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undis
 def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed: Launch) -> None:
     changes = ("model.soft_tokens=2", "training.batch_size=8", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
     done = resume(undisturbed, *changes)
-    assert done.returncode == 2
+    assert done.code == 2
     for line in (
         "model.soft_tokens=2",
         "began with 4",
@@ -161,13 +143,13 @@ def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed:
         "seed=7",
         "launch.strategy=fsdp",
     ):
-        assert line in done.stderr, done.stderr
+        assert line in done.err, done.err
 
 
 def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Path) -> None:
     done = resume(undisturbed, f"training.max_steps={STEPS + 4}", "training.log_every=2")
-    assert done.returncode == 0, done.stderr
-    assert f"changed since the run began: training.max_steps: {STEPS} -> {STEPS + 4}" in done.stderr
+    assert done.code == 0, done.err
+    assert f"changed since the run began: training.max_steps: {STEPS} -> {STEPS + 4}" in done.err
     (directory,) = undisturbed.directories()
     assert json.loads((directory / "changes.jsonl").read_text())["changes"]["training.max_steps"] == [STEPS, STEPS + 4]
     assert sorted(undisturbed.steps()) == list(range(1, STEPS + 5))
@@ -188,7 +170,7 @@ def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
 ) -> None:
     launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=4000")
     launch.start()
-    wait_for_steps(launch, 4)
+    launch.wait_for_steps(4)
     looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
     assert "under way" in looked.out
     kill_driver(launch)

@@ -2,17 +2,14 @@
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 
-from tests.chaos.killing import only_long
-from tests.launch.launching import Command, Run, command_environment
+from tests.chaos.killing import Launch, only_long
+from tests.launch.launching import Command, Run
 
 
 def train(run: Run, config: Path, phase: int, *overrides: str) -> Command:
@@ -113,25 +110,15 @@ def test_a_run_on_a_ray_of_its_own_is_not_ended_by_another_ray_beside_it(run: Ru
 
 
 def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workshop: Path, ray_head: str) -> None:
-    arguments = ["--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--launch-id", "stopped", "training.max_steps=100000"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "raytrain2p.train", *arguments],
-        cwd=workshop,
-        env=command_environment(workshop, RAY_ADDRESS=ray_head),
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as driver:
-        deadline = time.monotonic() + 120
-        record = workshop / "checkpoints" / ".launches" / "stopped.json"
-        while not record.exists() or not (Path(json.loads(record.read_text())["directory"]) / "metrics.jsonl").exists():
-            assert driver.poll() is None, driver.communicate()[1]
-            assert time.monotonic() < deadline, "training did not begin"
-            time.sleep(0.2)
-        driver.send_signal(signal.SIGINT)
-        said = driver.communicate(timeout=100)[1]
-    assert driver.returncode == 130, said
-    run_id = json.loads(record.read_text())["run_id"]
-    assert mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db").get_run(run_id).info.status == "KILLED"
+    arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "training.max_steps=100000"]
+    launch = Launch(workshop / "stopped", arguments, {"RAY_ADDRESS": ray_head})
+    launch.start()
+    launch.wait_for_steps(1)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGINT)
+    assert launch.wait() == 128 + signal.SIGINT, launch.log
+    (run,) = launch.mlflow_runs()
+    assert run.info.status == "KILLED"
 
 
 @only_long

@@ -2,7 +2,6 @@
 
 import math
 import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,10 @@ def value(loss: ContrastiveLoss, left: torch.Tensor, right: torch.Tensor, keys: 
     return loss(left, right, torch.tensor(keys)).item()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def half_of_the_union(rank: int, port: int, folder: str) -> None:
+def half_of_the_union(rank: int, folder: str) -> None:
     """One of two workers: losses and gradients of its half, for both forms."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
     for form in FORMS:
         towers = Towers(form)
@@ -70,9 +63,9 @@ def half_of_the_union(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two real workers found."""
-    folder, port = tmp_path_factory.mktemp("workers"), free_port()
+    folder = tmp_path_factory.mktemp("workers")
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=half_of_the_union, args=(rank, port, str(folder))) for rank in range(2)]
+    workers = [context.Process(target=half_of_the_union, args=(rank, str(folder))) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -12,11 +12,11 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 
-from raytrain2p.config import Settings
+from raytrain2p.config import Settings, flatten_tree
 from raytrain2p.tracking import mirror as mirror_module
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.journal import Journal, Point
-from raytrain2p.tracking.mirror import PARAM_LENGTH, POINTS_PER_BATCH, Mirror, MirrorThread, flatten_tree
+from raytrain2p.tracking.mirror import PARAM_LENGTH, POINTS_PER_BATCH, Mirror, MirrorThread
 from raytrain2p.tracking.run import Run, describe_run, resolved_config, sole_writer, write_status
 from raytrain2p.tracking.store import STORE_ERRORS, client_of
 from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, note, points
