@@ -5,9 +5,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +16,7 @@ from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, InstructionSettings, monitor_problem
 
 Settings = AlignmentSettings | InstructionSettings
+Kind = TypeVar("Kind", bound=BaseModel)
 
 MODEL_KEYS = ("language_model", "image_encoder", "text_encoder")
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -32,9 +33,9 @@ NumberLoader.add_implicit_resolver(
 )
 
 
-def packaged_config(phase: int) -> Path:
-    """The YAML file that a phase uses without `--config`: inside an installed package, or beside it in a checkout."""
-    name = f"phase{phase}.yaml"
+def packaged_config(stem: str) -> Path:
+    """The YAML file that a command uses without `--config`: inside an installed package, or beside it in a checkout."""
+    name = f"{stem}.yaml"
     for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
@@ -52,20 +53,46 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
     Raises:
         InputError: the file cannot be read, or a key or a value is wrong; all problems at once.
     """
-    kind = SETTINGS_OF_PHASE[phase]
-    path = Path(config) if config is not None else packaged_config(phase)
+    path = Path(config) if config is not None else packaged_config(f"phase{phase}")
     tree = read_yaml(path)
     with Findings() as findings:
         merge_overrides(tree, overrides)
-    try:
-        settings = kind.model_validate(tree)
-    except ValidationError as error:
-        findings.extend(_problem(kind, detail, path, overrides) for detail in error.errors())
-        findings.extend(_cross_field_problems(tree, path))
+    settings = None
+    with findings:
+        settings = settings_of(phase, tree, path, overrides)
     findings.raise_any()
+    assert settings is not None
+    return settings
+
+
+def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Settings:
+    """Check one run's settings.
+
+    Args:
+        phase: 1 or 2.
+        tree: settings as nested groups.
+        path: file that they came from, for messages.
+        overrides: `key=value` pairs that are merged into the tree already, for messages.
+
+    Raises:
+        InputError: every key and every value that is wrong.
+    """
+    settings = checked(SETTINGS_OF_PHASE[phase], tree, path, overrides, lambda: _cross_field_problems(tree, path))
     if "://" in settings.output.root:
         raise InputError(Problem(f"output.root={settings.output.root}", "is no directory", "give one on storage that all nodes share"))
     return absolute_paths(settings)
+
+
+def checked(kind: type[Kind], tree: dict[str, Any], path: Path, overrides: Sequence[str], more: Callable[[], list[Problem]] = list) -> Kind:
+    """A tree as typed settings.
+
+    Raises:
+        InputError: what pydantic found, in the user's words, and what `more` finds then.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise InputError([*(_problem(kind, detail, path, overrides) for detail in error.errors()), *more()]) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import sys
 import time
 import traceback
 import uuid
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,12 @@ from raytrain2p.config import Findings, InputError, Problem, Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import InstructionSettings
 from raytrain2p.launch.chatter import quiet
-from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
+from raytrain2p.launch.cluster import check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
 from raytrain2p.launch.resuming import check_resumable, finished_outcome
 from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
-from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Outcome, Plan, train_worker
+from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Membership, Outcome, Plan, train_worker
 from raytrain2p.phases.dialogues import check_aligner
 from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
@@ -130,8 +132,13 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         holder = stack.enter_context(launch_lock(settings.output.root, launch_id).held(1.0))
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
-        encode(survey, settings, capacity, console)
-        return train(settings, survey, phase, launch_id, capacity, console)
+        encode(survey, settings, max(cpus for cpus, _ in capacity.nodes), console)
+        threads = cpus_per_worker(settings.launch, capacity)
+        count = settings.launch.num_workers
+        each = f"{threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each"
+        console.say(f"starting {count} worker{'s' if count > 1 else ''} with {each}")
+        say_if_waiting(threads * settings.launch.num_workers, console)
+        return train(settings, prepared(survey), phase, launch_id, threads, console)
 
 
 def checked_launch_id(launch_id: str) -> str:
@@ -161,10 +168,17 @@ def check_phase_of_launch(run: Run, phase: int) -> None:
         )
 
 
-def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console) -> None:
-    """Run the frozen encoders over what the store does not have yet."""
+def encode(survey: Any, settings: Settings, most_cpus: float, console: Console) -> None:
+    """Run the frozen encoders over what the store does not have yet.
+
+    Args:
+        survey: of the phase.
+        settings: of the run.
+        most_cpus: of one node.
+        console: where progress goes.
+    """
     workers = settings.data.feature_workers
-    free = min(ray.available_resources().get("CPU", 0.0), max(cpus for cpus, _ in capacity.nodes))
+    free = min(ray.available_resources().get("CPU", 0.0), most_cpus)
     cpus = 1 if settings.launch.use_gpu else max(1, int(free // workers))
     for job in survey.jobs:
 
@@ -178,46 +192,63 @@ def encode(survey: Any, settings: Settings, capacity: Capacity, console: Console
             console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
 
 
-def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity: Capacity, console: Console) -> Outcome:
-    """Hand the plan to the workers and follow them to the end."""
+@dataclass(frozen=True)
+class Prepared:
+    """The splits in Ray's object store, and how many training records there are. Several launches may share them."""
+
+    data: Any
+    records: int
+
+
+def prepared(survey: Any) -> Prepared:
+    """What a survey found, once everything is encoded."""
+    return Prepared(ray.put(survey.prepare()), survey.records)
+
+
+@dataclass(frozen=True)
+class TrialPart:
+    """What makes a launch a trial of a sweep.
+
+    Args:
+        membership: of the sweep.
+        tags: more tags of its run.
+        command: shell line that started it.
+        reported: context in which its reports reach the sweep.
+    """
+
+    membership: Membership
+    tags: dict[str, str]
+    command: str
+    reported: Callable[[Any], AbstractContextManager[None]]
+
+
+def train(
+    settings: Settings, splits: Prepared, phase: int, launch_id: str, threads: int, console: Console, trial: TrialPart | None = None
+) -> Outcome:
+    """Hand the plan to the workers and follow them to the end.
+
+    Raises:
+        TrainingFailedError: the workers failed.
+        StoppedError: a signal ended it, with a checkpoint.
+    """
     root, uri = settings.output.root, settings.tracking.uri
-    storage = Path(root) / ".ray"
-    threads = cpus_per_worker(settings.launch, capacity)
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
     plan = Plan(
         settings,
         phase,
         launch_id,
-        command=" ".join(["python -m raytrain2p.train", *map(shlex.quote, sys.argv[1:])]),
+        command=trial.command if trial else typed_command("raytrain2p.train"),
         threads=threads,
-        data=ray.put(survey.prepare()),
+        data=splits.data,
         board=board,
-        facts={"train_records": survey.records},
+        facts={"train_records": splits.records},
         environment={name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
+        membership=trial.membership if trial else None,
+        tags=trial.tags if trial else {},
     )
-    forget_torn_bookkeeping(storage / launch_id)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={"plan": plan},
-        torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
-        scaling_config=ScalingConfig(
-            num_workers=settings.launch.num_workers, use_gpu=settings.launch.use_gpu, resources_per_worker=_resources(settings, threads)
-        ),
-        run_config=RunConfig(
-            name=launch_id,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=settings.launch.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
-            ),
-        ),
-    )
-    workers = f"{settings.launch.num_workers} worker{'s' if settings.launch.num_workers > 1 else ''}"
-    console.say(f"starting {workers} with {threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each")
-    say_if_waiting(threads * settings.launch.num_workers, console)
     try:
-        with followed(board, console):
-            signal = fit_until_stopped(trainer.fit, board, console.say)
+        with followed(board, console), trial.reported(board) if trial else nullcontext():
+            signal = fit_until_stopped(build_trainer(plan).fit, board, console.say)
     except (StoppedError, KeyboardInterrupt):
         ray.shutdown()  # first the workers end, then it is said how
         end(root, launch_id, uri, "KILLED", console)
@@ -232,6 +263,35 @@ def train(settings: Settings, survey: Any, phase: int, launch_id: str, capacity:
     if not Mirror(run, uri).complete():
         console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
     return Outcome(**read_json(run.path / "result.json"))
+
+
+def build_trainer(plan: Plan) -> TorchTrainer:
+    """Ray's trainer: its bookkeeping lies under the launch ID, apart from the run directories."""
+    settings, storage = plan.settings, Path(plan.settings.output.root) / ".ray"
+    forget_torn_bookkeeping(storage / plan.launch_id)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
+        scaling_config=ScalingConfig(
+            num_workers=settings.launch.num_workers,
+            use_gpu=settings.launch.use_gpu,
+            resources_per_worker=_resources(settings, plan.threads),
+        ),
+        run_config=RunConfig(
+            name=plan.launch_id,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=settings.launch.max_failures),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
+            ),
+        ),
+    )
+
+
+def typed_command(module: str) -> str:
+    """What the user typed, to be typed again."""
+    return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
 
 
 def forget_torn_bookkeeping(folder: Path) -> None:

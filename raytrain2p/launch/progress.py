@@ -24,6 +24,9 @@ class ProgressBoard:
         self.lines: list[str] = []
         self.points: list[Any] = []
         self.changed, self.stop, self.listening = asyncio.Event(), asyncio.Event(), False
+        self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.may_go_on = asyncio.Event()
+        self.places: dict[int, str] = {}
 
     async def put(self, word: dict[str, Any]) -> None:
         """Where things stand; replaces what was put before."""
@@ -50,6 +53,28 @@ class ProgressBoard:
         self.changed.clear()
         lines, self.lines = self.lines, []
         return self.latest, lines
+
+    async def report(self, word: dict[str, Any]) -> None:
+        """How a trial does; returns when the sweep lets it go on."""
+        self.may_go_on.clear()
+        await self.reports.put(word)
+        await self.may_go_on.wait()
+
+    async def next_report(self) -> dict[str, Any]:
+        """The next one, whenever it comes."""
+        return await self.reports.get()
+
+    async def go_on(self) -> None:
+        """The sweep has heard the last report, and does not stop the trial."""
+        self.may_go_on.set()
+
+    async def place(self, trial: int, group: str) -> None:
+        """The placement group, in hexadecimal, of a trial's workers."""
+        self.places[trial] = group
+
+    async def vacate(self, trial: int) -> str | None:
+        """The placement group of a trial that is run no more, once."""
+        return self.places.pop(trial, None)
 
     async def request_stop(self) -> bool:
         """Ask the workers to stop; whether they are training, and will."""

@@ -1,4 +1,4 @@
-"""Ray's view of a run's checkpoints: the same best and the same last as on disk."""
+"""Ray's view of a run: Ray Train's of its checkpoints, the same best and the same last as on disk, and Ray Tune's of a trial."""
 
 import math
 import shutil
@@ -6,7 +6,9 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import ray
 import ray.train
 import ray.train.collective
 
@@ -62,3 +64,27 @@ class RayReports:
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class TrialReports:
+    """Tells the sweep how a trial does, and waits until it may go on: a trial that is stopped is stopped there, and one
+    whose weights another takes over stands just there. Its checkpoint of that step is on disk by then.
+
+    Args:
+        board: between this worker and the trial's driver.
+        run: of the trial.
+        steps: of the whole trial.
+        steps_per_epoch: to count whole epochs.
+        is_first: whether this worker is rank 0, which alone asks.
+    """
+
+    def __init__(self, board: Any, run: Run, steps: int, steps_per_epoch: int, is_first: bool) -> None:
+        self.board, self.run, self.steps, self.steps_per_epoch, self.is_first = board, run, steps, steps_per_epoch, is_first
+
+    def add(self, metrics: dict[str, float], judgement: Judgement) -> None:
+        """One judgement, alike on every worker."""
+        if self.is_first:
+            step = judgement.step
+            word = {"step": step, "epoch": step // self.steps_per_epoch, "last": step >= self.steps, "directory": self.run.directory}
+            ray.get(self.board.report.remote(word | metrics))
+        ray.train.collective.barrier()

@@ -27,7 +27,7 @@ from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.data.images import ImageRef, decode_image
 from raytrain2p.launch.phases import PHASES, Phase
 from raytrain2p.launch.progress import putter
-from raytrain2p.launch.reporting import RayReports
+from raytrain2p.launch.reporting import RayReports, TrialReports
 from raytrain2p.launch.sharding import ShardedStrategy
 from raytrain2p.launch.stopping import StopOnRequest
 from raytrain2p.models.precision import resolve_precision
@@ -49,6 +49,7 @@ from raytrain2p.tracking.metrics import StepLog
 from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.recorder import Recorder, recording
 from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
+from raytrain2p.tracking.sweeps import OBJECTIVE
 from raytrain2p.tracking.system_metrics import SystemSampler
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
@@ -71,6 +72,8 @@ class Plan:
         facts: what a resumed run is checked against.
         environment: variables that MLflow needs, credentials perhaps: so they are not in Ray's runtime environment,
             which Ray logs.
+        membership: of the sweep that this is a trial of; None if there is none.
+        tags: more tags of the run: a trial names its sweep.
     """
 
     settings: Settings = field(repr=False)  # its tracking URI may have a password
@@ -82,6 +85,23 @@ class Plan:
     board: Any
     facts: dict[str, Any]
     environment: dict[str, str] = field(repr=False)
+    membership: "Membership | None" = None
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Membership:
+    """What a worker knows of its sweep.
+
+    Args:
+        number: of its trial.
+        objective: metric that trials are compared by.
+        board: of the sweep.
+    """
+
+    number: int
+    objective: str
+    board: Any
 
 
 @dataclass(frozen=True)
@@ -105,6 +125,8 @@ def train_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(plan.threads)
     pl.seed_everything(settings.seed, verbose=False)
 
+    if plan.membership is not None and world.is_first:
+        announce_place(plan.membership)
     run = attach_run(plan, world)
     precision = agree_on_precision(settings, world)
     with ExitStack() as stack:
@@ -163,10 +185,19 @@ def from_first(path: Path | None) -> Path | None:
 def attach_run(plan: Plan, world: World) -> Run:
     """Rank 0 gets or creates the run; every worker then uses the same one."""
     phase = PHASES[plan.phase]
-    run = get_or_create_run(plan.settings, phase.name, phase.experiment, plan.launch_id) if world.is_first else None
+    run = get_or_create_run(plan.settings, phase.name, phase.experiment, plan.launch_id, plan.tags) if world.is_first else None
     shared = ray.train.collective.broadcast_from_rank_zero(run)
     assert isinstance(shared, Run)
     return shared
+
+
+def announce_place(membership: Membership) -> None:
+    """Tell the sweep which placement group the workers are in. When Tune stops a trial, Ray Train's controller is killed with
+    its driver, and the group would stay: what cleans up behind it asks Ray's dashboard, and a local Ray has none.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        ray.get(membership.board.place.remote(membership.number, group.id.hex()))
 
 
 def recorded(plan: Plan, run: Run, precision: str) -> Any:
@@ -266,6 +297,7 @@ def build_trainer(
     )
 
     reports = RayReports(run, settings.checkpoint.mode, world.is_first)
+    trial_reports = TrialReports(plan.board, run, steps, steps_per_epoch, world.is_first) if plan.membership is not None else None
 
     def measure(trainer: pl.Trainer, module: Any) -> dict[str, float]:
         since = time.perf_counter()
@@ -276,6 +308,8 @@ def build_trainer(
         return metrics
 
     def judged(metrics: dict[str, float], judgement: Judgement) -> None:
+        if plan.membership is not None:
+            metrics[OBJECTIVE] = metrics[plan.membership.objective]
         if recorder is not None:
             recorder.write_metrics({name: value for name, value in metrics.items() if name != "train_loss"}, judgement.step)
         reports.add(metrics, judgement, judgement.step == steps)
@@ -290,6 +324,7 @@ def build_trainer(
         measure,
         log.hand_over,
         judged,
+        trial_reports.add if trial_reports is not None else None,
     )
     return pl.Trainer(
         accelerator="gpu" if settings.launch.use_gpu else "cpu",

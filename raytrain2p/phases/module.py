@@ -43,6 +43,16 @@ class PhaseModule(pl.LightningModule):
                 fully_shard(part, mesh=mesh["data_parallel"])
             fully_shard(self, mesh=mesh["data_parallel"])
 
+    def on_train_start(self) -> None:
+        """A checkpoint brings the rates that it was trained with; a trial of population-based training goes on with others."""
+        settings = self.training_settings
+        scheduler, optimizer = self.lr_schedulers(), self.optimizers(use_pl_optimizer=False)
+        scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
+        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = settings.learning_rate
+            group["lr"] = settings.learning_rate * factor(scheduler.last_epoch)
+            group["weight_decay"] = settings.weight_decay if group["params"][0].ndim >= 2 else 0.0
+
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         """Dropout depends on the worker and the pass alone: a run that goes on draws what it would have drawn."""
         accumulate = self.training_settings.accumulate

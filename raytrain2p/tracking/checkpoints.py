@@ -164,6 +164,7 @@ class BestAndLast(pl.Callback):
         measure: the metrics at this moment, as on every worker: called when a checkpoint competes.
         before_save: called before anything is saved, so that metrics never lag behind a checkpoint.
         judged: told each judgement, on every worker.
+        saved: told it again once its checkpoint is on disk; waits for that. None: nobody waits.
     """
 
     def __init__(
@@ -177,10 +178,11 @@ class BestAndLast(pl.Callback):
         measure: Callable[[pl.Trainer, Any], dict[str, float]],
         before_save: Callable[[pl.Trainer], None],
         judged: Callable[[dict[str, float], Judgement], None] | None = None,
+        saved: Callable[[dict[str, float], Judgement], None] | None = None,
     ) -> None:
         self.directory, self.monitor, self.sign = directory, monitor, 1 if mode == "min" else -1
         self.every_steps, self.best_of, self.steps_per_epoch = every_steps, best_of, steps_per_epoch
-        self.measure, self.before_save, self.judged = measure, before_save, judged
+        self.measure, self.before_save, self.judged, self.saved = measure, before_save, judged, saved
         self.best: dict[str, Any] | None = None
         self.saved_step = -1
         self.seen_step = -1
@@ -217,7 +219,7 @@ class BestAndLast(pl.Callback):
     def save(self, trainer: pl.Trainer, pl_module: Any, competes: bool) -> None:
         """Write the latest; it is the best as well, if it competes and wins. A metric that is missing or NaN never wins."""
         self.before_save(trainer)
-        name = None
+        name, judgement = None, None
         if competes:
             metrics, step = self.measure(trainer, pl_module), trainer.global_step
             judgement = Judgement((step - 1) // self.steps_per_epoch, step, self.monitor, metrics.get(self.monitor, math.nan))
@@ -228,6 +230,9 @@ class BestAndLast(pl.Callback):
                 self.judged(metrics, judgement)
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(self.directory / LAST, storage_options=name)
+        if self.saved is not None and judgement is not None:
+            trainer.strategy.checkpoint_io.wait()
+            self.saved(metrics, judgement)
 
     def _wins(self, value: float) -> bool:
         if not math.isfinite(value):

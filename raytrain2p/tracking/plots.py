@@ -54,7 +54,7 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
-    _save(figure, target)
+    save(figure, target)
 
 
 def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str, Any]], Any], target: Path, title: str) -> None:
@@ -78,7 +78,7 @@ def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str,
             parse_math=False,
         )
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    _save(figure, target)
+    save(figure, target)
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
@@ -90,7 +90,8 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save(figure: Figure, target: Path) -> None:
+    """As PNG, whole."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -26,7 +26,10 @@ LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.d
 ROOT_TAG = "raytrain2p.root"
 RUN_ID_LENGTH = 32
 # What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
-ARTIFACTS = {"aligner.pt": "aligner", "model.pt": "model", "plots": "plots", "answers.jsonl": None}
+ARTIFACTS = {
+    **{"aligner.pt": "aligner", "model.pt": "model", "plots": "plots", "answers.jsonl": None},
+    **{"trials.csv": None, "best.json": None},
+}
 SECONDS_TO_CREATE = 60.0  # the driver has just spoken to the store: if it is away now, it may be back in a moment
 SECONDS_TO_INHERIT = 60.0  # a killed predecessor may take this long to let go of the run directory
 
@@ -78,12 +81,19 @@ def run_of(noted: dict[str, Any]) -> Run:
     return Run(**{field: noted[field] for field in Run.__dataclass_fields__})
 
 
-def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str) -> Run:
+def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str, tags: dict[str, str] | None = None) -> Run:
     """The launch's run: the one that an earlier worker group made, else a new one. Called on rank 0 alone.
 
     Whenever a predecessor died, there is one run: before it asked for a run there was none; a run that the store made has
     the launch ID as a tag, or, in the plain-file store, which writes tags one by one, at least the name that was noted
     beforehand; and once it is recorded, the store is not asked at all.
+
+    Args:
+        settings: of the run.
+        phase: name of its directory under `output.root`, and the beginning of the run's name.
+        default_experiment: MLflow experiment, unless the settings have another.
+        launch_id: stable name of the launch.
+        tags: more tags of a new run: a sweep's trial names its parent.
 
     Raises:
         STORE_ERRORS: the store has been away for a minute.
@@ -100,11 +110,11 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
             intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
             write_json(record, intent)
         name, begun = experiment_name(settings, default_experiment), f"{phase}_{intent['timestamp']}"
-        run_id, timestamp = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root))
+        run_id, timestamp = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root, tags or {}))
         directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
         run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
         _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
         write_json(run.path / "run.json", asdict(run))
         write_json(record, asdict(run))
     return run
@@ -122,12 +132,12 @@ def _patiently(ask: Any) -> Any:
             time.sleep(1)
 
 
-def _find_or_make(uri: str, experiment: str, name: str, intent: dict[str, Any], root: str) -> tuple[str, str]:
+def _find_or_make(uri: str, experiment: str, name: str, intent: dict[str, Any], root: str, more_tags: dict[str, str]) -> tuple[str, str]:
     """The ID of the launch's run in the store, and when it began. Asked again after any failure, it finds what the failed request made."""
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None, "prepare_store() runs in the driver, before any worker"
-    tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: root}
+    tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: root} | more_tags
 
     def search(query: str) -> list[MlflowRun]:
         return list(client.search_runs([found.experiment_id], query, ViewType.ALL))
@@ -161,7 +171,7 @@ def sole_writer(run: Run) -> Iterator[None]:
         yield
 
 
-def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str, Any]) -> list[str]:
+def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str, Any], page: str | None = None) -> list[str]:
     """Write what the run is into its directory: settings, identity, and a page for a person. The mirror sends it on.
 
     Args:
@@ -169,6 +179,7 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
         config: every setting, resolved and masked, as nested groups.
         command: shell line that launches the same again.
         facts: what a resumed run is checked against, such as the number of training records.
+        page: README.md of the directory, if it is no phase's run.
 
     Returns:
         What is different from the last time, a line for each setting.
@@ -184,10 +195,23 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
         run.path / "MLFLOW_RUN_ID.txt",
         f"run_id: {run.run_id}\ndirectory: {run.directory}\nexperiment: {run.experiment}\ntimestamp: {run.timestamp}\n",
     )
-    write_whole(run.path / "README.md", _readme(run, masked(command)))
+    write_whole(run.path / "README.md", page or _readme(run, masked(command)))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, "raytrain2p.command": masked(command)}
-    write_json(run.path / "run.json", asdict(run) | facts | {"tags": tags, "described": time.time()})
+    had = (read_json(run.path / "run.json") or {}).get("tags", {})
+    write_json(run.path / "run.json", asdict(run) | facts | {"tags": had | tags, "described": time.time()})
     return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
+
+
+def add_tags(run: Run, tags: dict[str, str]) -> None:
+    """Say more of a run that is described already: in its directory, from where the mirror sends it."""
+    noted = read_json(run.path / "run.json") or asdict(run)
+    write_json(run.path / "run.json", noted | {"tags": noted.get("tags", {}) | tags, "described": time.time()})
+
+
+def run_tags(run: Run) -> dict[str, str]:
+    """What its directory says of it."""
+    found: dict[str, str] = (read_json(run.path / "run.json") or {}).get("tags", {})
+    return found
 
 
 def resolved_config(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:

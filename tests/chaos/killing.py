@@ -65,8 +65,11 @@ class Launch:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.starts += 1
         log = self.folder / f"log{self.starts}"
-        command = ["raytrain2p.train", *self.arguments, "--launch-id", "chaos", "--json"]
-        self.process = start_command(self.folder, log, *command, **self.variables)
+        self.process = start_command(self.folder, log, *self.command(), **self.variables)
+
+    def command(self) -> list[str]:
+        """What follows `python -m`."""
+        return ["raytrain2p.train", *self.arguments, "--launch-id", "chaos", "--json"]
 
     @property
     def variables(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from raytrain2p.config import AlignmentSettings, Findings, InputError, InstructionSettings, Problem, cache_directory, flatten, load_settings
 from raytrain2p.config.loading import packaged_config
 from raytrain2p.config.problems import MOST_SHOWN
+from raytrain2p.config.sweep import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -27,6 +28,9 @@ def only_problem(*overrides: str, phase: int = 2, config: Path | None = None) ->
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_file_loads_in_its_phase(config: Path) -> None:
+    if config.name == "sweep.yaml":
+        load_sweep(config)
+        return
     phase = re.match(r"phase(\d)", config.name)
     assert phase is not None, f"{config.name} does not say its phase"
     settings = load_settings(int(phase[1]), config)
@@ -35,7 +39,7 @@ def test_every_shipped_file_loads_in_its_phase(config: Path) -> None:
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_without_a_file_the_packaged_one_of_the_phase_is_taken(phase: int) -> None:
-    assert load_settings(phase) == load_settings(phase, packaged_config(phase))
+    assert load_settings(phase) == load_settings(phase, packaged_config(f"phase{phase}"))
 
 
 def test_files_ship_for_both_phases() -> None:

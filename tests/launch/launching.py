@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
+
+from raytrain2p.models.aligner import Aligner
+from raytrain2p.models.artifacts import save_artifact
+from raytrain2p.models.pretrained import fingerprint
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square")
@@ -185,3 +190,14 @@ evaluation: {{samples: 4, max_new_tokens: 4}}
 launch: {{cpus_per_worker: 1}}
 """)
     return folder
+
+
+@pytest.fixture(scope="session")
+def untrained_aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
+    """An aligner.pt for tiny_vit, as phase 1 leaves it; not trained."""
+    torch.manual_seed(3)
+    aligner = Aligner({"image": 32}, hidden=32, dimension=16)
+    path = tmp_path_factory.mktemp("aligner") / "aligner.pt"
+    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
+    save_artifact(path, "alignment", {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
+    return path

@@ -9,9 +9,6 @@ import mlflow
 import pytest
 import torch
 
-from raytrain2p.models.aligner import Aligner
-from raytrain2p.models.artifacts import save_artifact
-from raytrain2p.models.pretrained import fingerprint
 from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
 from tests.launch.launching import Command, run_command
 
@@ -39,19 +36,8 @@ def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, worker
 
 
 @pytest.fixture(scope="module")
-def aligned(workshop: Path, tiny_vit: Path) -> Path:
-    """An aligner.pt for tiny_vit, as phase 1 leaves it; not trained."""
-    torch.manual_seed(3)
-    aligner = Aligner({"image": 32}, hidden=32, dimension=16)
-    path = workshop / "aligner.pt"
-    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(path, "alignment", {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
-    return path
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> Launch:
-    launch = phase2_in(workshop / "undisturbed", tiny_config, ray_head, f"model.aligner={aligned}")
+def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> Launch:
+    launch = phase2_in(workshop / "undisturbed", tiny_config, ray_head, f"model.aligner={untrained_aligner}")
     launch.start()
     assert launch.wait() == 0, launch.log
     return launch
@@ -79,9 +65,9 @@ def resume(launch: Launch, *arguments: str) -> Command:
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbed_run(
-    strategy: str, workshop: Path, tiny_config: Path, ray_head: str, aligned: Path, undisturbed: Launch
+    strategy: str, workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path, undisturbed: Launch
 ) -> None:
-    more = (f"model.aligner={aligned}", f"launch.strategy={'fsdp' if strategy == 'fsdp' else 'ddp'}")
+    more = (f"model.aligner={untrained_aligner}", f"launch.strategy={'fsdp' if strategy == 'fsdp' else 'ddp'}")
     launch = phase2_in(workshop / f"stopped_{strategy}", tiny_config, ray_head, *more, workers=1 if strategy == "single" else 2)
     if strategy != "single":  # dropout differs from worker to worker: two of them have losses of their own
         undisturbed = phase2_in(workshop / f"undisturbed_{strategy}", tiny_config, ray_head, *more, workers=2)
@@ -107,8 +93,8 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert len(launch.directories()) == 1
 
 
-def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, aligned: Path) -> None:
-    launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=2000")
+def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> None:
+    launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=2000")
     launch.start()
     launch.wait_for_steps(4)
     second = Launch(launch.folder, launch.arguments, launch.environment, starts=1)
@@ -166,9 +152,9 @@ def test_a_run_that_is_not_there_is_bad_input(undisturbed: Launch) -> None:
 
 
 def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
-    workshop: Path, tiny_config: Path, ray_head: str, aligned: Path
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:
-    launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={aligned}", "training.max_steps=4000")
+    launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=4000")
     launch.start()
     launch.wait_for_steps(4)
     looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")

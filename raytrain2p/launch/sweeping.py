@@ -1,0 +1,411 @@
+"""The driver's side of a sweep: check everything, prepare once what trials share, let Ray Tune run them, keep the table."""
+
+import itertools
+import os
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import PlacementGroupID, tune
+from ray.tune import Callback, Stopper
+from ray.tune.execution.placement_groups import PlacementGroupFactory
+from ray.tune.search import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config.secrets import one_line
+from raytrain2p.config.settings import LaunchSettings
+from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.launch.chatter import quiet
+from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected
+from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, prepared, resolve_aligner, typed_command
+from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.progress import Console, ProgressBoard
+from raytrain2p.launch.scheduling import NO_LIMIT, longest, scheduler_of
+from raytrain2p.launch.search import TrialQueue, config_of, learn_from, search_of
+from raytrain2p.launch.stopping import StoppedError, StopSignals
+from raytrain2p.launch.trial_table import TrialTable
+from raytrain2p.launch.trials import TrialPlan, run_trial, split_key, trial_launch_id
+from raytrain2p.tracking.recorder import Recorder, end_run, recording
+from raytrain2p.tracking.run import Run, add_tags, get_or_create_run, launch_lock
+from raytrain2p.tracking.store import check_store_is_shared, prepare_store
+from raytrain2p.tracking.sweep_plots import draw_sweep
+from raytrain2p.tracking.sweeps import (
+    EARLY,
+    EARLY_TAG,
+    FAILED,
+    FINISHED,
+    KILLED,
+    OBJECTIVE,
+    OVER,
+    PARENT_TAG,
+    RUNNING,
+    SWEEP_TAG,
+    SWEEPS,
+    WAITING,
+    Row,
+    Trial,
+    TrialBook,
+    sweep_config,
+    sweep_page,
+    write_results,
+)
+
+MOST_SPLITS = 32  # combinations of settings with splits of their own that are prepared before the first trial
+SECONDS_TO_STOP = 30.0
+LEFT = 0.005  # of it, for each trial's own actors: Ray Train's cleaner takes 0.001
+HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in all: it bounds how many trials there are at once
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep leaves: what `--json` prints."""
+
+    run_id: str
+    directory: str
+    trials: int
+    finished: int
+    stopped_early: int
+    failed: int
+    best: dict[str, Any] | None
+
+
+def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
+    """Everything that can be known before a cluster is asked.
+
+    Returns:
+        The sweep with the aligner resolved, and the surveys by `split_key`.
+
+    Raises:
+        InputError: every problem at once.
+    """
+    findings = Findings()
+    with findings:
+        sweep = replace(sweep, base=resolve_aligner(sweep.base, console))
+    with findings:
+        findings.extend(check_before_connecting(sweep_launch(sweep)))
+    console.show("reading records and decoding new pictures")
+    surveys: dict[str, Any] = {}
+    for values in split_variants(sweep):
+        with findings:
+            settings = sweep.settings(values)
+            if (key := split_key(settings)) not in surveys:
+                surveys[key] = PHASES[sweep.options.phase].survey(settings)
+    console.clear()
+    findings.extend(rung_problems(sweep, surveys))
+    findings.raise_any()
+    return sweep, surveys
+
+
+def split_variants(sweep: Sweep) -> list[dict[str, Any]]:
+    """Values of the settings on which the splits depend, in every combination, if these are few; else one at a time."""
+    base = split_key(sweep.base)
+    moving: list[Axis] = []
+    for axis in sweep.axes:
+        with suppress(InputError):
+            if any(split_key(sweep.settings({axis.setting: value})) != base for value in axis.probes()):
+                moving.append(axis)
+    choices = [[(axis.setting, value) for value in axis.probes()] for axis in moving]
+    combinations = [dict(pairs) for pairs in itertools.islice(itertools.product(*choices), MOST_SPLITS + 1)]
+    if len(combinations) > MOST_SPLITS:
+        combinations = [dict([pair]) for pairs in choices for pair in pairs]
+    return [{}, *combinations] if sweep.options.try_defaults else combinations
+
+
+def rung_problems(sweep: Sweep, surveys: dict[str, Any]) -> list[Problem]:
+    """Halving beyond the end of training would halve nothing."""
+    options = sweep.options
+    if options.scheduler != "asha" or not surveys:
+        return []
+    most = longest(sweep, next(iter(surveys.values())).records)
+    if options.asha.grace_period < most:
+        return []
+    return [
+        Problem(
+            f"sweep.asha.grace_period={options.asha.grace_period}",
+            f"a trial has {most} {options.asha.time_attr}s: none would be stopped early",
+            "set it lower, or set sweep.scheduler=none",
+        )
+    ]
+
+
+def sweep_launch(sweep: Sweep) -> LaunchSettings:
+    """What each trial asks of the cluster: in a sweep, one CPU a worker unless it is set."""
+    launch = sweep.base.launch
+    return launch if launch.cpus_per_worker is not None else launch.model_copy(update={"cpus_per_worker": 1})
+
+
+def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
+    """As many as the cluster has room for, or fewer if so set; the trials' own drivers take no CPU."""
+    launch = sweep_launch(sweep)
+    gpus = 1 if launch.use_gpu else 0
+    room = 1
+    while capacity.fits((room + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
+        room += 1
+    return min(room, sweep.options.max_concurrent or room)
+
+
+def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
+    """Run a sweep, or go on with one.
+
+    Args:
+        sweep: checked.
+        resumed: the sweep's run, if there is one already.
+        verbose: let Ray's own output through.
+        console: where progress goes.
+
+    Raises:
+        InputError: bad input; nothing was started.
+        StoppedError: a signal ended it; `--resume` goes on.
+    """
+    if not verbose:
+        quiet()
+    launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
+    sweep, surveys = check_sweep(sweep, console)
+    root, options = sweep.base.output.root, sweep.options
+    with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
+        if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
+            raise InputError(problems)
+        experiment = PHASES[options.phase].experiment
+        prepare_store(sweep.base, experiment)
+        holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
+        if holder is not None:
+            raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
+        splits: dict[str, Prepared] = {}
+        for key, survey in surveys.items():
+            encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+            splits[key] = prepared(survey)
+        run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id)
+        command = typed_command("raytrain2p.tune")
+        describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
+        recorder = stack.enter_context(recording(run, sweep.base.tracking.uri, describe, console.say))
+        plan = TrialPlan(
+            sweep,
+            launch_id,
+            command,
+            run,
+            {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id},
+            splits,
+            sweep_launch(sweep).cpus_per_worker or 1,
+            ProgressBoard.remote(),  # type: ignore[attr-defined]
+            {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
+            verbose,
+        )
+        at_once = trials_at_once(sweep, capacity)
+        console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
+        return Conductor(plan, recorder, at_once, console).run()
+
+
+class Conductor:
+    """Lets Tune run the trials, and keeps what they leave in order meanwhile.
+
+    Args:
+        plan: what the trials share.
+        recorder: of the sweep's own run.
+        at_once: trials.
+        console: where progress goes.
+    """
+
+    def __init__(self, plan: TrialPlan, recorder: Recorder, at_once: int, console: Console) -> None:
+        self.plan, self.recorder, self.at_once, self.console = plan, recorder, at_once, console
+        self.sweep, self.options, self.base = plan.sweep, plan.sweep.options, plan.sweep.base
+        self.root, self.uri = self.base.output.root, self.base.tracking.uri
+        self.book = TrialBook(plan.parent.path, self.root)
+        self.settings = [axis.setting for axis in self.sweep.axes]
+        self.stop = StopRequest(self.options.time_budget_s)
+        self.hand = ThreadPoolExecutor(1, thread_name_prefix="bookkeeper")
+
+    def run(self) -> SweepOutcome:
+        """Until all trials are over, or a signal comes.
+
+        Raises:
+            StoppedError: it came.
+        """
+        known = self.book.rows()
+        unfinished = [row.trial for row in known if row.state not in OVER]
+        if known:
+            self.console.say(f"going on: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
+        search = search_of(self.sweep, len(known))
+        learn_from(search, known)
+        queue = TrialQueue(unfinished, len(known), search, self.begin, self.book.row)
+        table = TrialTable(self.book, self.sweep, self.plan.board, self.console)
+        with table, StopSignals() as signals:
+            thread = threading.Thread(target=self.tune, args=(self.tuning(queue, known, table),), name="tune", daemon=True)
+            thread.start()
+            deadline = float("inf")
+            while thread.is_alive():
+                if signals.received and not self.stop.reason:
+                    self.console.say("stopping the trials; `--resume` goes on with them (again: at once)")
+                    self.stop.reason = KILLED
+                    deadline = time.monotonic() + SECONDS_TO_STOP
+                if self.stop.reason == KILLED and (len(signals.received) > 1 or time.monotonic() > deadline):
+                    break
+                thread.join(0.3)
+        self.hand.shutdown()
+        return self.close(signals.received)
+
+    def tuning(self, queue: TrialQueue, known: list[Row], table: TrialTable) -> dict[str, Any] | None:
+        """Arguments of `ray.tune.run`; None if no trial is left.
+
+        That, and not a `Tuner`, which would pickle all of it, credentials among it, into a file that nobody needs.
+        """
+        options = self.options
+        search: Any = queue
+        count, space = options.num_trials or NO_LIMIT, {}
+        if options.scheduler == "pbt":  # it takes no search but Tune's own: hand it the trials one by one
+            trials = []
+            while (trial := queue.next_trial()) is not None:
+                trials.append(config_of(trial))
+            search, count = BasicVariantGenerator(points_to_evaluate=trials), len(trials)
+            space = {key: tune.choice([value]) for key, value in config_of(Trial(0, self.sweep.default_values(), "")).items()}
+        elif not queue.unfinished and len(known) >= count:
+            count = 0
+        if not count:
+            return None
+        return {
+            "run_or_experiment": tune.with_parameters(run_trial, plan=self.plan),
+            "name": self.plan.launch_id,
+            "metric": OBJECTIVE,
+            "mode": options.mode,
+            "stop": self.stop,
+            "config": space,
+            "resources_per_trial": PlacementGroupFactory([{HEAD: round((1 - LEFT * self.at_once) / self.at_once, 4)}]),
+            "num_samples": count,
+            "storage_path": str(Path(self.root) / ".ray"),
+            "search_alg": search,
+            "scheduler": scheduler_of(self.sweep, known, next(iter(self.plan.splits.values())).records),
+            "verbose": 0,
+            "max_failures": options.max_failures,
+            "raise_on_failed_trial": False,
+            "callbacks": [Watch(self, table)],
+            "max_concurrent_trials": None if options.scheduler == "pbt" else self.at_once,
+        }
+
+    def begin(self, number: int, values: dict[str, Any]) -> Trial:
+        """Write a new trial down, before anything of it runs."""
+        trial = Trial(number, values, trial_launch_id(self.plan.launch_id, number))
+        self.book.begin(trial)
+        return trial
+
+    def tune(self, arguments: dict[str, Any] | None) -> None:
+        """Until every trial is over."""
+        if arguments is None:
+            return
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # each trial has its metrics.jsonl
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+        try:
+            tune.run(**arguments)
+        except Exception as error:  # Tune's own: the trials' are in their runs
+            self.console.say(f"Ray Tune ended with {type(error).__name__}: {one_line(error)}")
+
+    def over(self, number: int) -> None:
+        """Tune is done with a trial. One that did not end by itself was stopped early: say so, once its worker is gone."""
+        self.hand.submit(self.settle, number, EARLY)
+
+    def settle(self, number: int, state: str) -> None:
+        """Write down how a trial ended that could not say so itself."""
+        trial = self.book.trials()[number]
+        row = self.book.row(trial)
+        if row.run is None or row.state in OVER:
+            return
+        if state == EARLY:
+            add_tags(row.run, {EARLY_TAG: f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
+        status = {EARLY: "FINISHED", KILLED: "KILLED", FAILED: "FAILED"}[state]
+        if not end_run(row.run, self.uri, status):
+            self.console.say(f"MLflow does not know how trial {number} ended; later: python -m raytrain2p.runs sync {row.run.run_id[:8]}")
+
+    def close(self, signals: list[int]) -> SweepOutcome:
+        """The files for people, the sweep's status, and what came out.
+
+        Raises:
+            StoppedError: a signal ended the sweep.
+        """
+        if signals:
+            ray.shutdown()  # first the workers end, then it is said how
+        for row in self.book.rows():
+            if row.state not in OVER and row.run is not None:
+                self.settle(row.trial.number, KILLED if signals else EARLY if self.stop.reason else FAILED)
+        rows = self.book.rows()
+        best = write_results(self.plan.parent.path, rows, self.settings, self.options.mode, self.options.phase)
+        draw_sweep(self.plan.parent.path, rows, self.sweep.axes, self.options.mode, self.options.metric)
+        for row in rows:
+            if (found := row.best(self.options.mode)) is not None and row.state in OVER:
+                self.recorder.write_metrics({OBJECTIVE: found[1]}, row.trial.number)
+        if signals:
+            self.recorder.finish("KILLED")
+            raise StoppedError(signals[0])
+        self.recorder.finish("FINISHED" if any(row.state in (FINISHED, EARLY) for row in rows) else "FAILED")
+        count = [row.state for row in rows].count
+        return SweepOutcome(
+            self.plan.parent.run_id,
+            self.plan.parent.directory,
+            len(rows),
+            count(FINISHED),
+            count(EARLY),
+            count(FAILED),
+            best,
+        )
+
+
+class StopRequest(Stopper):
+    """Ends the sweep between two results: on request, or when its time is up.
+
+    Args:
+        seconds: how long it may take; None for no limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.deadline = time.monotonic() + seconds if seconds is not None else float("inf")
+        self.reason = ""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if not self.reason and time.monotonic() >= self.deadline:
+            self.reason = "time budget"
+        return bool(self.reason)
+
+
+def free_place(board: Any, number: int) -> None:
+    """End what is left of a trial's workers, and give back their CPUs."""
+    with suppress(ray.exceptions.RayError, ValueError):
+        if (group := ray.get(board.vacate.remote(number), timeout=10)) is not None:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
+class Watch(Callback):
+    """Tune's news, for the table and for the trials that it stops."""
+
+    def __init__(self, conductor: Conductor, table: TrialTable) -> None:
+        self.conductor, self.table = conductor, table
+        self.placed: set[int] = set()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.table.changed(trial.config["trial"], RUNNING)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.table.changed(trial.config["trial"], RUNNING)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for trial in trials:
+            number = trial.config["trial"]
+            if trial.status == "RUNNING":
+                self.placed.add(number)
+            elif number in self.placed:
+                self.placed.discard(number)
+                self.table.changed(number, WAITING)
+                free_place(self.conductor.plan.board, number)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.conductor.over(trial.config["trial"])
+        self.table.changed(trial.config["trial"], FINISHED)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.table.changed(trial.config["trial"], FAILED)

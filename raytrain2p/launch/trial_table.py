@@ -1,0 +1,133 @@
+"""What the user sees while a sweep is under way: one live table, or plain lines where nobody looks all the time."""
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import ray
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.table import Table
+
+from raytrain2p.config.sweep import Sweep
+from raytrain2p.launch.progress import POLL_SECONDS, Console
+from raytrain2p.tracking.sweeps import OVER, RUNNING, WAITING, Row, TrialBook, best_row
+
+PLAIN_SECONDS = 30.0  # between two lines about trials that go on
+
+
+class TrialTable:
+    """Trial, state, what varies, step, metric, and the best so far; read from the trials' own runs.
+
+    Args:
+        book: of the trials.
+        sweep: the sweep.
+        board: where trials leave word.
+        console: where it is shown.
+    """
+
+    def __init__(self, book: TrialBook, sweep: Sweep, board: Any, console: Console) -> None:
+        self.book, self.sweep, self.board, self.console = book, sweep, board, console
+        self.settings = [axis.setting for axis in sweep.axes]
+        self.words: dict[int, str] = {}  # by trial: what its worker said last
+        self.running: set[int] = set()
+        self.told: dict[int, tuple[str, int]] = {}
+        self.told_at = time.monotonic()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._follow, name="trial-table", daemon=True)
+        self.live = Live(console=RichConsole(file=console.stream), auto_refresh=False) if console.live else None
+
+    def __enter__(self) -> "TrialTable":
+        if self.live is not None:
+            self.live.start()
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.done.set()
+        self.thread.join(timeout=10)
+        if self.live is not None:
+            self.live.update(self.table(self.book.rows()), refresh=True)
+            self.live.stop()
+        else:
+            self._tell(self.book.rows(), everything=False)
+
+    def changed(self, number: int, state: str) -> None:
+        """Tune has started a trial, or is done with it."""
+        (self.running.add if state == RUNNING else self.running.discard)(number)
+
+    def _follow(self) -> None:
+        while not self.done.is_set():
+            try:
+                word, lines = ray.get(self.board.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
+            except ray.exceptions.RayError:
+                self.done.wait(POLL_SECONDS)
+                continue
+            if word:
+                self.words[word["trial"]] = word["line"]
+            for line in lines:
+                (self.live.console.print if self.live is not None else self.console.say)(line)
+            rows = self.book.rows()
+            if self.live is not None:
+                self.live.update(self.table(rows), refresh=True)
+            else:
+                self._tell(rows, everything=time.monotonic() - self.told_at >= PLAIN_SECONDS)
+            self.done.wait(1.0)
+
+    def state(self, row: Row) -> str:
+        """A run says RUNNING from its birth to its end: while Tune does not run it, the trial waits."""
+        if row.state in OVER:
+            return row.state
+        return RUNNING if row.trial.number in self.running else WAITING
+
+    def table(self, rows: list[Row]) -> Table:
+        """All trials, the best one marked."""
+        mode, best = self.sweep.options.mode, best_row(rows, self.sweep.options.mode)
+        table = Table(box=None, pad_edge=False)
+        for heading in ("trial", "state", *(setting.removeprefix("training.").removeprefix("model.") for setting in self.settings)):
+            table.add_column(heading)
+        for heading in ("step", self.sweep.options.metric, "now"):
+            table.add_column(heading, justify="right")
+        for row in rows:
+            found = row.best(mode)
+            table.add_row(
+                str(row.trial.number),
+                self.state(row),
+                *(short(row.values.get(setting)) for setting in self.settings),
+                str(row.steps),
+                "" if found is None else f"{found[1]:.4f}",
+                "" if row.state in OVER else self.words.get(row.trial.number, ""),
+                style="bold" if best is not None and row.trial.number == best.trial.number else None,
+            )
+        return table
+
+    def _tell(self, rows: list[Row], everything: bool) -> None:
+        """A line for each trial whose state changed, and now and then for each that goes on."""
+        mode, best = self.sweep.options.mode, best_row(rows, self.sweep.options.mode)
+        for row in rows:
+            now = (self.state(row), len(row.reports))
+            before = self.told.get(row.trial.number, ("", 0))
+            if now[0] != before[0] or (everything and now != before):
+                self.told[row.trial.number] = now
+                self.console.say(self.line(row, mode, best))
+        if everything:
+            self.told_at = time.monotonic()
+
+    def line(self, row: Row, mode: str, best: Row | None) -> str:
+        """One trial, such as `trial 3  running  learning_rate=0.0012  step 30  val/loss 1.2345  best so far: trial 1, 1.1`."""
+        found = row.best(mode)
+        parts = [f"trial {row.trial.number}", self.state(row)]
+        parts += [f"{setting.rpartition('.')[2]}={short(row.values.get(setting))}" for setting in self.settings]
+        if row.steps:
+            parts.append(f"step {row.steps}")
+        if found is not None:
+            parts.append(f"{self.sweep.options.metric} {found[1]:.4f}")
+        if best is not None and (value := best.best(mode)) is not None:
+            parts.append(f"best so far: trial {best.trial.number}, {value[1]:.4f}")
+        return "  ".join(parts)
+
+
+def short(value: Any) -> str:
+    """A value as a person reads it in a table."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

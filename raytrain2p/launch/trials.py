@@ -1,0 +1,225 @@
+"""One trial of a sweep, in its own process: a launch like any other, which reports and can be stopped."""
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+
+from raytrain2p.config import Settings, flatten
+from raytrain2p.config.sweep import Sweep
+from raytrain2p.launch.chatter import quiet
+from raytrain2p.launch.driver import Prepared, TrainingFailedError, TrialPart, encode, prepared, train
+from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.progress import Console
+from raytrain2p.launch.worker import Membership
+from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
+from raytrain2p.tracking.files import read_json, write_json
+from raytrain2p.tracking.run import Run, add_tags, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.tracking.sweeps import LINEAGE_TAG, Inheritance, Trial, note_inheritance, row_of
+
+SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
+SECONDS_BETWEEN_WORDS = 2.0
+# What the prepared splits depend on: trials that share these share them.
+SPLIT_SETTINGS = (
+    "data.",
+    "seed",
+    "evaluation.max_records",
+    "model.language_model",
+    "model.image_encoder",
+    "model.text_encoder",
+    "model.image_size",
+    "model.soft_tokens",
+    "model.system_prompt",
+    "model.max_length",
+    "model.aligner",
+)
+
+
+def split_key(settings: Settings) -> str:
+    """Equal for settings with equal splits."""
+    return repr({key: value for key, value in flatten(settings).items() if key.startswith(SPLIT_SETTINGS)})
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """What all trials of a sweep share.
+
+    Args:
+        sweep: what varies, and over which settings.
+        launch_id: of the sweep; a trial's has its number behind it.
+        command: shell line that started the sweep.
+        parent: the sweep's run.
+        tags: of each trial's run.
+        splits: prepared ones, by `split_key`.
+        threads: CPUs of a worker.
+        board: where trials leave word for the sweep's driver.
+        environment: variables that MLflow needs.
+        verbose: let Ray's own output through.
+    """
+
+    sweep: Sweep
+    launch_id: str
+    command: str
+    parent: Run
+    tags: dict[str, str]
+    splits: dict[str, Prepared]
+    threads: int
+    board: Any
+    environment: dict[str, str] = field(repr=False)
+    verbose: bool
+
+
+def trial_launch_id(sweep: str, number: int) -> str:
+    return f"{sweep}-{number:03d}"
+
+
+def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
+    """The function that Ray Tune runs: train one trial, and go on with it if it has been begun before.
+
+    Args:
+        config: the trial's number and the settings that vary, flat.
+        plan: what all trials share.
+    """
+    os.environ.update(plan.environment)
+    if not plan.verbose:
+        quiet()
+    values = dict(config)
+    number = values.pop("trial")
+    settings = plan.sweep.settings(values)
+    phase, root, launch_id = plan.sweep.options.phase, settings.output.root, trial_launch_id(plan.launch_id, number)
+    console = TrialConsole(plan.board, number)
+    with launch_lock(root, launch_id).held(SECONDS_TO_INHERIT) as holder:
+        if holder is not None:
+            raise RuntimeError(f"trial {number} is under way already: {holder}")
+        run = recorded_run(root, launch_id)
+        if run is not None and read_status(run.path)["status"] == "FINISHED":
+            return
+        if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
+            with checkpoint.as_directory() as folder:
+                inherit(run, number, Path(folder), values)
+        splits = plan.splits.get(split_key(settings)) or prepare(settings, phase, console)
+        exchange = plan.sweep.options.scheduler == "pbt"
+        part = TrialPart(
+            Membership(number, plan.sweep.options.metric, plan.board),
+            plan.tags | {"raytrain2p.trial": str(number)},
+            f"{plan.command}  # trial {number}",
+            partial(reported, number=number, exchange=exchange),
+        )
+        try:
+            train(settings, splits, phase, launch_id, plan.threads, console, part)
+        except TrainingFailedError as error:
+            reason = [line for line in str(error).splitlines() if line.strip()][-2:][0]
+            console.say(f"failed: {reason}")
+            raise
+
+
+def prepare(settings: Settings, phase: int, console: "TrialConsole") -> Prepared:
+    """Splits that no other trial was known to need."""
+    survey = PHASES[phase].survey(settings)
+    encode(survey, settings, 1, console)
+    return prepared(survey)
+
+
+class TrialConsole(Console):
+    """What a trial has to say, on the sweep's board.
+
+    Args:
+        board: of the sweep.
+        number: of the trial.
+    """
+
+    def __init__(self, board: Any, number: int) -> None:
+        super().__init__(sys.stderr)
+        self.board, self.number, self.told = board, number, -SECONDS_BETWEEN_WORDS
+
+    def say(self, line: str) -> None:
+        self.board.say.remote(f"trial {self.number}: {line}")
+
+    def show(self, line: str) -> None:
+        if time.monotonic() - self.told >= SECONDS_BETWEEN_WORDS:
+            self.told = time.monotonic()
+            self.board.put.remote({"trial": self.number, "line": line})
+
+    def clear(self) -> None:
+        """Nothing is shown here."""
+
+
+@contextmanager
+def reported(board: Any, number: int, exchange: bool) -> Iterator[None]:
+    """Within, a thread hands rank 0's reports to Tune, and tells rank 0 when it may go on. If Tune stops the trial or
+    lets it pause, rank 0 never hears, and ends where it stands, with this process.
+
+    Args:
+        board: between the two.
+        number: of the trial.
+        exchange: whether other trials may take over the weights.
+    """
+
+    def pass_on() -> None:
+        with suppress(ray.exceptions.RayError):  # this process or the worker is at its end
+            while True:
+                word = ray.get(board.next_report.remote())
+                directory = Path(word.pop("directory"))
+                if exchange and not word["last"]:
+                    report_with_weights(word, directory, number)
+                else:
+                    if exchange:
+                        del word["step"]  # at its end a trial is compared no more
+                    tune.report(word)
+                ray.get(board.go_on.remote())
+
+    threading.Thread(target=pass_on, name="reports", daemon=True).start()
+    yield
+
+
+def report_with_weights(word: dict[str, Any], directory: Path, number: int) -> None:
+    """The weights of this very step, and whose they are."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copyfile(directory / "lightning_checkpoints" / LAST, folder / LAST)
+        write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": word["step"]})
+        tune.report(word, checkpoint=tune.Checkpoint.from_directory(folder))
+
+
+def inherit(run: Run, number: int, folder: Path, values: dict[str, Any]) -> None:
+    """Go on from another trial's weights, if they are another's: its checkpoint takes the place of this trial's last.
+
+    Args:
+        run: of this trial.
+        number: of this trial.
+        folder: with the checkpoint, and `of.json`, which says whose it is.
+        values: the settings that this trial goes on with.
+
+    Raises:
+        RuntimeError: another process does not let go of the run.
+    """
+    source = read_json(folder / "of.json")
+    if source["trial"] == number:
+        return
+    row = row_of(Trial(number, values, run.launch_id), run)
+    one = Inheritance(row.steps, source["trial"], source["run_id"], source["step"], values)
+    if row.lineage and (row.lineage[-1].from_run, row.lineage[-1].from_step) == (one.from_run, one.from_step):
+        return  # it did so before it failed, and has gone on since
+    checkpoint = torch.load(folder / LAST, map_location="cpu", weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        if "best" in state:
+            state["best"] = None  # the other trial's best file is not here
+    with run_lock(run).held(SECONDS_TO_INHERIT) as holder:
+        if holder is not None:
+            raise RuntimeError(f"another process writes to {run.directory} ({holder}), and does not end")
+        write_checkpoint(checkpoint, run.checkpoints / LAST, None)
+        note_inheritance(run.path, one)
+        line = "; ".join(f"at step {each.at_step} from trial {each.from_trial} at step {each.from_step}" for each in (*row.lineage, one))
+        add_tags(run, {LINEAGE_TAG: line})

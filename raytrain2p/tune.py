@@ -1,0 +1,86 @@
+"""`python -m raytrain2p.tune [--config FILE] [key=value ...]`: sweep settings of a phase with Ray Tune."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from raytrain2p.config import InputError
+from raytrain2p.config.help import describe_settings
+from raytrain2p.config.sweep import Sweep, load_sweep
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m raytrain2p.tune",
+        description="Sweep settings of a phase. Each trial is a run of its own, under one parent run.",
+        epilog=describe_settings(sweep=True),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file: a `sweep` group, and settings of the trials (default: configs/sweep.yaml)"
+    )
+    parser.add_argument("--resume", metavar="SWEEP", help="go on with a sweep: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
+    parser.add_argument("--ray-logs", action="store_true", help="let Ray's own output through")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings by dotted path: sweep.num_trials=4, training.max_steps=60"
+    )
+    return parser.parse_intermixed_args(arguments)
+
+
+def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
+    """The sweep to go on with, and its run.
+
+    Raises:
+        InputError: there is none, or it cannot go on with these settings.
+    """
+    from raytrain2p.tracking.files import read_json
+    from raytrain2p.tracking.lookup import find_run
+    from raytrain2p.tracking.store import check_password
+    from raytrain2p.tracking.sweeps import SWEEPS, check_unchanged
+
+    run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
+    if (run.path / "config.json").is_file():
+        sweep = load_sweep(run.path / "config.json", options.overrides)
+        check_unchanged(run, sweep, read_json(run.path / "config.json"))
+    check_password(sweep.base.tracking.uri)
+    return sweep, run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 (no trial came to its end) or 2 (bad input)."""
+    options = parse(arguments)
+    try:
+        sweep, run = load_sweep(options.config, options.overrides), None
+        if options.resume is not None:
+            sweep, run = resumed(sweep, options)
+
+        from raytrain2p.launch.progress import Console  # heavy: a typing error should not wait for it
+        from raytrain2p.launch.stopping import StoppedError
+        from raytrain2p.launch.summary import sweep_summary
+        from raytrain2p.launch.sweeping import run_sweep
+
+        console = Console()
+        try:
+            outcome = run_sweep(sweep, run, options.ray_logs, console)
+        except StoppedError as stopped:
+            console.say(f"raytrain2p: {stopped}; go on with --resume latest")
+            return stopped.exit_code
+        console.say(sweep_summary(outcome, sweep))
+        if options.json:
+            print(json.dumps(asdict(outcome)), flush=True)
+        return 0 if outcome.finished + outcome.stopped_early else EXIT_FAILED
+    except InputError as error:
+        print(f"raytrain2p: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("raytrain2p: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

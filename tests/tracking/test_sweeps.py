@@ -1,0 +1,162 @@
+"""A sweep on disk: the table says what the runs say."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raytrain2p.config import InputError
+from raytrain2p.config.sweep import load_sweep
+from raytrain2p.tracking.files import read_json, write_json
+from raytrain2p.tracking.run import Run, add_tags, launch_record, run_tags, write_status
+from raytrain2p.tracking.sweep_plots import draw_sweep, rank_correlation
+from raytrain2p.tracking.sweeps import (
+    EARLY_TAG,
+    Inheritance,
+    Trial,
+    TrialBook,
+    best_row,
+    check_unchanged,
+    note_inheritance,
+    sweep_config,
+    table_of,
+    write_results,
+    write_table,
+)
+
+SETTINGS = ["training.learning_rate", "model.lora.rank"]
+
+
+def begun(root: Path, book: TrialBook, number: int, status: str, reports: list[tuple[int, float]], early: str = "") -> Trial:
+    """A trial with a run directory, as a worker leaves it."""
+    trial = Trial(number, {"training.learning_rate": 0.001 * (number + 1), "model.lora.rank": 4 * (number + 1)}, f"sweep-{number}")
+    book.begin(trial)
+    directory = root / "phase2" / f"{number:032x}_20260101_000000"
+    directory.mkdir(parents=True)
+    run = Run(directory.name[:32], str(directory), "e", "20260101_000000", trial.launch_id, "phase2", "sqlite:///x")
+    write_json(launch_record(str(root), trial.launch_id), vars(run))
+    write_json(directory / "run.json", vars(run))
+    write_status(directory, status)
+    lines = [{"step": step, "name": name, "value": value, "time": 0.0} for step, value in reports for name in ("train_loss", "objective")]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if early:
+        add_tags(run, {EARLY_TAG: early})
+    return trial
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> TrialBook:
+    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    begun(tmp_path, book, 0, "FINISHED", [(10, 2.0), (20, 1.0), (30, 1.5)])
+    begun(tmp_path, book, 1, "FINISHED", [(10, 3.0)], early="asha at step 10")
+    begun(tmp_path, book, 2, "FAILED", [(10, float("nan"))])
+    begun(tmp_path, book, 3, "RUNNING", [])
+    book.begin(Trial(4, {"training.learning_rate": 0.1}, "sweep-4"))
+    return book
+
+
+def test_states_come_from_the_runs(book: TrialBook) -> None:
+    assert [row.state for row in book.rows()] == ["finished", "stopped early", "failed", "running", "waiting"]
+    assert [row.steps for row in book.rows()] == [30, 10, 10, 0, 0]
+
+
+def test_the_best_report_counts_not_the_last_and_nan_never(book: TrialBook) -> None:
+    rows = book.rows()
+    assert rows[0].best("min") == (20, 1.0)
+    assert rows[0].best("max") == (10, 2.0)
+    assert rows[2].best("min") is None
+    assert best_row(rows, "min") == rows[0]
+    assert best_row(rows, "max") == rows[1]
+    assert best_row(rows[3:], "min") is None
+
+
+def test_the_csv_has_a_line_for_each_trial(book: TrialBook, tmp_path: Path) -> None:
+    write_results(tmp_path / "sweep", book.rows(), SETTINGS, "min", 2)
+    with (tmp_path / "sweep" / "trials.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [(line["trial"], line["objective"], line["at_step"]) for line in lines] == [
+        ("0", "1.0", "20"),
+        ("1", "3.0", "10"),
+        ("2", "", ""),
+        ("3", "", ""),
+        ("4", "", ""),
+    ]
+    assert lines[1]["stopped_early"] == "asha at step 10"
+    assert lines[0]["model.lora.rank"] == "4"
+    assert lines[4]["run_id"] == ""
+    best = read_json(tmp_path / "sweep" / "best.json")
+    assert best["trial"] == 0
+    assert best["command"] == f"python -m raytrain2p.train --phase 2 --config {best['directory']}/config.json"
+
+
+def test_values_that_are_no_plain_ones_are_json_in_the_csv(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"a": [1, 2], "b": True, "c": "text, with a comma"}])
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert list(csv.DictReader(stream)) == [{"a": "[1, 2]", "b": "true", "c": "text, with a comma"}]
+
+
+def test_an_empty_sweep_has_an_empty_table_and_no_best(tmp_path: Path) -> None:
+    assert write_results(tmp_path, [], SETTINGS, "min", 2) is None
+    assert (tmp_path / "trials.csv").is_file()
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(book: TrialBook, tmp_path: Path) -> None:
+    run = book.rows()[0].run
+    assert run is not None
+    note_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
+    note_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
+    row = book.rows()[0]
+    assert row.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
+    assert [one.from_trial for one in row.lineage] == [1, 3]
+    assert table_of([row], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
+
+
+def test_tags_that_are_added_stay_beside_those_that_are_there(book: TrialBook) -> None:
+    run = book.rows()[0].run
+    assert run is not None
+    add_tags(run, {"one": "1"})
+    first = read_json(run.path / "run.json")["described"]
+    add_tags(run, {"two": "2"})
+    assert run_tags(run) == {"one": "1", "two": "2"}
+    assert read_json(run.path / "run.json")["described"] > first, "or the mirror would not send them"
+
+
+def test_a_sweep_that_goes_on_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
+    sweep = load_sweep(None, ["tracking.uri=sqlite:////x/m.db"])
+    run = Run("a" * 32, str(tmp_path), "e", "t", "sweep-1", "sweeps", "u")
+    path = tmp_path / "config.json"
+    write_json(path, sweep_config(sweep))
+    check_unchanged(run, load_sweep(path, ["sweep.num_trials=20", "sweep.max_concurrent=1"]), read_json(path))
+    with pytest.raises(InputError) as caught:
+        check_unchanged(run, load_sweep(path, ["sweep.seed=3", "training.max_steps=70"]), read_json(path))
+    assert "sweep.seed=3\n    cannot change: sweep aaaaaaaa began with 0" in str(caught.value)
+    assert "training.max_steps=70" in str(caught.value)
+
+
+def test_a_password_is_not_in_a_sweeps_settings() -> None:
+    sweep = load_sweep(None, ["tracking.uri=postgresql://me:secret@host/db"])
+    assert "secret" not in json.dumps(sweep_config(sweep))
+
+
+def test_pictures_are_drawn_of_every_kind_of_setting(book: TrialBook, tmp_path: Path) -> None:
+    draw_sweep(tmp_path / "sweep", book.rows(), load_sweep(None).axes, "min", "val/loss")
+    made = {path.name: path.stat().st_size for path in (tmp_path / "sweep" / "plots").iterdir()}
+    assert set(made) == {"objective_by_trial.png", "learning_curves.png", "parallel_coordinates.png", "each_setting.png"}
+    assert min(made.values()) > 5000
+
+
+def test_nothing_is_drawn_where_nothing_was_reported(book: TrialBook, tmp_path: Path) -> None:
+    draw_sweep(tmp_path / "sweep", book.rows()[2:], load_sweep(None).axes, "min", "val/loss")
+    assert not (tmp_path / "sweep" / "plots").exists()
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    draw = np.random.default_rng(0)
+    first, second = draw.integers(0, 4, 30).astype(float), draw.normal(size=30)
+    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
+    assert rank_correlation(np.ones(4), second[:4]) == 0.0
