@@ -408,4 +408,7 @@ class Watch(Callback):
         self.table.changed(trial.config["trial"], FINISHED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.table.changed(trial.config["trial"], FAILED)
+        number = trial.config["trial"]
+        if self.conductor.book.row(self.conductor.book.trials()[number]).state != FAILED:  # else it has said so itself
+            self.conductor.console.say(f"trial {number}: failed: {one_line(trial.get_error() or 'without a word')}")
+        self.table.changed(number, FAILED)

@@ -104,7 +104,8 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     assert done.code == 0, done.err
     assert "going on: " in done.err
     outcome = done.outcome
-    assert (outcome["trials"], outcome["failed"]) == (4, 0)
+    assert (outcome["trials"], outcome["failed"]) == (4, 0), done.err
+    assert outcome["finished"] + outcome["stopped_early"] == 4, done.err
     assert outcome["finished"] >= 1
     assert outcome["stopped_early"] >= 1, "ASHA stopped nobody: that is no test"
     parent, runs = children(folder)
