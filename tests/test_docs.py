@@ -14,6 +14,7 @@ from tests.launch.launching import run_command
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+SWEEP = ["sweep.num_trials=2", "training.max_steps=4", "checkpoint.every_steps=2", "sweep.asha.grace_period=2", "evaluation.max_records=4"]
 SHORT = {1: ["training.max_epochs=1", "training.batch_size=16"], 2: ["training.max_steps=2"]}
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
@@ -55,6 +56,8 @@ def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str) ->
             arguments += [] if own else ["evaluation.max_records=4", "evaluation.samples=2", "evaluation.shuffled=false"]
             if "launch.num_workers=2" not in arguments:
                 arguments.append("launch.cpus_per_worker=2")
+        if arguments[0] == "raytrain2p.tune":
+            arguments += SWEEP
         done = run_command(reader, *arguments, RAY_ADDRESS=ray_head)
         assert done.code == 0, f"{' '.join(words)}\n{done.err[-3000:]}"
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import threading
 import time
 import uuid
@@ -48,6 +49,7 @@ from raytrain2p.tracking.sweeps import (
     RUNNING,
     SWEEP_TAG,
     SWEEPS,
+    TRIALS,
     WAITING,
     Row,
     Trial,
@@ -181,7 +183,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         for key, survey in surveys.items():
             encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
             splits[key] = prepared(survey)
-        run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id)
+        run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id, folder=TRIALS)
         command = typed_command("raytrain2p.tune")
         describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
         recorder = stack.enter_context(recording(run, sweep.base.tracking.uri, describe, console.say))
@@ -262,6 +264,7 @@ class Conductor:
             trials = []
             while (trial := queue.next_trial()) is not None:
                 trials.append(config_of(trial))
+            random.seed(options.seed)  # Tune's population-based training draws from it
             search, count = BasicVariantGenerator(points_to_evaluate=trials), len(trials)
             space = {key: tune.choice([value]) for key, value in config_of(Trial(0, self.sweep.default_values(), "")).items()}
         elif not queue.unfinished and len(known) >= count:
@@ -281,6 +284,7 @@ class Conductor:
             "search_alg": search,
             "scheduler": scheduler_of(self.sweep, known, next(iter(self.plan.splits.values())).records),
             "verbose": 0,
+            "checkpoint_config": tune.CheckpointConfig(num_to_keep=4),  # of population-based training alone
             "max_failures": options.max_failures,
             "raise_on_failed_trial": False,
             "callbacks": [Watch(self, table)],
@@ -330,6 +334,8 @@ class Conductor:
             ray.shutdown()  # first the workers end, then it is said how
         for row in self.book.rows():
             if row.state not in OVER and row.run is not None:
+                if not signals:
+                    free_place(self.plan.board, row.trial.number)
                 self.settle(row.trial.number, KILLED if signals else EARLY if self.stop.reason else FAILED)
         rows = self.book.rows()
         best = write_results(self.plan.parent.path, rows, self.settings, self.options.mode, self.options.phase)

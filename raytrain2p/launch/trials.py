@@ -26,7 +26,7 @@ from raytrain2p.launch.progress import Console
 from raytrain2p.launch.worker import Membership
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
-from raytrain2p.tracking.run import Run, add_tags, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock
 from raytrain2p.tracking.sweeps import LINEAGE_TAG, Inheritance, Trial, note_inheritance, row_of
 
 SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
@@ -110,7 +110,7 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
             with checkpoint.as_directory() as folder:
                 inherit(run, number, Path(folder), values)
         splits = plan.splits.get(split_key(settings)) or prepare(settings, phase, console)
-        exchange = plan.sweep.options.scheduler == "pbt"
+        exchange = plan.sweep.options.pbt.interval if plan.sweep.options.scheduler == "pbt" else None
         part = TrialPart(
             Membership(number, plan.sweep.options.metric, plan.board),
             plan.tags | {"raytrain2p.trial": str(number)},
@@ -157,14 +157,14 @@ class TrialConsole(Console):
 
 
 @contextmanager
-def reported(board: Any, number: int, exchange: bool) -> Iterator[None]:
+def reported(board: Any, number: int, exchange: int | None) -> Iterator[None]:
     """Within, a thread hands rank 0's reports to Tune, and tells rank 0 when it may go on. If Tune stops the trial or
     lets it pause, rank 0 never hears, and ends where it stands, with this process.
 
     Args:
         board: between the two.
         number: of the trial.
-        exchange: whether other trials may take over the weights.
+        exchange: steps between two moments at which trials are compared and may take over weights; None for never.
     """
 
     def pass_on() -> None:
@@ -172,11 +172,12 @@ def reported(board: Any, number: int, exchange: bool) -> Iterator[None]:
             while True:
                 word = ray.get(board.next_report.remote())
                 directory = Path(word.pop("directory"))
-                if exchange and not word["last"]:
+                if exchange is None:
+                    tune.report(word)
+                elif word["step"] % exchange == 0 and not word["last"]:
                     report_with_weights(word, directory, number)
                 else:
-                    if exchange:
-                        del word["step"]  # at its end a trial is compared no more
+                    del word["step"]  # in between, and at its end, a trial is not compared
                     tune.report(word)
                 ray.get(board.go_on.remote())
 
@@ -188,7 +189,7 @@ def report_with_weights(word: dict[str, Any], directory: Path, number: int) -> N
     """The weights of this very step, and whose they are."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(directory / "lightning_checkpoints" / LAST, folder / LAST)
+        shutil.copyfile(directory / CHECKPOINTS / LAST, folder / LAST)
         write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": word["step"]})
         tune.report(word, checkpoint=tune.Checkpoint.from_directory(folder))
 

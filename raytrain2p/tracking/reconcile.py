@@ -12,8 +12,9 @@ from raytrain2p.tracking.lookup import find_run, run_directories
 from raytrain2p.tracking.mirror import Mirror
 from raytrain2p.tracking.run import LAUNCH_TAG, ROOT_TAG, Run, launch_lock, read_status, recorded_run, run_lock, run_of, write_status
 from raytrain2p.tracking.store import STORE_ERRORS, check_password, client_of
+from raytrain2p.tracking.sweeps import SWEEPS
 
-PHASES = ("alignment", "phase2")
+PHASES = ("alignment", "phase2", SWEEPS)  # names of directories under `output.root`
 SILENCE = 120.0  # seconds after which a run on another machine counts as dead, where locks do not reach across machines
 
 

@@ -25,6 +25,7 @@ from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG = "raytrain2p.root"
 RUN_ID_LENGTH = 32
+CHECKPOINTS = "lightning_checkpoints"
 # What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
 ARTIFACTS = {
     **{"aligner.pt": "aligner", "model.pt": "model", "plots": "plots", "answers.jsonl": None},
@@ -52,7 +53,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "lightning_checkpoints"
+        return self.path / CHECKPOINTS
 
 
 def launch_record(root: str, launch_id: str) -> Path:
@@ -81,7 +82,14 @@ def run_of(noted: dict[str, Any]) -> Run:
     return Run(**{field: noted[field] for field in Run.__dataclass_fields__})
 
 
-def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str, tags: dict[str, str] | None = None) -> Run:
+def get_or_create_run(
+    settings: Settings,
+    phase: str,
+    default_experiment: str,
+    launch_id: str,
+    tags: dict[str, str] | None = None,
+    folder: str = CHECKPOINTS,
+) -> Run:
     """The launch's run: the one that an earlier worker group made, else a new one. Called on rank 0 alone.
 
     Whenever a predecessor died, there is one run: before it asked for a run there was none; a run that the store made has
@@ -94,6 +102,7 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
         default_experiment: MLflow experiment, unless the settings have another.
         launch_id: stable name of the launch.
         tags: more tags of a new run: a sweep's trial names its parent.
+        folder: made in a new directory.
 
     Raises:
         STORE_ERRORS: the store has been away for a minute.
@@ -114,7 +123,7 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
         directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
         run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
         _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
-        run.path.mkdir(parents=True, exist_ok=True)
+        (run.path / folder).mkdir(parents=True, exist_ok=True)
         write_json(run.path / "run.json", asdict(run))
         write_json(record, asdict(run))
     return run

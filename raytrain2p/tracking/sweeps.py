@@ -20,6 +20,7 @@ from raytrain2p.tracking.journal import read_points
 from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
 
 SWEEPS = "sweeps"  # name of the directory under `output.root`
+TRIALS = "trials"  # folder in a sweep's directory
 OBJECTIVE = "objective"  # metric of a trial's run: what the sweep compares, whatever it is
 EARLY_TAG, TRIAL_TAG, SWEEP_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "raytrain2p.sweep", "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
@@ -83,7 +84,7 @@ class TrialBook:
     """
 
     def __init__(self, directory: Path, root: str) -> None:
-        self.folder, self.root = directory / "trials", root
+        self.folder, self.root = directory / TRIALS, root
 
     def begin(self, trial: Trial) -> None:
         write_json(self.folder / f"{trial.number:03d}.json", asdict(trial))

@@ -84,6 +84,7 @@ def assert_the_table_says_what_mlflow_says(folder: Path) -> None:
         assert sorted(steps) == list(range(1, int(line["steps"]) + 1)), "a step is missing, or there twice"
 
 
+@only_long
 def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
     folder = tmp_path / "sweep"
     asha = ["sweep.scheduler=asha", "sweep.asha.grace_period=20", "sweep.asha.reduction_factor=2"]

@@ -97,11 +97,13 @@ def test_encoding_in_the_step_gives_the_losses_of_stored_features(run: Run, tiny
     assert online.losses == pytest.approx(aligned.losses, abs=1e-4)
 
 
+@only_long
 def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_config: Path, tuned: Command) -> None:
     parts = train(run, tiny_config, 2, "training.batch_size=2", "training.accumulate=4")
     assert parts.losses == pytest.approx(tuned.losses, abs=1e-4)
 
 
+@only_long
 def test_a_run_on_a_ray_of_its_own_is_not_ended_by_another_ray_beside_it(run: Run, tiny_config: Path, ray_head: str) -> None:
     """Ray Train watches its controller through "the" Ray of the machine, which need not be the run's own."""
     config = str(tiny_config / "phase1.yaml")

@@ -107,3 +107,21 @@ def test_a_run_that_is_made_longer_goes_on_where_it_was_in_the_data(tmp_path: Pa
     begun = train(tmp_path / "part", accumulate, steps=first)
     rest = train(tmp_path / "part", accumulate, first=first)
     assert begun.noted + rest.noted == whole.noted
+
+
+def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(tmp_path: Path) -> None:
+    """Population-based training goes on from another trial's weights with a rate of its own."""
+    train(tmp_path, 1, stop=4)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    before["lr_schedulers"][0]["base_lrs"] = [7.0, 7.0]
+    for group in before["optimizer_states"][0]["param_groups"]:
+        group |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 7.0}
+    torch.save(before, tmp_path / "last.ckpt")
+    train(tmp_path, 1, first=4)
+    undisturbed = tmp_path / "undisturbed"
+    train(undisturbed, 1)
+    mine, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (tmp_path, undisturbed))
+    assert all(torch.equal(mine["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
+    assert [group["lr"] for group in mine["optimizer_states"][0]["param_groups"]] == [
+        group["lr"] for group in theirs["optimizer_states"][0]["param_groups"]
+    ]

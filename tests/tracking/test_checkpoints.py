@@ -92,6 +92,7 @@ def fit(
     others: Sequence[pl.Callback] = (),
     size: int = 1,
     notes: list[tuple[str, int]] | None = None,
+    saved: Callable[[dict[str, float], Judgement], None] | None = None,
 ) -> tuple[list[tuple[str, int]], list[int]]:
     """Train, and return what was done before and at each save, and at which steps a checkpoint competed."""
     notes = [] if notes is None else notes
@@ -113,6 +114,7 @@ def fit(
                 lambda trainer, module: values(trainer.global_step),
                 lambda trainer: notes.append(("before", trainer.global_step)),
                 lambda metrics, judgement: judged.append(judgement.step),
+                saved,
             ),
             *others,
         ],
@@ -230,6 +232,17 @@ def test_every_few_steps_and_at_each_epochs_end_it_is_saved_once(tmp_path: Path,
     notes, judged = fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of=best_of, passes=5)
     assert saved_steps(notes) == [2, 4, 5, 6, 8, 10]
     assert judged == competed
+
+
+def test_who_asks_for_it_is_told_once_that_very_checkpoint_is_on_disk(tmp_path: Path) -> None:
+    """A trial's weights may be taken over then."""
+    told: list[tuple[int, int | None]] = []
+
+    def saved(metrics: dict[str, float], judgement: Judgement) -> None:
+        told.append((judgement.step, step_of(last_checkpoint(tmp_path))))
+
+    fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of="saves", passes=5, saved=saved)
+    assert told == [(step, step) for step in (2, 4, 5, 6, 8, 10)]
 
 
 @pytest.mark.parametrize(
