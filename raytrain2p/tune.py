@@ -52,7 +52,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (no trial came to its end) or 2 (bad input)."""
+    """Run the command and return its exit code: 0, 1 (no trial, or not every one, came to an end) or 2 (bad input)."""
     options = parse(arguments)
     try:
         sweep, run = load_sweep(options.config, options.overrides), None
@@ -73,7 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.say(sweep_summary(outcome, sweep))
         if options.json:
             print(json.dumps(asdict(outcome)), flush=True)
-        return 0 if outcome.finished + outcome.stopped_early else EXIT_FAILED
+        done = outcome.finished + outcome.stopped_early > 0 and not outcome.unfinished
+        return 0 if done else EXIT_FAILED
     except InputError as error:
         print(f"raytrain2p: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -15,6 +15,7 @@ from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, PositiveFloat, PositiveInt, SettingsGroup
 
 NUMBERS = (int, float)
+SPACE = "sweep.space."
 # Distribution: its arguments, as they are written, and what they must be
 DISTRIBUTIONS = {
     "choice": "[VALUE, ...]",
@@ -116,9 +117,9 @@ class Axis:
         return self.rounded(value) if self.distribution == "quniform" else value
 
     def rounded(self, value: float) -> Any:
-        """The nearest multiple of the step, within the limits."""
+        """The nearest of LOWEST, LOWEST + STEP, ..., up to the highest: as Optuna has them."""
         low, high, step = self.arguments
-        nearest = min(max(round(value / step) * step, low), high)
+        nearest = low + min(max(round((value - low) / step), 0), math.floor((high - low) / step + 1e-9)) * step
         return int(nearest) if all(isinstance(one, int) for one in self.arguments) else float(f"{nearest:.12g}")
 
     def problem(self) -> str | None:
@@ -192,7 +193,9 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
     path = Path(config) if config is not None else packaged_config("sweep")
     tree = read_yaml(path)
     with Findings() as findings:
-        merge_overrides(tree, overrides)
+        merge_overrides(tree, [one for one in overrides if not one.startswith(SPACE)])
+    with findings:
+        merge_space(tree, [one.removeprefix(SPACE) for one in overrides if one.startswith(SPACE)])
     group = tree.pop("sweep", None)
     if not isinstance(group, dict):
         raise InputError(
@@ -212,6 +215,21 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
     findings.extend(schedule_problems(sweep))
     findings.raise_any()
     return sweep
+
+
+def merge_space(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """`sweep.space.SETTING={distribution: arguments}`: the dots of the setting make no groups.
+
+    Raises:
+        InputError: one is not of that form.
+    """
+    for override in overrides:
+        setting, _, text = override.partition("=")
+        read: dict[str, Any] = {}
+        merge_overrides(read, [f"distribution={text}"])
+        group = tree.setdefault("sweep", {})
+        if isinstance(group, dict) and isinstance(group.setdefault("space", {}), dict):
+            group["space"][setting] = read["distribution"]
 
 
 class _Wrapped(SettingsGroup):
@@ -316,6 +334,14 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
                 "set checkpoint.best_of=saves and checkpoint.every_steps",
             )
         )
+    if options.scheduler == "asha" and options.asha.time_attr == "step" and every is not None and options.asha.grace_period % every:
+        findings.add(
+            Problem(
+                f"sweep.asha.grace_period={options.asha.grace_period}",
+                f"must be a multiple of checkpoint.every_steps={every}: trials are measured when they save",
+                f"set it to {math.ceil(options.asha.grace_period / every) * every}",
+            )
+        )
     if options.scheduler == "pbt":
         findings.extend(pbt_problems(sweep))
     return findings.problems
@@ -344,6 +370,10 @@ def pbt_problems(sweep: Sweep) -> list[Problem]:
             )
     if options.search != "random":
         findings.add(Problem(f"sweep.search={options.search}", "population-based training searches by itself", "set sweep.search=random"))
+    if options.try_defaults and (unset := [key for key, value in sweep.default_values().items() if value is None]):
+        findings.add(
+            Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to be changed a little", "set it, or leave that out")
+        )
     if (options.num_trials or 2) < 2:
         findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is no population", "set 2 or more"))
     return findings.problems

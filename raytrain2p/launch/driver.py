@@ -19,6 +19,7 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
 from raytrain2p.config.secrets import masked
@@ -265,11 +266,20 @@ def train(
     return Outcome(**read_json(run.path / "result.json"))
 
 
+class TrialTrainer(TorchTrainer):
+    """Without the process that Ray Train leaves behind to give back CPUs after its controller's death: it asks Ray's dashboard,
+    which a local Ray has not, and would outlive each trial that Tune stops. The sweep gives back the CPUs itself.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
 def build_trainer(plan: Plan) -> TorchTrainer:
     """Ray's trainer: its bookkeeping lies under the launch ID, apart from the run directories."""
     settings, storage = plan.settings, Path(plan.settings.output.root) / ".ray"
     forget_torn_bookkeeping(storage / plan.launch_id)
-    return TorchTrainer(
+    return (TorchTrainer if plan.membership is None else TrialTrainer)(
         train_worker,
         train_loop_config={"plan": plan},
         torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),

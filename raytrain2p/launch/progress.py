@@ -26,6 +26,7 @@ class ProgressBoard:
         self.changed, self.stop, self.listening = asyncio.Event(), asyncio.Event(), False
         self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.may_go_on = asyncio.Event()
+        self.refusal = ""
         self.places: dict[int, str] = {}
 
     async def put(self, word: dict[str, Any]) -> None:
@@ -55,26 +56,33 @@ class ProgressBoard:
         return self.latest, lines
 
     async def report(self, word: dict[str, Any]) -> None:
-        """How a trial does; returns when the sweep lets it go on."""
+        """How a trial does; returns when the sweep lets it go on.
+
+        Raises:
+            RuntimeError: the report could not be passed on.
+        """
         self.may_go_on.clear()
         await self.reports.put(word)
         await self.may_go_on.wait()
+        if self.refusal:
+            raise RuntimeError(self.refusal)
 
     async def next_report(self) -> dict[str, Any]:
         """The next one, whenever it comes."""
         return await self.reports.get()
 
-    async def go_on(self) -> None:
-        """The sweep has heard the last report, and does not stop the trial."""
+    async def go_on(self, refusal: str = "") -> None:
+        """The sweep has heard the last report, and does not stop the trial; or could not hear it."""
+        self.refusal = refusal
         self.may_go_on.set()
 
     async def place(self, trial: int, group: str) -> None:
         """The placement group, in hexadecimal, of a trial's workers."""
         self.places[trial] = group
 
-    async def vacate(self, trial: int) -> str | None:
-        """The placement group of a trial that is run no more, once."""
-        return self.places.pop(trial, None)
+    async def place_of(self, trial: int) -> str | None:
+        """The last placement group of a trial."""
+        return self.places.get(trial)
 
     async def request_stop(self) -> bool:
         """Ask the workers to stop; whether they are training, and will."""

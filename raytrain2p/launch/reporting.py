@@ -15,9 +15,11 @@ import ray.train.collective
 from raytrain2p.tracking.checkpoints import Judgement
 from raytrain2p.tracking.files import write_json
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.sweeps import OBJECTIVE
 
 # A report waits until Ray has fetched the one before, about once a second: epochs that are shorter must not wait for that.
 SECONDS_BETWEEN = 2.0
+WORST = 1e30
 
 
 class RayReports:
@@ -66,6 +68,11 @@ class RayReports:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def comparable(objective: float, mode: str) -> float:
+    """A number that is worse than any real one, if it is none: schedulers would let a trial with NaN go on for ever."""
+    return objective if math.isfinite(objective) else WORST if mode == "min" else -WORST
+
+
 class TrialReports:
     """Tells the sweep how a trial does, and waits until it may go on: a trial that is stopped is stopped there, and one
     whose weights another takes over stands just there. Its checkpoint of that step is on disk by then.
@@ -73,12 +80,14 @@ class TrialReports:
     Args:
         board: between this worker and the trial's driver.
         run: of the trial.
+        mode: `min` or `max`.
         steps: of the whole trial.
         steps_per_epoch: to count whole epochs.
         is_first: whether this worker is rank 0, which alone asks.
     """
 
-    def __init__(self, board: Any, run: Run, steps: int, steps_per_epoch: int, is_first: bool) -> None:
+    def __init__(self, board: Any, run: Run, mode: str, steps: int, steps_per_epoch: int, is_first: bool) -> None:
+        self.mode = mode
         self.board, self.run, self.steps, self.steps_per_epoch, self.is_first = board, run, steps, steps_per_epoch, is_first
 
     def add(self, metrics: dict[str, float], judgement: Judgement) -> None:
@@ -86,5 +95,6 @@ class TrialReports:
         if self.is_first:
             step = judgement.step
             word = {"step": step, "epoch": step // self.steps_per_epoch, "last": step >= self.steps, "directory": self.run.directory}
-            ray.get(self.board.report.remote(word | metrics))
+            told = metrics | {OBJECTIVE: comparable(metrics[OBJECTIVE], self.mode)}
+            ray.get(self.board.report.remote(word | told))
         ray.train.collective.barrier()

@@ -7,7 +7,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 
 from raytrain2p.config.sweep import Axis, Sweep
 from raytrain2p.phases.module import planned_steps
-from raytrain2p.tracking.sweeps import Row
+from raytrain2p.tracking.sweeps import OVER, Row
 
 NO_LIMIT = 10**9  # a trial ends by itself, and writes down how: Tune must not end it for being old
 
@@ -25,7 +25,8 @@ def scheduler_of(sweep: Sweep, known: list[Row], records: int) -> TrialScheduler
         return RememberingAsha(sweep, known, records)
     if options.scheduler == "pbt":
         ranges = {axis.setting: axis for axis in sweep.axes}
-        return PopulationBasedTraining(
+        return SteppedPbt(
+            max((row.steps for row in known if row.state not in OVER), default=0),
             time_attr="step",
             perturbation_interval=options.pbt.interval,
             quantile_fraction=options.pbt.quantile,
@@ -48,6 +49,34 @@ def longest(sweep: Sweep, records: int) -> int:
     """Steps or epochs, whichever rungs are counted in, of a whole trial with the base's settings."""
     steps = planned_steps(sweep.base.training, records, sweep.base.launch.num_workers)
     return steps if sweep.options.asha.time_attr == "step" else -(-steps // steps_per_epoch(sweep, {}, records))
+
+
+class SteppedPbt(PopulationBasedTraining):
+    """Population-based training in step, also after a trial has failed and after the death of the sweep's driver.
+
+    Args:
+        farthest: step that the farthest of the trials that go on has reached: they meet at the first exchange after it.
+        options: as PopulationBasedTraining takes them.
+    """
+
+    def __init__(self, farthest: int, **options: Any) -> None:
+        super().__init__(**options)
+        interval = options["perturbation_interval"]
+        self._next_perturbation_sync = (farthest // interval + 1) * interval
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        state = self._trial_state[trial]
+        state.last_perturbation_time = self._next_perturbation_sync - self._perturbation_interval
+        state.last_train_time = state.last_perturbation_time
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Tune counts a trial that failed among those that the others wait for."""
+        super().on_trial_error(tune_controller, trial)
+        live = tune_controller.get_live_trials()
+        live.discard(trial)
+        if live and all(self._trial_state[one].last_train_time >= self._next_perturbation_sync for one in live):
+            self._next_perturbation_sync += self._perturbation_interval  # they go on; the exchange that it was waited with falls out
 
 
 class RememberingAsha(ASHAScheduler):

@@ -1,6 +1,7 @@
 """Where the next trial's settings come from. What has been proposed once is on disk, and is never proposed differently."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -75,6 +76,7 @@ class Tpe:
         return {key: self.choices[key][value] if key in self.choices else value for key, value in params.items()}
 
     def learn(self, number: int, values: dict[str, Any], reports: Sequence[tuple[int, float]], whole: bool) -> None:
+        reports = [(step, value) for step, value in reports if math.isfinite(value)]
         asked = self.asked.pop(number, None)
         state = TrialState.FAIL if not reports else TrialState.COMPLETE if whole else TrialState.PRUNED
         if asked is not None:

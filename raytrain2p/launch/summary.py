@@ -37,6 +37,7 @@ def summary(outcome: Outcome, phase: int, settings: Settings) -> str:
 def sweep_summary(outcome: SweepOutcome, sweep: Sweep) -> str:
     """How many trials came to what, the best one, and the next commands."""
     counts = f"{outcome.trials} trials: {outcome.finished} finished, {outcome.stopped_early} stopped early, {outcome.failed} failed"
+    counts += f", {outcome.unfinished} not finished: --resume goes on with them" if outcome.unfinished else ""
     lines = ["", f"sweep      {outcome.run_id}", f"directory  {outcome.directory}", counts]
     if (best := outcome.best) is not None:
         lines.append(f"best       trial {best['trial']}: {sweep.options.metric} {best['objective']:.4f} at step {best['at_step']}")

@@ -1,8 +1,10 @@
 """The driver's side of a sweep: check everything, prepare once what trials share, let Ray Tune run them, keep the table."""
 
 import itertools
+import math
 import os
 import random
+import shutil
 import threading
 import time
 import uuid
@@ -14,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import PlacementGroupID, tune
+from ray._private import auto_init_hook
 from ray.tune import Callback, Stopper
 from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.search import BasicVariantGenerator
@@ -28,11 +31,13 @@ from raytrain2p.launch.cluster import Capacity, check_before_connecting, connect
 from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, prepared, resolve_aligner, typed_command
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard
+from raytrain2p.launch.resuming import check_resumable
 from raytrain2p.launch.scheduling import NO_LIMIT, longest, scheduler_of
 from raytrain2p.launch.search import TrialQueue, config_of, learn_from, search_of
 from raytrain2p.launch.stopping import StoppedError, StopSignals
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.launch.trials import TrialPlan, run_trial, split_key, trial_launch_id
+from raytrain2p.phases.survey import check_global_batch
 from raytrain2p.tracking.recorder import Recorder, end_run, recording
 from raytrain2p.tracking.run import Run, add_tags, get_or_create_run, launch_lock
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
@@ -61,7 +66,7 @@ from raytrain2p.tracking.sweeps import (
 
 MOST_SPLITS = 32  # combinations of settings with splits of their own that are prepared before the first trial
 SECONDS_TO_STOP = 30.0
-LEFT = 0.005  # of it, for each trial's own actors: Ray Train's cleaner takes 0.001
+MOST_AT_ONCE = 100  # shares of it are counted in 1/10,000
 HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in all: it bounds how many trials there are at once
 
 
@@ -75,6 +80,7 @@ class SweepOutcome:
     finished: int
     stopped_early: int
     failed: int
+    unfinished: int
     best: dict[str, Any] | None
 
 
@@ -100,6 +106,10 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
             if (key := split_key(settings)) not in surveys:
                 surveys[key] = PHASES[sweep.options.phase].survey(settings)
     console.clear()
+    for axis in sweep.axes:
+        for value in axis.probes() if surveys else ():
+            with suppress(InputError):  # told already
+                check_global_batch(sweep.settings({axis.setting: value}), next(iter(surveys.values())).records, findings)
     findings.extend(rung_problems(sweep, surveys))
     findings.raise_any()
     return sweep, surveys
@@ -179,6 +189,8 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
         if holder is not None:
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
+        if resumed is not None:
+            check_trials(TrialBook(resumed.path, root), sweep, surveys)
         splits: dict[str, Prepared] = {}
         for key, survey in surveys.items():
             encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
@@ -204,6 +216,22 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         return Conductor(plan, recorder, at_once, console).run()
 
 
+def check_trials(book: TrialBook, sweep: Sweep, surveys: dict[str, Any]) -> None:
+    """Whether the trials that are not over can go on as they began.
+
+    Raises:
+        InputError: every setting, and every number of records, that is another one now.
+    """
+    findings = Findings()
+    for row in book.rows():
+        if row.run is not None and row.state not in OVER and not row.lineage:
+            with findings:
+                settings = sweep.settings(row.values)
+                survey = surveys.get(split_key(settings))
+                check_resumable(row.run, settings, survey.records if survey is not None else None)
+    findings.raise_any()
+
+
 class Conductor:
     """Lets Tune run the trials, and keeps what they leave in order meanwhile.
 
@@ -222,6 +250,7 @@ class Conductor:
         self.settings = [axis.setting for axis in self.sweep.axes]
         self.stop = StopRequest(self.options.time_budget_s)
         self.hand = ThreadPoolExecutor(1, thread_name_prefix="bookkeeper")
+        self.broken = ""  # what Tune itself ended with
 
     def run(self) -> SweepOutcome:
         """Until all trials are over, or a signal comes.
@@ -229,8 +258,11 @@ class Conductor:
         Raises:
             StoppedError: it came.
         """
+        for row in self.book.rows():
+            if row.reason and row.state not in OVER:  # stopped early, and the driver died before it could say so
+                self.settle(row.trial.number, EARLY)
         known = self.book.rows()
-        unfinished = [row.trial for row in known if row.state not in OVER]
+        unfinished = [replace(row.trial, values=row.values) for row in known if row.state not in OVER]
         if known:
             self.console.say(f"going on: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
         search = search_of(self.sweep, len(known))
@@ -242,7 +274,7 @@ class Conductor:
             thread.start()
             deadline = float("inf")
             while thread.is_alive():
-                if signals.received and not self.stop.reason:
+                if signals.received and self.stop.reason != KILLED:
                     self.console.say("stopping the trials; `--resume` goes on with them (again: at once)")
                     self.stop.reason = KILLED
                     deadline = time.monotonic() + SECONDS_TO_STOP
@@ -278,7 +310,7 @@ class Conductor:
             "mode": options.mode,
             "stop": self.stop,
             "config": space,
-            "resources_per_trial": PlacementGroupFactory([{HEAD: round((1 - LEFT * self.at_once) / self.at_once, 4)}]),
+            "resources_per_trial": PlacementGroupFactory([{HEAD: self.share_of_head()}]),
             "num_samples": count,
             "storage_path": str(Path(self.root) / ".ray"),
             "search_alg": search,
@@ -290,6 +322,12 @@ class Conductor:
             "callbacks": [Watch(self, table)],
             "max_concurrent_trials": None if options.scheduler == "pbt" else self.at_once,
         }
+
+    def share_of_head(self) -> float:
+        """What a trial's driver takes of the head node. Population-based training starts all that fit, and pauses them: there,
+        this bounds how many run at once. Elsewhere Tune is told the number.
+        """
+        return math.floor(10_000 / min(self.at_once, MOST_AT_ONCE)) / 10_000 if self.options.scheduler == "pbt" else 0.001
 
     def begin(self, number: int, values: dict[str, Any]) -> Trial:
         """Write a new trial down, before anything of it runs."""
@@ -306,21 +344,28 @@ class Conductor:
         try:
             tune.run(**arguments)
         except Exception as error:  # Tune's own: the trials' are in their runs
-            self.console.say(f"Ray Tune ended with {type(error).__name__}: {one_line(error)}")
+            self.broken = f"Ray Tune ended with {type(error).__name__}: {one_line(error)}"
+            self.console.say(f"{self.broken}; `--resume` goes on")
 
     def over(self, number: int) -> None:
         """Tune is done with a trial. One that did not end by itself was stopped early: say so, once its worker is gone."""
-        self.hand.submit(self.settle, number, EARLY)
+        self.hand.submit(self.settled, number)
+
+    def settled(self, number: int) -> None:
+        """`settle`, whose errors nobody else would hear of."""
+        try:
+            self.settle(number, EARLY)
+        except Exception as error:
+            self.console.say(f"trial {number} could not be written down as stopped early: {one_line(error)}")
 
     def settle(self, number: int, state: str) -> None:
         """Write down how a trial ended that could not say so itself."""
-        trial = self.book.trials()[number]
-        row = self.book.row(trial)
+        row = self.book.row(self.book.trial(number))
         if row.run is None or row.state in OVER:
             return
         if state == EARLY:
-            add_tags(row.run, {EARLY_TAG: f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
-        status = {EARLY: "FINISHED", KILLED: "KILLED", FAILED: "FAILED"}[state]
+            add_tags(row.run, {EARLY_TAG: row.reason or f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
+        status = {EARLY: "FINISHED", KILLED: "KILLED"}[state]
         if not end_run(row.run, self.uri, status):
             self.console.say(f"MLflow does not know how trial {number} ended; later: python -m raytrain2p.runs sync {row.run.run_id[:8]}")
 
@@ -331,22 +376,29 @@ class Conductor:
             StoppedError: a signal ended the sweep.
         """
         if signals:
+            auto_init_hook.enable_auto_connect = False  # Tune's thread may live on, and would start another Ray
             ray.shutdown()  # first the workers end, then it is said how
         for row in self.book.rows():
             if row.state not in OVER and row.run is not None:
                 if not signals:
                     free_place(self.plan.board, row.trial.number)
-                self.settle(row.trial.number, KILLED if signals else EARLY if self.stop.reason else FAILED)
+                early = row.reason or (self.stop.reason and not signals)
+                self.settle(row.trial.number, EARLY if early else KILLED)
         rows = self.book.rows()
         best = write_results(self.plan.parent.path, rows, self.settings, self.options.mode, self.options.phase)
-        draw_sweep(self.plan.parent.path, rows, self.sweep.axes, self.options.mode, self.options.metric)
+        try:
+            draw_sweep(self.plan.parent.path, rows, self.sweep.axes, self.options.mode, self.options.metric)
+        except Exception as error:  # a picture is not worth a sweep
+            self.console.say(f"no pictures: {type(error).__name__}: {one_line(error)}")
         for row in rows:
             if (found := row.best(self.options.mode)) is not None and row.state in OVER:
                 self.recorder.write_metrics({OBJECTIVE: found[1]}, row.trial.number)
         if signals:
             self.recorder.finish("KILLED")
             raise StoppedError(signals[0])
-        self.recorder.finish("FINISHED" if any(row.state in (FINISHED, EARLY) for row in rows) else "FAILED")
+        whole = all(row.state in OVER for row in rows) or bool(self.stop.reason)
+        self.recorder.finish("FINISHED" if whole and any(row.state in (FINISHED, EARLY) for row in rows) else "FAILED")
+        shutil.rmtree(Path(self.root) / ".ray" / self.plan.launch_id, ignore_errors=True)  # Tune's notes, which nobody needs
         count = [row.state for row in rows].count
         return SweepOutcome(
             self.plan.parent.run_id,
@@ -355,6 +407,7 @@ class Conductor:
             count(FINISHED),
             count(EARLY),
             count(FAILED),
+            sum(row.state not in OVER for row in rows),
             best,
         )
 
@@ -382,7 +435,7 @@ class StopRequest(Stopper):
 def free_place(board: Any, number: int) -> None:
     """End what is left of a trial's workers, and give back their CPUs."""
     with suppress(ray.exceptions.RayError, ValueError):
-        if (group := ray.get(board.vacate.remote(number), timeout=10)) is not None:
+        if (group := ray.get(board.place_of.remote(number), timeout=10)) is not None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
@@ -414,7 +467,9 @@ class Watch(Callback):
         self.table.changed(trial.config["trial"], FINISHED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number = trial.config["trial"]
-        if self.conductor.book.row(self.conductor.book.trials()[number]).state != FAILED:  # else it has said so itself
-            self.conductor.console.say(f"trial {number}: failed: {one_line(trial.get_error() or 'without a word')}")
+        number, book = trial.config["trial"], self.conductor.book
+        lines = [line for line in str(trial.get_error() or "without a word").splitlines() if line.strip()]
+        if book.row(book.trial(number)).run is None:  # else it has said so itself
+            self.conductor.console.say(f"trial {number}: failed: {one_line(lines[-1])}")
+        book.give_up(number, one_line(lines[-1]))
         self.table.changed(number, FAILED)

@@ -67,7 +67,10 @@ class TrialTable:
             if word:
                 self.words[word["trial"]] = word["line"]
             for line in lines:
-                (self.live.console.print if self.live is not None else self.console.say)(line)
+                if self.live is not None:
+                    self.live.console.print(line, markup=False, highlight=False)
+                else:
+                    self.console.say(line)
             rows = self.book.rows()
             if self.live is not None:
                 self.live.update(self.table(rows), refresh=True)

@@ -1,5 +1,6 @@
 """One trial of a sweep, in its own process: a launch like any other, which reports and can be stopped."""
 
+import math
 import os
 import shutil
 import sys
@@ -23,11 +24,12 @@ from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.driver import Prepared, TrainingFailedError, TrialPart, encode, prepared, train
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console
+from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.worker import Membership
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock
-from raytrain2p.tracking.sweeps import LINEAGE_TAG, Inheritance, Trial, note_inheritance, row_of
+from raytrain2p.tracking.sweeps import LINEAGE_TAG, OBJECTIVE, Inheritance, Trial, note_inheritance, row_of
 
 SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
 SECONDS_BETWEEN_WORDS = 2.0
@@ -69,7 +71,7 @@ class TrialPlan:
         verbose: let Ray's own output through.
     """
 
-    sweep: Sweep
+    sweep: Sweep = field(repr=False)  # its tracking URI may have a password
     launch_id: str
     command: str
     parent: Run
@@ -104,7 +106,9 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
         if holder is not None:
             raise RuntimeError(f"trial {number} is under way already: {holder}")
         run = recorded_run(root, launch_id)
+        trial, mode, by_step = Trial(number, values, launch_id), plan.sweep.options.mode, plan.sweep.options.scheduler != "pbt"
         if run is not None and read_status(run.path)["status"] == "FINISHED":
+            report_end(trial, run, mode, by_step)
             return
         if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
             with checkpoint.as_directory() as folder:
@@ -123,6 +127,9 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
             reason = [line for line in str(error).splitlines() if line.strip()][-2:][0]
             console.say(f"failed: {reason}")
             raise
+        run = recorded_run(root, launch_id)
+        assert run is not None
+        report_end(trial, run, mode, by_step)
 
 
 def prepare(settings: Settings, phase: int, console: "TrialConsole") -> Prepared:
@@ -171,18 +178,34 @@ def reported(board: Any, number: int, exchange: int | None) -> Iterator[None]:
         with suppress(ray.exceptions.RayError):  # this process or the worker is at its end
             while True:
                 word = ray.get(board.next_report.remote())
-                directory = Path(word.pop("directory"))
-                if exchange is None:
-                    tune.report(word)
-                elif word["step"] % exchange == 0 and not word["last"]:
-                    report_with_weights(word, directory, number)
-                else:
-                    del word["step"]  # in between, and at its end, a trial is not compared
-                    tune.report(word)
+                try:
+                    report(word, number, exchange)
+                except Exception as error:  # a full disk, for one: rank 0 must not wait for ever
+                    ray.get(board.go_on.remote(f"the report could not be passed on: {type(error).__name__}: {error}"))
+                    return
                 ray.get(board.go_on.remote())
 
     threading.Thread(target=pass_on, name="reports", daemon=True).start()
     yield
+
+
+def report(word: dict[str, Any], number: int, exchange: int | None) -> None:
+    """Hand one report to Tune; does not return if the trial ends or pauses there."""
+    directory = Path(word.pop("directory"))
+    if exchange is None:
+        tune.report(word)
+    elif word["step"] % exchange == 0 and not word["last"]:
+        report_with_weights(word, directory, number)
+    else:
+        del word["step"]  # in between, and at its end, a trial is not compared
+        tune.report(word)
+
+
+def report_end(trial: Trial, run: Run, mode: str, compared_by_step: bool) -> None:
+    """The last report once more: a trial that was killed after it has none otherwise, and Tune wants one of every trial."""
+    step, objective = next(reversed(row_of(trial, run).reports), (0, math.nan))
+    word = {OBJECTIVE: comparable(objective, mode), "last": True} | ({"step": step} if compared_by_step else {})
+    tune.report(word)
 
 
 def report_with_weights(word: dict[str, Any], directory: Path, number: int) -> None:

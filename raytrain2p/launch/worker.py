@@ -297,7 +297,9 @@ def build_trainer(
     )
 
     reports = RayReports(run, settings.checkpoint.mode, world.is_first)
-    trial_reports = TrialReports(plan.board, run, steps, steps_per_epoch, world.is_first) if plan.membership is not None else None
+    trial_reports = None
+    if plan.membership is not None:
+        trial_reports = TrialReports(plan.board, run, settings.checkpoint.mode, steps, steps_per_epoch, world.is_first)
 
     def measure(trainer: pl.Trainer, module: Any) -> dict[str, float]:
         since = time.perf_counter()

@@ -7,8 +7,9 @@ import csv
 import io
 import json
 import math
+import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
 OVER = (FINISHED, EARLY, FAILED)
 # What a sweep that goes on may have otherwise.
-MAY_CHANGE = ("sweep.num_trials", "sweep.max_concurrent", "sweep.time_budget_s", "sweep.max_failures", "launch.", "data.feature_workers")
+MAY_CHANGE = (
+    *("sweep.num_trials", "sweep.max_concurrent", "sweep.time_budget_s", "sweep.max_failures", "data.feature_workers"),
+    *("launch.cpus_per_worker", "launch.max_failures", "launch.object_store_mb"),
+)
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,36 @@ class TrialBook:
 
     def __init__(self, directory: Path, root: str) -> None:
         self.folder, self.root = directory / TRIALS, root
+        self.over: dict[int, Row] = {}  # what is over does not change
 
     def begin(self, trial: Trial) -> None:
         write_json(self.folder / f"{trial.number:03d}.json", asdict(trial))
 
     def trials(self) -> list[Trial]:
         """In the order of their numbers."""
-        return [Trial(**read_json(path)) for path in sorted(self.folder.glob("[0-9]*.json"))]
+        return sorted((Trial(**read_json(path)) for path in self.folder.glob("*.json")), key=lambda trial: trial.number)
+
+    def trial(self, number: int) -> Trial:
+        return Trial(**read_json(self.folder / f"{number:03d}.json"))
+
+    def give_up(self, number: int, reason: str) -> None:
+        """Note that a trial failed and is not tried again. A run that says FAILED may be."""
+        write_whole(self.folder / f"{number:03d}.failed", reason + "\n")
 
     def rows(self) -> list[Row]:
         return [self.row(trial) for trial in self.trials()]
 
     def row(self, trial: Trial) -> Row:
         """What the trial's own run directory says."""
+        if trial.number in self.over:
+            return self.over[trial.number]
         run = recorded_run(self.root, trial.launch_id)
-        if run is None or not run.path.is_dir():
-            return Row(trial, values=trial.values)
-        return row_of(trial, run)
+        row = row_of(trial, run) if run is not None and run.path.is_dir() else Row(trial, values=trial.values)
+        if (self.folder / f"{trial.number:03d}.failed").is_file() and row.state not in OVER:
+            row = replace(row, state=FAILED)
+        if row.state in OVER:
+            self.over[trial.number] = row
+        return row
 
 
 def row_of(trial: Trial, run: Run) -> Row:
@@ -122,10 +139,10 @@ def row_of(trial: Trial, run: Run) -> Row:
 
 
 def state_of(status: str, reason: str) -> str:
-    """A run's status, in the words of the table."""
+    """A run's status, in the words of the table. One that failed is tried again, unless the sweep has given it up."""
     if status == "FINISHED":
         return EARLY if reason else FINISHED
-    return {"RUNNING": RUNNING, "FAILED": FAILED, "KILLED": KILLED}[status]
+    return RUNNING if status == "RUNNING" else KILLED
 
 
 def read_lineage(directory: Path) -> Iterator[Inheritance]:
@@ -143,8 +160,9 @@ def note_inheritance(directory: Path, one: Inheritance) -> None:
 
 
 def best_row(rows: Sequence[Row], mode: str) -> Row | None:
-    """The trial with the best report."""
+    """The trial with the best report: of those that came to their end, as they alone have a result; else of all."""
     reported = [row for row in rows if row.best(mode) is not None]
+    reported = [row for row in reported if row.state == FINISHED] or reported
 
     def value(row: Row) -> float:
         found = row.best(mode)
@@ -203,7 +221,7 @@ def write_results(directory: Path, rows: Sequence[Row], settings: Sequence[str],
 
 def again(run: Run, phase: int) -> str:
     """The command that trains a trial again, in a run of its own."""
-    return f"python -m raytrain2p.train --phase {phase} --config {run.directory}/config.json"
+    return f"python -m raytrain2p.train --phase {phase} --config {shlex.quote(f'{run.directory}/config.json')}"
 
 
 def sweep_config(sweep: Sweep) -> dict[str, Any]:

@@ -42,6 +42,8 @@ def test_overrides_reach_the_sweep_and_the_trials(tmp_path: Path) -> None:
     assert sweep.options.num_trials == 9
     assert sweep.axes == (Axis("model.lora.rank", "choice", (2,)),)
     assert sweep.base.training.max_steps == 7
+    sweep = load_sweep(sweep_file(tmp_path), ["sweep.space.training.warmup_steps={choice: [1, 2]}"])
+    assert Axis("training.warmup_steps", "choice", (1, 2)) in sweep.axes
 
 
 def test_a_trial_has_its_values_and_the_rest_of_the_base(tmp_path: Path) -> None:
@@ -62,6 +64,7 @@ def test_the_checkpoint_that_is_kept_is_the_best_by_the_sweeps_own_metric(tmp_pa
         ("loguniform", (1e-5, 1e-2), lambda value: 1e-5 <= value <= 1e-2),
         ("randint", (2, 5), lambda value: value in (2, 3, 4)),
         ("quniform", (0.0, 0.5, 0.1), lambda value: value in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
+        ("quniform", (0.05, 0.5, 0.2), lambda value: value in (0.05, 0.25, 0.45)),
         ("quniform", (10, 40, 10), lambda value: value in (10, 20, 30, 40) and isinstance(value, int)),
         ("choice", ([1], [2, 3]), lambda value: value in ([1], [2, 3])),
     ],
@@ -119,6 +122,7 @@ def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -
         ({"space": {"model.lora.rank": {"grid": [4, 8]}}}, [], "sweep.search=random\n    model.lora.rank is a grid"),
         ({"space": {}}, [], "nothing varies"),
         ({"scheduler": "asha"}, ["checkpoint.best_of=epochs"], "measured at epochs' ends alone"),
+        ({"scheduler": "asha", "asha": {"grace_period": 15}}, [], "sweep.asha.grace_period=15\n    must be a multiple"),
         ({"scheduler": "pbt"}, [], "sweep.space.model.lora.rank\n    cannot change while weights stay"),
         ({"scheduler": "pbt", "pbt": {"interval": 15}}, [], "must be a multiple of checkpoint.every_steps=10"),
         ({"scheduler": "pbt", "num_trials": 1}, [], "is no population"),

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import yaml
+from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from raytrain2p.config.sweep import Sweep, load_sweep
+from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.scheduling import RememberingAsha, within
 from raytrain2p.launch.search import Tpe, TrialQueue, learn_from, listed_values, search_of
 from raytrain2p.tracking.sweeps import EARLY, FAILED, FINISHED, Row, Trial
@@ -83,8 +85,26 @@ def test_what_an_earlier_driver_found_out_is_learnt(tmp_path: Path, state: str) 
     assert isinstance(search, Tpe)
     rows = [Row(begin(number, {"training.learning_rate": 1e-3, "model.lora.rank": 4}), state, None, ((10, 1.0),)) for number in range(2)]
     learn_from(search, rows)
-    assert len(search.study.trials) == (0 if state == FAILED else 2)
-    assert search.propose(2) not in [row.trial.values for row in rows]
+    known = {FINISHED: TrialState.COMPLETE, EARLY: TrialState.PRUNED}
+    assert [trial.state for trial in search.study.trials] == ([] if state == FAILED else [known[state]] * 2)
+    assert all(trial.params["training.learning_rate"] == 1e-3 for trial in search.study.trials)
+
+
+def test_a_trial_that_diverged_teaches_optuna_that_it_failed(tmp_path: Path) -> None:
+    search = Tpe(sweep_of(tmp_path).axes, 6, "min", 0, None)
+    for number, reports in enumerate([[(10, float("nan"))], [(10, float("nan")), (20, 2.0)]]):
+        values = search.propose(number)
+        assert values is not None
+        search.learn(number, values, reports, whole=True)
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert search.study.trials[1].value == 2.0
+
+
+def test_what_is_no_number_is_worse_than_any(tmp_path: Path) -> None:
+    scheduler = asha(tmp_path, [])
+    assert decision(scheduler, 0, 10, 5.0) == TrialScheduler.CONTINUE
+    assert decision(scheduler, 1, 10, comparable(float("nan"), "min")) == TrialScheduler.STOP
+    assert comparable(float("inf"), "max") < -1e20
 
 
 def test_defaults_outside_the_space_are_tried_and_not_learnt(tmp_path: Path) -> None:

@@ -82,6 +82,10 @@ def assert_the_table_says_what_mlflow_says(folder: Path) -> None:
             assert line[setting] == run.data.params[setting]
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")]
         assert sorted(steps) == list(range(1, int(line["steps"]) + 1)), "a step is missing, or there twice"
+        if line["stopped_early"]:
+            assert line["stopped_early"].endswith(f" at step {line['steps']}"), "it was trained on"
+        else:
+            assert int(line["steps"]) == STEPS
 
 
 @only_long
@@ -104,6 +108,7 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     done = tune(folder, ray_head, "--resume", "latest")
     assert done.code == 0, done.err
     assert "going on: " in done.err
+    assert "Ray Tune ended" not in done.err
     outcome = done.outcome
     assert (outcome["trials"], outcome["failed"]) == (4, 0), done.err
     assert outcome["finished"] + outcome["stopped_early"] == 4, done.err
@@ -219,6 +224,7 @@ def test_a_trial_that_fails_is_tried_again_and_ends_nothing_else(
     _, runs = children(folder)
     assert [run.info.status for run in runs] == ["FAILED", "FINISHED"], "tried again in the same run"
     assert [line["state"] for line in table(folder)] == ["failed", "finished"]
+    assert done.err.lower().count("trial 0: failed: ") == 2, "once, and once again"
     assert "flash" in done.err.lower()
 
 

@@ -52,6 +52,7 @@ def book(tmp_path: Path) -> TrialBook:
     begun(tmp_path, book, 0, "FINISHED", [(10, 2.0), (20, 1.0), (30, 1.5)])
     begun(tmp_path, book, 1, "FINISHED", [(10, 3.0)], early="asha at step 10")
     begun(tmp_path, book, 2, "FAILED", [(10, float("nan"))])
+    book.give_up(2, "the reason")
     begun(tmp_path, book, 3, "RUNNING", [])
     book.begin(Trial(4, {"training.learning_rate": 0.1}, "sweep-4"))
     return book
@@ -62,13 +63,37 @@ def test_states_come_from_the_runs(book: TrialBook) -> None:
     assert [row.steps for row in book.rows()] == [30, 10, 10, 0, 0]
 
 
+def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path: Path) -> None:
+    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    trial = begun(tmp_path, book, 0, "FAILED", [(10, 2.0)])
+    assert book.row(trial).state == "killed", "a driver that goes on tries it again"
+    book.give_up(0, "the reason")
+    assert book.row(trial).state == "failed"
+
+
+def test_a_trial_that_failed_before_it_had_a_run_is_failed(tmp_path: Path) -> None:
+    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    book.begin(Trial(0, {}, "sweep-0"))
+    book.give_up(0, "the reason")
+    assert [row.state for row in book.rows()] == ["failed"]
+
+
+def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path) -> None:
+    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    for number in (1000, 101, 7):
+        book.begin(Trial(number, {}, f"sweep-{number}"))
+    assert [trial.number for trial in book.trials()] == [7, 101, 1000]
+    assert book.trial(1000).launch_id == "sweep-1000"
+
+
 def test_the_best_report_counts_not_the_last_and_nan_never(book: TrialBook) -> None:
     rows = book.rows()
     assert rows[0].best("min") == (20, 1.0)
     assert rows[0].best("max") == (10, 2.0)
     assert rows[2].best("min") is None
     assert best_row(rows, "min") == rows[0]
-    assert best_row(rows, "max") == rows[1]
+    assert best_row(rows, "max") == rows[0], "one that was stopped early has no result"
+    assert best_row(rows[1:], "max") == rows[1]
     assert best_row(rows[3:], "min") is None
 
 
@@ -108,7 +133,7 @@ def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(bo
     assert run is not None
     note_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
     note_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
-    row = book.rows()[0]
+    (row, *_) = TrialBook(tmp_path / "sweep", str(tmp_path)).rows()
     assert row.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
     assert [one.from_trial for one in row.lineage] == [1, 3]
     assert table_of([row], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
