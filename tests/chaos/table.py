@@ -10,8 +10,8 @@ from typing import Any
 
 PAGE = """# Chaos: what was killed, and what was left
 
-Measured by `make chaos` on {machine}: {kills} kills at {moments}. Each launch is compared with an undisturbed one of the same
-settings ({steps} steps of phase 1 with dropout, tiny models, float32 on the CPU): MLflow runs and run directories that it left,
+Measured by `make chaos` on {machine}:
+{kills} kills at {moments}. Each launch is compared with an undisturbed one of the same settings ({steps} steps of phase 1 with dropout, tiny models, float32 on the CPU): MLflow runs and run directories that it left,
 steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of every step, and the trained weights, bit for bit.
 
 | what was killed | kills | runs | directories | steps twice | steps lost | losses | weights | seconds to the next step, median (most) |
@@ -19,7 +19,9 @@ steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of 
 {rows}
 
 The seconds are from the kill to the next step that was not noted before; they hold the start of the processes that were
-killed, and the steps since the last checkpoint, which are done again. A short form runs in `make test`.
+killed, and the steps since the last checkpoint, which are done again. Where further kills strike before that step, as most of
+those of a driver and of Ray's controller do (a start takes longer than the time between two kills), they count from the first
+one of the series. A short form runs in `make test`.
 """
 
 
