@@ -12,7 +12,7 @@ import ray
 import ray.train
 import ray.train.collective
 
-from raytrain2p.tracking.checkpoints import Judgement
+from raytrain2p.tracking.checkpoints import Judgement, storage_error
 from raytrain2p.tracking.files import write_json
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.sweeps import OBJECTIVE
@@ -64,6 +64,10 @@ class RayReports:
         try:
             write_json(folder / "run.json", {"run_id": self.run.run_id, "directory": self.run.directory} | asdict(judgement))
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+        except (OSError, RuntimeError) as error:  # Ray's bookkeeping lies on the same disk, and may be the first to find it gone
+            if isinstance(error, OSError) or not self.run.path.is_dir():
+                raise storage_error(self.run.path / "run.json", error, 10_000) from None
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
