@@ -11,8 +11,10 @@ from typing import Any
 PAGE = """# Chaos: what was killed, and what was left
 
 Measured by `make chaos` on {machine}:
-{kills} kills at {moments}. Each launch is compared with an undisturbed one of the same settings ({steps} steps of phase 1 with dropout, tiny models, float32 on the CPU): MLflow runs and run directories that it left,
-steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of every step, and the trained weights, bit for bit.
+{kills} kills at {moments}. Each launch is compared with an
+undisturbed one of the same settings ({steps} steps of phase 1 with dropout, tiny models, float32 on the CPU): MLflow runs and run
+directories that it left, steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of every step, and the
+trained weights, bit for bit.
 
 | what was killed | kills | runs | directories | steps twice | steps lost | losses | weights | seconds to the next step, median (most) |
 |---|---|---|---|---|---|---|---|---|
