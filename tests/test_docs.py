@@ -14,7 +14,15 @@ from tests.launch.launching import run_command
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"```sh\n(.*?)```", re.DOTALL)
-SWEEP = ["sweep.num_trials=2", "training.max_steps=4", "checkpoint.every_steps=2", "sweep.asha.grace_period=2", "evaluation.max_records=4"]
+SWEEP = [
+    "sweep.num_trials=2",
+    "sweep.metric=train_loss",
+    "data.val=null",
+    "training.max_steps=4",
+    "checkpoint.every_steps=2",
+    "sweep.asha.grace_period=2",
+    "evaluation.max_records=4",
+]
 SHORT = {1: ["training.max_epochs=1", "training.batch_size=16"], 2: ["training.max_steps=2"]}
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
