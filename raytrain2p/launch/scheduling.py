@@ -70,6 +70,12 @@ class SteppedPbt(PopulationBasedTraining):
         state.last_perturbation_time = self._next_perturbation_sync - self._perturbation_interval
         state.last_train_time = state.last_perturbation_time
 
+    def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
+        """Tune hands over the whole configuration: the heir keeps its own number."""
+        number = trial.config["trial"]
+        super()._exploit(tune_controller, trial, trial_to_clone)
+        trial.set_config(trial.config | {"trial": number})
+
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Tune counts a trial that failed among those that the others wait for."""
         super().on_trial_error(tune_controller, trial)
