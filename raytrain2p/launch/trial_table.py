@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -47,6 +48,8 @@ class TrialTable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.done.set()
         self.thread.join(timeout=10)
+        with suppress(ray.exceptions.RayError):
+            self._hear(0.1)
         if self.live is not None:
             self.live.update(self.table(self.book.rows()), refresh=True)
             self.live.stop()
@@ -60,23 +63,27 @@ class TrialTable:
     def _follow(self) -> None:
         while not self.done.is_set():
             try:
-                word, lines = ray.get(self.board.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
+                self._hear(POLL_SECONDS)
             except ray.exceptions.RayError:
                 self.done.wait(POLL_SECONDS)
                 continue
-            if word:
-                self.words[word["trial"]] = word["line"]
-            for line in lines:
-                if self.live is not None:
-                    self.live.console.print(line, markup=False, highlight=False)
-                else:
-                    self.console.say(line)
             rows = self.book.rows()
             if self.live is not None:
                 self.live.update(self.table(rows), refresh=True)
             else:
                 self._tell(rows, everything=time.monotonic() - self.told_at >= PLAIN_SECONDS)
             self.done.wait(1.0)
+
+    def _hear(self, seconds: float) -> None:
+        """What trials have to say, at once or within so long."""
+        word, lines = ray.get(self.board.next.remote(seconds), timeout=seconds + 3 * POLL_SECONDS)
+        if word:
+            self.words[word["trial"]] = word["line"]
+        for line in lines:
+            if self.live is not None:
+                self.live.console.print(line, markup=False, highlight=False)
+            else:
+                self.console.say(line)
 
     def state(self, row: Row) -> str:
         """A run says RUNNING from its birth to its end: while Tune does not run it, the trial waits."""

@@ -152,7 +152,8 @@ class TrialConsole(Console):
         self.board, self.number, self.told = board, number, -SECONDS_BETWEEN_WORDS
 
     def say(self, line: str) -> None:
-        self.board.say.remote(f"trial {self.number}: {line}")
+        with suppress(ray.exceptions.RayError):  # waited for: this process may be about to end
+            ray.get(self.board.say.remote(f"trial {self.number}: {line}"), timeout=10)
 
     def show(self, line: str) -> None:
         if time.monotonic() - self.told >= SECONDS_BETWEEN_WORDS:
