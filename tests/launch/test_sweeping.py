@@ -196,6 +196,7 @@ def test_ctrl_c_leaves_the_table_and_what_can_go_on(tmp_path: Path, ray_head: st
     assert {line["state"] for line in table(folder)} <= {"killed", "waiting"}
 
 
+@only_long
 def test_a_model_that_is_not_there_is_found_before_anything_starts(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
     space = "sweep.space={model.text_encoder: {choice: [nowhere/at-all, all-minilm-l6-v2]}}"
     done = tune(tmp_path / "missing", ray_head, f"--config={sweep_config}", space)

@@ -92,6 +92,7 @@ def test_two_workers_with_half_the_batch_each_have_the_losses_of_one(
             assert together.outcome["metrics"][name] == pytest.approx(value, abs=1e-3), name
 
 
+@only_long
 def test_encoding_in_the_step_gives_the_losses_of_stored_features(run: Run, tiny_config: Path, aligned: Command) -> None:
     online = train(run, tiny_config, 1, "data.features=online")
     assert online.losses == pytest.approx(aligned.losses, abs=1e-4)

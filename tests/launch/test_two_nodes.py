@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.killing import only_long
 from tests.launch.launching import Run, stop
 
 SCRIPT = Path(__file__).parents[2] / "cluster" / "node.sh"
@@ -36,6 +37,7 @@ def second_node(ray_head: str, tmp_path: Path) -> Iterator[None]:
         stop(node)
 
 
+@only_long
 def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: None) -> None:
     done = run(
         "raytrain2p.train",
