@@ -36,7 +36,7 @@ from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_artifact
 from raytrain2p.tracking.mirror import Mirror
-from raytrain2p.tracking.recorder import end_run
+from raytrain2p.tracking.recorder import end_run, end_unrecorded
 from raytrain2p.tracking.run import Run, launch_lock, read_status, recorded_run
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 
@@ -316,7 +316,10 @@ def forget_torn_bookkeeping(folder: Path) -> None:
 def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
     """Say how the run ended, if there is one and it has not said so itself."""
     run = recorded_run(root, launch_id)
-    if run is None or (read_status(run.path)["status"] == status and Mirror(run, uri).complete()):
+    if run is None:
+        end_unrecorded(uri, launch_id, status)
+        return
+    if read_status(run.path)["status"] == status and Mirror(run, uri).complete():
         return
     if not end_run(run, uri, status):
         console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")

@@ -8,7 +8,7 @@ from typing import Any
 from raytrain2p.tracking.checkpoints import storage_error
 from raytrain2p.tracking.journal import Journal, Point
 from raytrain2p.tracking.mirror import Mirror, MirrorThread
-from raytrain2p.tracking.run import SECONDS_TO_INHERIT, Run, describe_run, run_lock, sole_writer, write_status
+from raytrain2p.tracking.run import LAUNCH_TAG, SECONDS_TO_INHERIT, Run, describe_run, run_lock, sole_writer, write_status
 from raytrain2p.tracking.store import STORE_ERRORS, client_of
 
 SECONDS_TO_SEND = 1800.0  # at the end, for what MLflow does not have yet, while it takes it; model files may be large
@@ -91,3 +91,13 @@ def end_run(run: Run, uri: str, status: str) -> bool:
     with suppress(*STORE_ERRORS):
         client_of(uri).set_terminated(run.run_id, status)
     return False
+
+
+def end_unrecorded(uri: str, launch_id: str, status: str) -> None:
+    """Say how a launch's run ended of which the disk knows nothing: it is gone, or the worker died before it noted the run."""
+    with suppress(*STORE_ERRORS):
+        client = client_of(uri)
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        query = f"attributes.status = 'RUNNING' AND tags.`{LAUNCH_TAG}` = '{launch_id}'"
+        for found in client.search_runs(experiments, query):
+            client.set_terminated(found.info.run_id, status)

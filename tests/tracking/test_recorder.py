@@ -11,7 +11,7 @@ from raytrain2p.tracking import recorder as recorder_module
 from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.journal import read_points
-from raytrain2p.tracking.recorder import end_run, recording
+from raytrain2p.tracking.recorder import end_run, end_unrecorded, recording
 from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock
 from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, points, settings_in
 
@@ -165,3 +165,10 @@ def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, sett
     end_run(run, settings.tracking.uri, "FAILED")
     assert mlflow_run(settings, run).info.status == "FAILED"
     assert read_status(run.path)["status"] == "RUNNING"
+
+
+def test_mlflow_knows_the_end_of_a_run_whose_disk_is_gone(settings: Settings) -> None:
+    run, other = create(settings), create(settings, launch_id="launch-2")
+    end_unrecorded(settings.tracking.uri, run.launch_id, "FAILED")
+    assert mlflow_run(settings, run).info.status == "FAILED"
+    assert mlflow_run(settings, other).info.status == "RUNNING"
