@@ -243,7 +243,7 @@ def train(
         data=splits.data,
         board=board,
         facts={"train_records": splits.records},
-        environment={name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
+        environment=mlflow_environment(),
         membership=trial.membership if trial else None,
         tags=trial.tags if trial else {},
     )
@@ -297,6 +297,11 @@ def build_trainer(plan: Plan) -> TorchTrainer:
             ),
         ),
     )
+
+
+def mlflow_environment() -> dict[str, str]:
+    """Variables that MLflow needs, credentials perhaps: workers get them by hand, not by Ray's runtime environment, which it logs."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
 
 def typed_command(module: str) -> str:

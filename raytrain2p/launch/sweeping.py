@@ -28,7 +28,7 @@ from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.config.sweep import Axis, Sweep
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected
-from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, prepared, resolve_aligner, typed_command
+from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, mlflow_environment, prepared, resolve_aligner, typed_command
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard
 from raytrain2p.launch.resuming import check_resumable
@@ -208,7 +208,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             splits,
             sweep_launch(sweep).cpus_per_worker or 1,
             ProgressBoard.remote(),  # type: ignore[attr-defined]
-            {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")},
+            mlflow_environment(),
             verbose,
         )
         at_once = trials_at_once(sweep, capacity)
@@ -250,7 +250,6 @@ class Conductor:
         self.settings = [axis.setting for axis in self.sweep.axes]
         self.stop = StopRequest(self.options.time_budget_s)
         self.hand = ThreadPoolExecutor(1, thread_name_prefix="bookkeeper")
-        self.broken = ""  # what Tune itself ended with
 
     def run(self) -> SweepOutcome:
         """Until all trials are over, or a signal comes.
@@ -344,8 +343,7 @@ class Conductor:
         try:
             tune.run(**arguments)
         except Exception as error:  # Tune's own: the trials' are in their runs
-            self.broken = f"Ray Tune ended with {type(error).__name__}: {one_line(error)}"
-            self.console.say(f"{self.broken}; `--resume` goes on")
+            self.console.say(f"Ray Tune ended with {type(error).__name__}: {one_line(error)}; `--resume` goes on")
 
     def over(self, number: int) -> None:
         """Tune is done with a trial. One that did not end by itself was stopped early: say so, once its worker is gone."""

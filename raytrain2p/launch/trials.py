@@ -29,7 +29,7 @@ from raytrain2p.launch.worker import Membership
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock
-from raytrain2p.tracking.sweeps import LINEAGE_TAG, OBJECTIVE, Inheritance, Trial, note_inheritance, row_of
+from raytrain2p.tracking.sweeps import LINEAGE_TAG, OBJECTIVE, TRIAL_TAG, Inheritance, Trial, note_inheritance, row_of
 
 SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
 SECONDS_BETWEEN_WORDS = 2.0
@@ -117,7 +117,7 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
         exchange = plan.sweep.options.pbt.interval if plan.sweep.options.scheduler == "pbt" else None
         part = TrialPart(
             Membership(number, plan.sweep.options.metric, plan.board),
-            plan.tags | {"raytrain2p.trial": str(number)},
+            plan.tags | {TRIAL_TAG: str(number)},
             f"{plan.command}  # trial {number}",
             partial(reported, number=number, exchange=exchange),
         )
