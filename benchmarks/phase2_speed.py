@@ -4,9 +4,10 @@
 
 Both use the same model code, stored features, batches and precision, so what the ratio shows is what Ray and Lightning
 cost. Both are alive at once and take turns: while one runs, every process of the other is stopped (SIGSTOP). A shared
-machine's speed drifts by a tenth and more within a minute, and runs one after the other would measure that. Each pair of
-neighbouring slices gives a ratio; the first seconds of a slice are left out. Needs a finished phase 1 run in ./checkpoints
-(`make quickstart` makes one).
+machine's speed drifts by a tenth and more within a minute, and runs one after the other would measure that. Both make the
+same steps in the same order, and steps differ in length: so each step's time is compared with that of the same step of the
+other. Steps across the end of a slice, or in its first seconds, are left out. Needs a finished phase 1 run in
+./checkpoints (`make quickstart` makes one).
 """
 
 import argparse
@@ -94,10 +95,13 @@ class Contestant:
         self.each("suspend")
         return begin, end
 
-    def speed(self, begin: float, end: float) -> float:
-        """Steps per second between two moments."""
-        inside = [at for at in self.times() if begin <= at <= end]
-        return (len(inside) - 1) / (inside[-1] - inside[0])
+    def durations(self, slices: list[tuple[float, float]]) -> dict[int, float]:
+        """Seconds of each step that lies whole in a slice, by its number."""
+        times = self.times()
+        whole = [
+            number for number in range(1, len(times)) if any(begin <= times[number - 1] and times[number] <= end for begin, end in slices)
+        ]
+        return {number: times[number] - times[number - 1] for number in whole}
 
 
 def journal_times(root: Path) -> list[float]:
@@ -146,13 +150,15 @@ def main() -> None:
                 contestant.process.terminate()
             for contestant in (bare, ours):
                 contestant.process.wait(120)  # ours notes its last steps before it ends
-        ratios = []
-        for of_bare, of_ours in slices:
-            theirs, mine = BATCH * bare.speed(*of_bare), BATCH * ours.speed(*of_ours)
-            ratios.append(mine / theirs)
-            print(f"bare loop {theirs:.1f} samples/s, through Ray and Lightning {mine:.1f}, ratio {ratios[-1]:.3f}")
-        lower, _, upper = statistics.quantiles(ratios, n=4)
-        print(f"median ratio {statistics.median(ratios):.3f} (middle half {lower:.3f} to {upper:.3f}, {len(ratios)} pairs of slices)")
+        theirs = bare.durations([of_bare for of_bare, _ in slices])
+        mine = ours.durations([of_ours for _, of_ours in slices])
+    both = sorted(theirs.keys() & mine.keys())
+    seconds = [sum(durations[number] for number in both) for durations in (theirs, mine)]
+    ratios = [theirs[number] / mine[number] for number in both]
+    lower, middle, upper = statistics.quantiles(ratios, n=4)
+    print(f"{len(both)} steps that both made: bare loop {BATCH * len(both) / seconds[0]:.1f} samples/s,")
+    print(f"through Ray and Lightning {BATCH * len(both) / seconds[1]:.1f} samples/s: ratio {seconds[0] / seconds[1]:.3f}")
+    print(f"of a step: median {middle:.3f}, middle half {lower:.3f} to {upper:.3f}")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,13 @@ def cluster_capacity() -> Capacity:
     return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive), machines)
 
 
+def started_here() -> bool:
+    """Whether the Ray that this process is connected to was started by it, and ends with it."""
+    from ray._private.worker import _global_node  # None in a worker's process
+
+    return _global_node is not None and bool(_global_node.is_head())
+
+
 def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
     """Ray would wait for ever for what the cluster does not have: so say it at once."""
     problems = []

@@ -1,10 +1,8 @@
 """The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
 
-import json
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 import traceback
@@ -17,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
 from raytrain2p.config.secrets import masked
@@ -30,7 +25,8 @@ from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
 from raytrain2p.launch.resuming import check_resumable, finished_outcome
 from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
-from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Membership, Outcome, Plan, train_worker
+from raytrain2p.launch.trainer import ray_trainer
+from raytrain2p.launch.worker import Membership, Outcome, Plan
 from raytrain2p.phases.dialogues import check_aligner
 from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
@@ -249,7 +245,7 @@ def train(
     )
     try:
         with followed(board, console), trial.reported(board) if trial else nullcontext():
-            signal = fit_until_stopped(build_trainer(plan).fit, board, console.say)
+            signal = fit_until_stopped(ray_trainer(plan).fit, board, console.say)
     except (StoppedError, KeyboardInterrupt):
         ray.shutdown()  # first the workers end, then it is said how
         end(root, launch_id, uri, "KILLED", console)
@@ -266,39 +262,6 @@ def train(
     return Outcome(**read_json(run.path / "result.json"))
 
 
-class TrialTrainer(TorchTrainer):
-    """Without the process that Ray Train leaves behind to give back CPUs after its controller's death: it asks Ray's dashboard,
-    which a local Ray has not, and would outlive each trial that Tune stops. The sweep gives back the CPUs itself.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
-
-
-def build_trainer(plan: Plan) -> TorchTrainer:
-    """Ray's trainer: its bookkeeping lies under the launch ID, apart from the run directories."""
-    settings, storage = plan.settings, Path(plan.settings.output.root) / ".ray"
-    forget_torn_bookkeeping(storage / plan.launch_id)
-    return (TorchTrainer if plan.membership is None else TrialTrainer)(
-        train_worker,
-        train_loop_config={"plan": plan},
-        torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
-        scaling_config=ScalingConfig(
-            num_workers=settings.launch.num_workers,
-            use_gpu=settings.launch.use_gpu,
-            resources_per_worker=_resources(settings, plan.threads),
-        ),
-        run_config=RunConfig(
-            name=plan.launch_id,
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=settings.launch.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
-            ),
-        ),
-    )
-
-
 def mlflow_environment() -> dict[str, str]:
     """Variables that MLflow needs, credentials perhaps: workers get them by hand, not by Ray's runtime environment, which it logs."""
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
@@ -307,15 +270,6 @@ def mlflow_environment() -> dict[str, str]:
 def typed_command(module: str) -> str:
     """What the user typed, to be typed again."""
     return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
-
-
-def forget_torn_bookkeeping(folder: Path) -> None:
-    """Ray reads its notes of an earlier attempt, refuses to begin if a kill has torn them, and we need none of them."""
-    try:
-        for snapshot in folder.glob("*snapshot*.json"):
-            json.loads(snapshot.read_text())
-    except ValueError:
-        shutil.rmtree(folder)
 
 
 def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
@@ -338,10 +292,6 @@ def say_if_waiting(needed: int, console: Console) -> None:
             return
         time.sleep(0.5)
     console.say(f"waiting for CPUs: {free:g} of {needed} are free, others of this cluster use the rest")
-
-
-def _resources(settings: Settings, threads: int) -> dict[str, float]:
-    return {"CPU": float(threads)} | ({"GPU": 1.0} if settings.launch.use_gpu else {})
 
 
 def _cause(error: Exception) -> str:

@@ -1,0 +1,51 @@
+"""Which of Ray Train's own helpers a launch goes without."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+from raytrain2p.launch import trainer
+from raytrain2p.launch.trainer import LeanTrainer, WithoutAutoscaler, forget_torn_bookkeeping
+
+
+@pytest.mark.parametrize(
+    ("started_here", "is_trial", "gives_back_cpus", "policy"),
+    [
+        (True, False, False, WithoutAutoscaler),
+        (False, False, True, FixedScalingPolicy),
+        (False, True, False, FixedScalingPolicy),
+    ],
+)
+def test_helpers_that_serve_nothing_are_not_started(
+    started_here: bool, is_trial: bool, gives_back_cpus: bool, policy: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "started_here", lambda: started_here)
+    handed_over: dict[str, Any] = {}
+    monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", lambda self, **options: handed_over.update(options))
+    options: dict[str, Any] = {
+        "scaling_config": ScalingConfig(num_workers=1),
+        "run_config": RunConfig(name="x", storage_path=str(tmp_path)),
+    }
+    lean = LeanTrainer(print, **options, is_trial=is_trial)
+    helpers = {type(callback) for callback in lean._create_default_callbacks()}
+    assert DatasetsCallback not in helpers
+    assert (PlacementGroupCleanerCallback in helpers) == gives_back_cpus
+    lean._initialize_and_run_controller(scaling_policy=FixedScalingPolicy(ScalingConfig(num_workers=1)))
+    given: Any = handed_over["scaling_policy"]
+    assert given.scaling_config.num_workers == 1
+    assert type(given) is policy
+
+
+def test_bookkeeping_that_a_kill_has_torn_is_forgotten(tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for folder, text in ((whole, "{}"), (torn, '{"half')):
+        folder.mkdir()
+        (folder / "checkpoint_manager_snapshot.json").write_text(text)
+        forget_torn_bookkeeping(folder)
+    assert whole.exists()
+    assert not torn.exists()
