@@ -1,6 +1,5 @@
-"""The driver's side of a sweep: check everything, prepare once what trials share, let Ray Tune run them, keep the table."""
+"""The driver's side of a sweep: prepare once what trials share, let Ray Tune run them, keep the table."""
 
-import itertools
 import math
 import os
 import random
@@ -22,22 +21,20 @@ from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.search import BasicVariantGenerator
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config import InputError, Problem
 from raytrain2p.config.secrets import one_line
-from raytrain2p.config.settings import LaunchSettings
-from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.chatter import quiet
-from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected
-from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, mlflow_environment, prepared, resolve_aligner, typed_command
+from raytrain2p.launch.cluster import connected
+from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, mlflow_environment, prepared, typed_command
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard
-from raytrain2p.launch.resuming import check_resumable
-from raytrain2p.launch.scheduling import NO_LIMIT, longest, scheduler_of
+from raytrain2p.launch.scheduling import NO_LIMIT, scheduler_of
 from raytrain2p.launch.search import TrialQueue, config_of, learn_from, search_of
 from raytrain2p.launch.stopping import StoppedError, StopSignals
+from raytrain2p.launch.sweep_checks import check_sweep, check_trials, sweep_launch, trials_at_once
 from raytrain2p.launch.trial_table import TrialTable
-from raytrain2p.launch.trials import TrialPlan, run_trial, split_key, trial_launch_id
-from raytrain2p.phases.survey import check_global_batch
+from raytrain2p.launch.trials import TrialPlan, run_trial, trial_launch_id
 from raytrain2p.tracking.recorder import Recorder, end_run, recording
 from raytrain2p.tracking.run import Run, add_tags, get_or_create_run, launch_lock
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
@@ -64,7 +61,6 @@ from raytrain2p.tracking.sweeps import (
     write_results,
 )
 
-MOST_SPLITS = 32  # combinations of settings with splits of their own that are prepared before the first trial
 SECONDS_TO_STOP = 30.0
 MOST_AT_ONCE = 100  # shares of it are counted in 1/10,000
 HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in all: it bounds how many trials there are at once
@@ -82,85 +78,6 @@ class SweepOutcome:
     failed: int
     unfinished: int
     best: dict[str, Any] | None
-
-
-def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
-    """Everything that can be known before a cluster is asked.
-
-    Returns:
-        The sweep with the aligner resolved, and the surveys by `split_key`.
-
-    Raises:
-        InputError: every problem at once.
-    """
-    findings = Findings()
-    with findings:
-        sweep = replace(sweep, base=resolve_aligner(sweep.base, console))
-    with findings:
-        findings.extend(check_before_connecting(sweep_launch(sweep)))
-    console.show("reading records and decoding new pictures")
-    surveys: dict[str, Any] = {}
-    for values in split_variants(sweep):
-        with findings:
-            settings = sweep.settings(values)
-            if (key := split_key(settings)) not in surveys:
-                surveys[key] = PHASES[sweep.options.phase].survey(settings)
-    console.clear()
-    for axis in sweep.axes:
-        for value in axis.probes() if surveys else ():
-            with suppress(InputError):  # told already
-                check_global_batch(sweep.settings({axis.setting: value}), next(iter(surveys.values())).records, findings)
-    findings.extend(rung_problems(sweep, surveys))
-    findings.raise_any()
-    return sweep, surveys
-
-
-def split_variants(sweep: Sweep) -> list[dict[str, Any]]:
-    """Values of the settings on which the splits depend, in every combination, if these are few; else one at a time."""
-    base = split_key(sweep.base)
-    moving: list[Axis] = []
-    for axis in sweep.axes:
-        with suppress(InputError):
-            if any(split_key(sweep.settings({axis.setting: value})) != base for value in axis.probes()):
-                moving.append(axis)
-    choices = [[(axis.setting, value) for value in axis.probes()] for axis in moving]
-    combinations = [dict(pairs) for pairs in itertools.islice(itertools.product(*choices), MOST_SPLITS + 1)]
-    if len(combinations) > MOST_SPLITS:
-        combinations = [dict([pair]) for pairs in choices for pair in pairs]
-    return [{}, *combinations] if sweep.options.try_defaults else combinations
-
-
-def rung_problems(sweep: Sweep, surveys: dict[str, Any]) -> list[Problem]:
-    """Halving beyond the end of training would halve nothing."""
-    options = sweep.options
-    if options.scheduler != "asha" or not surveys:
-        return []
-    most = longest(sweep, next(iter(surveys.values())).records)
-    if options.asha.grace_period < most:
-        return []
-    return [
-        Problem(
-            f"sweep.asha.grace_period={options.asha.grace_period}",
-            f"a trial has {most} {options.asha.time_attr}s: none would be stopped early",
-            "set it lower, or set sweep.scheduler=none",
-        )
-    ]
-
-
-def sweep_launch(sweep: Sweep) -> LaunchSettings:
-    """What each trial asks of the cluster: in a sweep, one CPU a worker unless it is set."""
-    launch = sweep.base.launch
-    return launch if launch.cpus_per_worker is not None else launch.model_copy(update={"cpus_per_worker": 1})
-
-
-def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
-    """As many as the cluster has room for, or fewer if so set; the trials' own drivers take no CPU."""
-    launch = sweep_launch(sweep)
-    gpus = 1 if launch.use_gpu else 0
-    room = 1
-    while capacity.fits((room + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
-        room += 1
-    return min(room, sweep.options.max_concurrent or room)
 
 
 def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
@@ -214,22 +131,6 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         at_once = trials_at_once(sweep, capacity)
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
         return Conductor(plan, recorder, at_once, console).run()
-
-
-def check_trials(book: TrialBook, sweep: Sweep, surveys: dict[str, Any]) -> None:
-    """Whether the trials that are not over can go on as they began.
-
-    Raises:
-        InputError: every setting, and every number of records, that is another one now.
-    """
-    findings = Findings()
-    for row in book.rows():
-        if row.run is not None and row.state not in OVER and not row.lineage:
-            with findings:
-                settings = sweep.settings(row.values)
-                survey = surveys.get(split_key(settings))
-                check_resumable(row.run, settings, survey.records if survey is not None else None)
-    findings.raise_any()
 
 
 class Conductor:
