@@ -18,6 +18,7 @@ from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.pretrained import fingerprint
 
+ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square")
 
@@ -26,7 +27,7 @@ SHAPES = ("circle", "square")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray head with 2 CPUs, started by hand with cluster/head.sh; stopped by its process ID."""
     folder = tmp_path_factory.mktemp("ray")
-    script = Path(__file__).parents[2] / "cluster" / "head.sh"
+    script = ROOT / "cluster" / "head.sh"
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
         "RAYTRAIN2P_HOME": str(folder / "home"),
@@ -149,6 +150,22 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
         check=False,
     )
     return Command(done.returncode, done.stdout, done.stderr)
+
+
+def submit(command: str) -> dict[str, Any]:
+    """Submit a job to the head started by hand, as `ray job submit` does it, and return the outcome that it prints."""
+    environment = os.environ | {
+        "RAY_ADDRESS": "http://127.0.0.1:8299",
+        "RAY_AUTH_MODE": "disabled",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    job = f"ray job submit --working-dir . -- {command}"
+    done = subprocess.run(job.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-5000:]
+    assert "succeeded" in said
+    outcome: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith('{"run_id"')))
+    return outcome
 
 
 @pytest.fixture(scope="session")

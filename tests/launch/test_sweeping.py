@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from tests.chaos.killing import Launch, kill, only_long
-from tests.launch.launching import Command, run_command
+from tests.launch.launching import Command, run_command, submit
 
 STEPS = 60
 SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3e-2]}, "model.hidden": {"choice": [16, 32]}}
@@ -150,12 +150,27 @@ def test_bad_input_leaves_nothing(tmp_path: Path, ray_head: str, sweep_config: P
     assert not list((tmp_path / "bad").glob("checkpoints/sweeps/*"))
 
 
+PBT = [
+    "sweep.scheduler=pbt",
+    "sweep.pbt.interval=20",
+    "sweep.pbt.quantile=0.5",
+    "sweep.num_trials=2",
+    "sweep.seed=1",
+    "sweep.space={training.learning_rate: {loguniform: [1e-5, 3e-2]}}",
+]
+
+
+def train_losses(folder: Path, run: Any) -> dict[int, float]:
+    """By step; each step is there once."""
+    history = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").get_metric_history(run.info.run_id, "train_loss")
+    assert len(history) == len({point.step for point in history})
+    return {point.step: point.value for point in history}
+
+
 @only_long
 def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
-    space = "sweep.space={training.learning_rate: {loguniform: [1e-5, 3e-2]}}"
-    pbt = ["sweep.scheduler=pbt", "sweep.pbt.interval=20", "sweep.pbt.quantile=0.5", "sweep.num_trials=2", "sweep.seed=1", space]
     folder = tmp_path / "pbt"
-    done = tune(folder, ray_head, f"--config={sweep_config}", *pbt)
+    done = tune(folder, ray_head, f"--config={sweep_config}", *PBT)
     assert done.code == 0, done.err
     assert done.outcome["finished"] == 2
     _, runs = children(folder)
@@ -166,12 +181,7 @@ def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path,
     donor = next(run for run in runs if run.info.run_id == first["from_run"])
     assert donor.info.run_id != heirs[0].info.run_id
     assert first["at_step"] == first["from_step"], "all at one step"
-    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
-
-    def losses(run: Any) -> dict[int, float]:
-        return {point.step: point.value for point in client.get_metric_history(run.info.run_id, "train_loss")}
-
-    mine, theirs, step = losses(heirs[0]), losses(donor), first["at_step"]
+    mine, theirs, step = train_losses(folder, heirs[0]), train_losses(folder, donor), first["at_step"]
     assert sorted(mine) == list(range(1, STEPS + 1)), "one sequence of steps, whosever weights"
     assert mine[step + 1] == theirs[step + 1], "the step after is made with the donor's weights, on the same batch"
     assert mine[step] != theirs[step]
@@ -179,6 +189,44 @@ def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path,
     rate = last["lr_schedulers"][0]["base_lrs"][0]
     final = json.loads((directory / "lineage.jsonl").read_text().splitlines()[-1])
     assert rate == pytest.approx(final["settings"]["training.learning_rate"]), "it goes on with its own rate"
+
+
+@only_long
+def test_a_population_goes_on_after_its_driver_is_killed(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+    folder = tmp_path / "pbt"
+    launch = SweepLaunch(folder, [f"--config={sweep_config}", *PBT], {"RAY_ADDRESS": ray_head})
+    launch.start()
+    deadline = time.monotonic() + 300
+    while not any(folder.glob("checkpoints/alignment/*/lineage.jsonl")):  # the first exchange
+        assert launch.running(), launch.log[-3000:]
+        assert time.monotonic() < deadline, launch.log[-3000:]
+        time.sleep(0.1)
+    assert launch.process is not None
+    assert kill(launch.process.pid)
+    launch.wait()
+
+    done = tune(folder, ray_head, "--resume", "latest")
+    assert done.code == 0, done.err
+    assert "Ray Tune ended" not in done.err
+    assert (done.outcome["trials"], done.outcome["finished"]) == (2, 2), done.err
+    _, runs = children(folder)
+    assert len(runs) == 2
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert len(list(folder.glob("checkpoints/alignment/*"))) == 2
+    for run in runs:
+        assert sorted(train_losses(folder, run)) == list(range(1, STEPS + 1)), "a step is missing"
+    assert any("raytrain2p.lineage" in run.data.tags for run in runs)
+
+
+@only_long
+def test_a_sweep_runs_as_a_submitted_job(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+    where = f"output.root={tmp_path}/checkpoints tracking.uri=sqlite:///{tmp_path}/mlflow.db"
+    outcome = submit(f"python -m raytrain2p.tune --config {sweep_config} sweep.num_trials=2 {where} --json")
+    assert (outcome["trials"], outcome["finished"]) == (2, 2)
+    parent, runs = children(tmp_path)
+    assert parent.info.run_id == outcome["run_id"]
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    assert_the_table_says_what_mlflow_says(tmp_path)
 
 
 @only_long
