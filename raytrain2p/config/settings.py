@@ -85,7 +85,7 @@ class LaunchSettings(SettingsGroup):
 class OutputSettings(SettingsGroup):
     """Where run directories go."""
 
-    root: str = Field("checkpoints", description="run directories are made under ROOT/alignment and ROOT/phase2")
+    root: str = Field("checkpoints", description="run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps")
 
 
 class TrackingSettings(SettingsGroup):
