@@ -8,4 +8,6 @@
 set -euo pipefail
 export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+# `ray job stop` kills after 3 seconds unless told otherwise: a launch finishes its step and saves first.
+export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-90}"
 exec ray start --head --block --node-ip-address=127.0.0.2 --disable-usage-stats "$@"

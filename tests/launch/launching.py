@@ -152,15 +152,20 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
     return Command(done.returncode, done.stdout, done.stderr)
 
 
-def submit(command: str) -> dict[str, Any]:
-    """Submit a job to the head started by hand, as `ray job submit` does it, and return the outcome that it prints."""
+def ray_job(words: str) -> subprocess.CompletedProcess[str]:
+    """`ray job ...` of the head started by hand, in the project's directory."""
     environment = os.environ | {
         "RAY_ADDRESS": "http://127.0.0.1:8299",
         "RAY_AUTH_MODE": "disabled",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    job = f"ray job submit --working-dir . -- {command}"
-    done = subprocess.run(job.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    command = ["ray", "job", *words.split()]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def submit(command: str) -> dict[str, Any]:
+    """Submit a job to the head started by hand, follow it to its end, and return the outcome that it prints."""
+    done = ray_job(f"submit --working-dir . -- {command}")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-5000:]
     assert "succeeded" in said

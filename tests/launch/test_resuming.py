@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
-from tests.launch.launching import Command, run_command
+from tests.launch.launching import Command, ray_job, run_command
 
 pytestmark = only_long  # tests/phases/test_module.py goes on from every step, in seconds
 STEPS = 60
@@ -91,6 +91,28 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert status(launch) == "FINISHED"
     assert_equal(launch, undisturbed)
     assert len(launch.directories()) == 1
+
+
+def test_a_job_that_is_stopped_keeps_a_checkpoint_and_its_run_is_killed(
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    folder = workshop / "stopped_job"
+    launch = phase2_in(folder, tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=5000")
+    where = f"output.root={folder}/checkpoints tracking.uri=sqlite:///{folder}/mlflow.db"
+    command = f"python -m raytrain2p.train {' '.join(launch.arguments)} {where}"
+    assert ray_job(f"submit --no-wait --submission-id to-be-stopped --working-dir . -- {command}").returncode == 0
+    deadline = time.monotonic() + 120
+    while len(launch.steps()) < 8:
+        assert time.monotonic() < deadline, ray_job("logs to-be-stopped").stdout[-3000:]
+        time.sleep(0.1)
+    assert ray_job("stop to-be-stopped").returncode == 0
+    while "stopped" not in ray_job("status to-be-stopped").stdout.lower():
+        assert time.monotonic() < deadline + 90
+        time.sleep(0.5)
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
 
 
 def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> None:
