@@ -43,8 +43,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     Raises:
         InputError: no such run; another launch ID beside it.
     """
-    from raytrain2p.tracking.lookup import find_run
-    from raytrain2p.tracking.run import recorded_run
+    from raytrain2p.tracking.lookup import check_in_place, find_run
     from raytrain2p.tracking.store import check_password
 
     if options.launch_id is not None:
@@ -55,10 +54,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     if options.config is None and config.is_file():
         settings = load_settings(options.phase, config, options.overrides)
     check_password(settings.tracking.uri)
-    known = recorded_run(settings.output.root, run.launch_id)
-    if known is None or known.path != run.path:
-        where = known.directory if known is not None else f"a run under {settings.output.root}"
-        raise InputError(Problem(f"--resume {options.resume}", f"{run.path} is recorded as {where}: it was moved", "move it back"))
+    check_in_place(run, settings.output.root, f"--resume {options.resume}")
     return settings, run.launch_id
 
 

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from raytrain2p.config import InputError
+from raytrain2p.config import InputError, Problem
 from raytrain2p.config.help import describe_settings
 from raytrain2p.config.sweep import Sweep, load_sweep
 
@@ -39,15 +39,19 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
         InputError: there is none, or it cannot go on with these settings.
     """
     from raytrain2p.tracking.files import read_json
-    from raytrain2p.tracking.lookup import find_run
+    from raytrain2p.tracking.lookup import check_in_place, find_run
     from raytrain2p.tracking.store import check_password
     from raytrain2p.tracking.sweeps import SWEEPS, check_unchanged
 
+    if options.config is not None:
+        what = "a sweep goes on with the settings that it began with"
+        raise InputError(Problem("--resume with --config", what, "give what is to change as key=value"))
     run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
     if (run.path / "config.json").is_file():
         sweep = load_sweep(run.path / "config.json", options.overrides)
         check_unchanged(run, sweep, read_json(run.path / "config.json"))
     check_password(sweep.base.tracking.uri)
+    check_in_place(run, sweep.base.output.root, f"--resume {options.resume}")
     return sweep, run
 
 

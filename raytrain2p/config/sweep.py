@@ -212,9 +212,21 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
     assert base is not None
     sweep = Sweep(options, axes_of(options), base, path)
     findings.extend(space_problems(sweep))
+    findings.extend(fixed_twice(sweep, overrides))
     findings.extend(schedule_problems(sweep))
     findings.raise_any()
     return sweep
+
+
+def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
+    """Overrides of settings that vary: they would reach the first trial alone, if any."""
+    varying = {axis.setting for axis in sweep.axes}
+    return [
+        Problem(override, "varies: it is in sweep.space", f"to fix it, sweep.space.{setting}='{{choice: [{value}]}}'")
+        for override in overrides
+        for setting, _, value in [override.partition("=")]
+        if setting in varying
+    ]
 
 
 def merge_space(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -252,7 +264,8 @@ def base_settings(group: dict[str, Any], tree: dict[str, Any], path: Path, overr
     """
     phase = 1 if group.get("phase") == 1 else 2
     base, metric, mode = group.get("base"), group.get("metric", "val/loss"), group.get("mode", "min")
-    under = (path.parent / Path(base).expanduser()) if isinstance(base, str) else packaged_config(f"phase{phase}")
+    here = Path() if any(override.startswith("sweep.base=") for override in overrides) else path.parent
+    under = (here / Path(base).expanduser()) if isinstance(base, str) else packaged_config(f"phase{phase}")
     merged = merge(read_yaml(under), tree)
     data, checkpoint = merged.get("data"), merged.get("checkpoint", {})
     measured = metric == "train_loss" or (isinstance(data, dict) and data.get("val") is not None)

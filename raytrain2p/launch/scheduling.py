@@ -6,6 +6,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
 from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.launch.reporting import comparable
 from raytrain2p.phases.module import planned_steps
 from raytrain2p.tracking.sweeps import OVER, Row
 
@@ -48,7 +49,8 @@ def steps_per_epoch(sweep: Sweep, values: dict[str, Any], records: int) -> int:
 def longest(sweep: Sweep, records: int) -> int:
     """Steps or epochs, whichever rungs are counted in, of a whole trial with the base's settings."""
     steps = planned_steps(sweep.base.training, records, sweep.base.launch.num_workers)
-    return steps if sweep.options.asha.time_attr == "step" else -(-steps // steps_per_epoch(sweep, {}, records))
+    by_step = sweep.options.scheduler == "pbt" or sweep.options.asha.time_attr == "step"
+    return steps if by_step else -(-steps // steps_per_epoch(sweep, {}, records))
 
 
 class SteppedPbt(PopulationBasedTraining):
@@ -109,7 +111,7 @@ class RememberingAsha(ASHAScheduler):
             recorded = {}
             for row in known:
                 unit = 1 if options.time_attr == "step" else steps_per_epoch(sweep, row.trial.values, records)
-                reached = [value for step, value in row.reports if step // unit >= milestone]
+                reached = [comparable(value, sweep.options.mode) for step, value in row.reports if step // unit >= milestone]
                 recorded.update({self._name(row.trial.number): sign * value for value in reached[:1]})
             bracket._rungs.insert(0, (milestone, recorded))  # from the last one to the first, as ASHA has them
             milestone *= options.reduction_factor
@@ -140,9 +142,10 @@ def domain_of(axis: Axis) -> Any:
 def within(config: dict[str, Any], ranges: dict[str, Axis]) -> dict[str, Any]:
     """Tune multiplies by 0.8 and 1.2, whatever the limits."""
     for setting, axis in ranges.items():
-        if axis.distribution in ("uniform", "loguniform"):
-            low, high = axis.arguments
-            config[setting] = min(max(config[setting], low), high)
+        if axis.distribution in ("uniform", "loguniform", "randint"):
+            low, high = axis.arguments[0], axis.arguments[1] - (axis.distribution == "randint")  # its highest is left out
+            within_limits = min(max(config[setting], low), high)
+            config[setting] = within_limits if axis.distribution == "randint" else float(within_limits)
         elif axis.distribution == "quniform":
             config[setting] = axis.rounded(config[setting])
     return config

@@ -68,11 +68,15 @@ def split_variants(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def rung_problems(sweep: Sweep, surveys: dict[str, Any]) -> list[Problem]:
-    """Halving beyond the end of training would halve nothing."""
+    """Halving, or an exchange of weights, beyond the end of training would never come."""
     options = sweep.options
-    if options.scheduler != "asha" or not surveys:
+    if options.scheduler == "none" or not surveys:
         return []
     most = longest(sweep, next(iter(surveys.values())).records)
+    if options.scheduler == "pbt":
+        what = f"a trial has {most} steps: no weights would ever be taken over"
+        late = options.pbt.interval >= most
+        return [Problem(f"sweep.pbt.interval={options.pbt.interval}", what, "set it lower, or set sweep.scheduler=none")] if late else []
     if options.asha.grace_period < most:
         return []
     return [

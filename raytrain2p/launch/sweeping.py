@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray import PlacementGroupID, tune
 from ray._private import auto_init_hook
@@ -36,7 +37,7 @@ from raytrain2p.launch.sweep_checks import check_sweep, check_trials, sweep_laun
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.launch.trials import TrialPlan, run_trial, trial_launch_id
 from raytrain2p.tracking.recorder import Recorder, end_run, recording
-from raytrain2p.tracking.run import Run, add_tags, get_or_create_run, launch_lock
+from raytrain2p.tracking.run import SWEEP_TAG, Run, add_tags, get_or_create_run, launch_lock
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.sweep_plots import draw_sweep
 from raytrain2p.tracking.sweeps import (
@@ -49,7 +50,6 @@ from raytrain2p.tracking.sweeps import (
     OVER,
     PARENT_TAG,
     RUNNING,
-    SWEEP_TAG,
     SWEEPS,
     TRIALS,
     WAITING,
@@ -62,7 +62,7 @@ from raytrain2p.tracking.sweeps import (
 )
 
 SECONDS_TO_STOP = 30.0
-MOST_AT_ONCE = 100  # shares of it are counted in 1/10,000
+MOST_AT_ONCE = 64  # shares of it are counted in 1/10,000
 HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in all: it bounds how many trials there are at once
 
 
@@ -196,7 +196,8 @@ class Conductor:
             trials = []
             while (trial := queue.next_trial()) is not None:
                 trials.append(config_of(trial))
-            random.seed(options.seed)  # Tune's population-based training draws from it
+            random.seed(options.seed)  # Tune's population-based training draws from both
+            np.random.seed(options.seed)
             search, count = BasicVariantGenerator(points_to_evaluate=trials), len(trials)
             space = {key: tune.choice([value]) for key, value in config_of(Trial(0, self.sweep.default_values(), "")).items()}
         elif not queue.unfinished and len(known) >= count:
@@ -210,7 +211,7 @@ class Conductor:
             "mode": options.mode,
             "stop": self.stop,
             "config": space,
-            "resources_per_trial": PlacementGroupFactory([{HEAD: self.share_of_head()}]),
+            "resources_per_trial": PlacementGroupFactory([{HEAD: share_of_head(options.scheduler, self.at_once)}]),
             "num_samples": count,
             "storage_path": str(Path(self.root) / ".ray"),
             "search_alg": search,
@@ -222,12 +223,6 @@ class Conductor:
             "callbacks": [Watch(self, table)],
             "max_concurrent_trials": None if options.scheduler == "pbt" else self.at_once,
         }
-
-    def share_of_head(self) -> float:
-        """What a trial's driver takes of the head node. Population-based training starts all that fit, and pauses them: there,
-        this bounds how many run at once. Elsewhere Tune is told the number.
-        """
-        return math.floor(10_000 / min(self.at_once, MOST_AT_ONCE)) / 10_000 if self.options.scheduler == "pbt" else 0.001
 
     def begin(self, number: int, values: dict[str, Any]) -> Trial:
         """Write a new trial down, before anything of it runs."""
@@ -306,9 +301,16 @@ class Conductor:
             count(FINISHED),
             count(EARLY),
             count(FAILED),
-            sum(row.state not in OVER for row in rows),
+            0 if self.stop.reason else sum(row.state not in OVER for row in rows),  # what the time budget cut off is over
             best,
         )
+
+
+def share_of_head(scheduler: str, at_once: int) -> float:
+    """What a trial's driver takes of the head node. Population-based training starts all that fit, and pauses them: there,
+    this bounds how many run at once, and leaves a rest for the helpers of other launches. Elsewhere Tune is told the number.
+    """
+    return math.floor(10_000 / (min(at_once, MOST_AT_ONCE) + 0.5)) / 10_000 if scheduler == "pbt" else 0.001
 
 
 class StopRequest(Stopper):

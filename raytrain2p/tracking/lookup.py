@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.tracking.files import read_json
-from raytrain2p.tracking.run import RUN_ID_LENGTH, Run, run_of
+from raytrain2p.tracking.run import RUN_ID_LENGTH, SWEEP_TAG, Run, recorded_run, run_of
 
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
 
@@ -18,8 +18,15 @@ def run_directories(root: str, phases: Iterable[str]) -> list[Path]:
     return sorted(found, key=lambda folder: (folder.name[RUN_ID_LENGTH:], folder.stat().st_mtime_ns))
 
 
+def is_trial(directory: Path) -> bool:
+    """Whether a run belongs to a sweep: `latest` never means such a one, since the last trial is not the best one."""
+    return SWEEP_TAG in (read_json(directory / "run.json") or {}).get("tags", {})
+
+
 def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
     """A run by its directory, its run ID, the start of one, or `latest`.
+
+    `latest` is the newest that is no trial of a sweep.
 
     Args:
         root: where run directories are.
@@ -44,8 +51,22 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run
     return run
 
 
+def check_in_place(run: Run, root: str, setting: str) -> None:
+    """Whether a run is where its launch has recorded it: going on with a moved one would make a second directory.
+
+    Raises:
+        InputError: it is not.
+    """
+    known = recorded_run(root, run.launch_id)
+    if known is None or known.path != run.path:
+        where = known.directory if known is not None else f"a run under {root}"
+        raise InputError(Problem(setting, f"{run.path} is recorded as {where}: it was moved", "move it back"))
+
+
 def _one(runs: list[Path], wanted: str, root: str, setting: str) -> Path:
-    fitting = runs[-1:] if wanted == "latest" else [run for run in runs if run.name.startswith(wanted)]
+    fitting = (
+        [run for run in runs if not is_trial(run)][-1:] if wanted == "latest" else [run for run in runs if run.name.startswith(wanted)]
+    )
     if len(fitting) == 1:
         return fitting[0]
     ids = ", ".join(run.name[:RUN_ID_LENGTH] for run in fitting)
@@ -62,7 +83,8 @@ def find_artifact(
         root: where run directories are.
         phase: `alignment` or `phase2`.
         artifact: `aligner.pt` or `model.pt`.
-        wanted: a path of a file or of a run directory, a run ID, the start of one, or `latest` (the newest that has one).
+        wanted: a path of a file or of a run directory, a run ID, the start of one, or `latest` (the newest that has one, and is no
+            trial of a sweep).
         setting: where `wanted` came from, for messages.
         fits: what `latest` prefers; if none does, it is the newest of all, for the caller to say what is wrong with it.
 
@@ -78,16 +100,18 @@ def find_artifact(
     runs = run_directories(root, [phase])
     whole = [run for run in runs if (run / artifact).is_file()]
     if wanted == "latest":
-        if not whole:
+        own = [run for run in whole if not is_trial(run)]
+        if not own:
             number = 1 if phase == "alignment" else 2
             raise InputError(
                 Problem(
                     f"{setting}=latest",
-                    f"there is no finished run with {artifact} in {folder}",
-                    f"run `python -m raytrain2p.train --phase {number}` first, or set {setting} to a path or a run ID",
+                    f"there is no finished run with {artifact} in {folder}{', only trials of a sweep' if whole else ''}",
+                    f"run `python -m raytrain2p.train --phase {number}` first, or set {setting} to a path or a run ID"
+                    f"{' (best.json of the sweep has one)' if whole else ''}",
                 )
             )
-        newest_first = [run / artifact for run in reversed(whole)]
+        newest_first = [run / artifact for run in reversed(own)]
         return next(filter(fits, newest_first), newest_first[0])
     fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) != 1:

@@ -10,7 +10,19 @@ from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_run, run_directories
 from raytrain2p.tracking.mirror import Mirror
-from raytrain2p.tracking.run import LAUNCH_TAG, ROOT_TAG, Run, launch_lock, read_status, recorded_run, run_lock, run_of, write_status
+from raytrain2p.tracking.run import (
+    LAUNCH_TAG,
+    ROOT_TAG,
+    SWEEP_TAG,
+    Run,
+    launch_lock,
+    read_status,
+    recorded_run,
+    run_lock,
+    run_of,
+    run_tags,
+    write_status,
+)
 from raytrain2p.tracking.store import STORE_ERRORS, check_password, client_of
 from raytrain2p.tracking.sweeps import SWEEPS
 
@@ -31,9 +43,13 @@ def runs_to_look_at(root: str, wanted: Sequence[str]) -> list[Run]:
 
 
 def is_alive(run: Run, root: str) -> bool:
-    """Whether a process still works on it, here or on another machine."""
+    """Whether a process still works on it, here or on another machine, or a sweep has it wait."""
     if launch_lock(root, run.launch_id).is_held() or run_lock(run).is_held():
         return True
+    if (sweep := run_tags(run).get(SWEEP_TAG)) is not None:
+        noted = [read_json(directory / "run.json") for directory in Path(root, SWEEPS).glob(f"{sweep}_*")]
+        if any(launch_lock(root, one["launch_id"]).is_held() for one in noted if one is not None):
+            return True
     lock = run_lock(run).path
     elsewhere = read_status(run.path)["host"] not in ("", socket.gethostname())
     return elsewhere and lock.is_file() and time.time() - lock.stat().st_mtime < SILENCE

@@ -23,7 +23,7 @@ from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
-ROOT_TAG = "raytrain2p.root"
+ROOT_TAG, SWEEP_TAG = "raytrain2p.root", "raytrain2p.sweep"
 RUN_ID_LENGTH = 32
 CHECKPOINTS = "lightning_checkpoints"
 # What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
@@ -124,7 +124,7 @@ def get_or_create_run(
         run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
         _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
         (run.path / folder).mkdir(parents=True, exist_ok=True)
-        write_json(run.path / "run.json", asdict(run))
+        write_json(run.path / "run.json", asdict(run) | {"tags": tags or {}})
         write_json(record, asdict(run))
     return run
 

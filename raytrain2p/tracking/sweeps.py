@@ -23,7 +23,7 @@ from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
 SWEEPS = "sweeps"  # name of the directory under `output.root`
 TRIALS = "trials"  # folder in a sweep's directory
 OBJECTIVE = "objective"  # metric of a trial's run: what the sweep compares, whatever it is
-EARLY_TAG, TRIAL_TAG, SWEEP_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "raytrain2p.sweep", "mlflow.parentRunId"
+EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
 OVER = (FINISHED, EARLY, FAILED)
@@ -220,8 +220,9 @@ def write_results(directory: Path, rows: Sequence[Row], settings: Sequence[str],
 
 
 def again(run: Run, phase: int) -> str:
-    """The command that trains a trial again, in a run of its own."""
-    return f"python -m raytrain2p.train --phase {phase} --config {shlex.quote(f'{run.directory}/config.json')}"
+    """The command that trains a trial again, in a run of its own, with all CPUs that there are."""
+    config = shlex.quote(f"{run.directory}/config.json")
+    return f"python -m raytrain2p.train --phase {phase} --config {config} launch.cpus_per_worker=null"
 
 
 def sweep_config(sweep: Sweep) -> dict[str, Any]:

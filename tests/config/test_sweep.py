@@ -46,6 +46,19 @@ def test_overrides_reach_the_sweep_and_the_trials(tmp_path: Path) -> None:
     assert Axis("training.warmup_steps", "choice", (1, 2)) in sweep.axes
 
 
+def test_a_base_is_relative_to_the_file_that_names_it_and_an_override_to_where_it_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, steps in ((tmp_path / "file", 11), (tmp_path / "here", 12)):
+        folder.mkdir()
+        (folder / "mine.yaml").write_text(f"data: {{train: emoji:train, val: emoji:val}}\ntraining: {{max_epochs: {steps}}}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    path = sweep_file(tmp_path / "file")
+    path.write_text(path.read_text().replace("sweep:\n", "sweep:\n  base: mine.yaml\n"))
+    assert load_sweep(path).base.training.max_epochs == 11
+    assert load_sweep(path, ["sweep.base=mine.yaml"]).base.training.max_epochs == 12
+
+
 def test_a_trial_has_its_values_and_the_rest_of_the_base(tmp_path: Path) -> None:
     settings = loaded(tmp_path).settings({"training.learning_rate": 0.002, "model.lora.rank": 8})
     assert (settings.training.learning_rate, settings.training.max_steps) == (0.002, 40)
@@ -130,6 +143,7 @@ def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -
         ({"num_trial": 3}, [], "did you mean sweep.num_trials?"),
         ({"num_trials": 0}, [], "sweep.num_trials"),
         ({}, ["training.max_stepps=3"], "did you mean training.max_steps?"),
+        ({}, ["model.lora.rank=2"], "sweep.space.model.lora.rank='{choice: [2]}'"),
         ({"asha": {"reduction_factor": 1}}, [], "sweep.asha.reduction_factor"),
     ],
 )

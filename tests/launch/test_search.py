@@ -1,6 +1,7 @@
 """Which trials there are: the same ones for the same seed, and none of them twice."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import yaml
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from raytrain2p.config.sweep import Sweep, load_sweep
+from raytrain2p.config.sweep import Axis, Sweep, load_sweep
 from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.scheduling import RememberingAsha, within
 from raytrain2p.launch.search import Tpe, TrialQueue, learn_from, listed_values, search_of
+from raytrain2p.launch.sweep_checks import rung_problems
+from raytrain2p.launch.sweeping import share_of_head
 from raytrain2p.tracking.sweeps import EARLY, FAILED, FINISHED, Row, Trial
 
 SPACE = {"training.learning_rate": {"loguniform": [1e-4, 1e-2]}, "model.lora.rank": {"choice": [4, 8, 16]}}
@@ -158,6 +161,34 @@ def test_a_trial_that_goes_on_is_not_compared_with_itself(tmp_path: Path) -> Non
     assert decision(scheduler, 1, 20, 3.0) == TrialScheduler.CONTINUE, "the first on its rung"
 
 
+def test_a_report_without_a_number_holds_its_place_after_the_drivers_death(tmp_path: Path) -> None:
+    known = [Row(begin(0, {}), "running", None, ((10, float("nan")),))]
+    ((_, recorded),) = [rung for rung in asha(tmp_path, known)._brackets[0]._rungs if rung[0] == 10]
+    assert list(recorded.values()) == [-comparable(float("nan"), "min")], "as it was when it came"
+
+
 def test_exploring_stays_within_the_limits(tmp_path: Path) -> None:
     axes = {axis.setting: axis for axis in sweep_of(tmp_path, space={"training.learning_rate": {"loguniform": [1e-4, 1e-2]}}).axes}
     assert within({"training.learning_rate": 0.012, "trial": 3}, axes) == {"training.learning_rate": 1e-2, "trial": 3}
+    whole = {"training.gradient_clip": Axis("training.gradient_clip", "uniform", (1, 10))}
+    clipped = within({"training.gradient_clip": 0.8}, whole)["training.gradient_clip"]
+    assert (clipped, type(clipped)) == (1.0, float), "Tune rounds what is an integer once"
+    counted = {"training.warmup_steps": Axis("training.warmup_steps", "randint", (1, 11))}
+    assert within({"training.warmup_steps": 12}, counted) == {"training.warmup_steps": 10}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9, 10, 64])
+def test_shares_of_the_head_bound_a_population_and_leave_some_for_others(at_once: int) -> None:
+    share = share_of_head("pbt", at_once)
+    assert int(1 / share) == at_once
+    assert 1 - at_once * share > 0.005
+
+
+def test_rungs_and_exchanges_after_the_end_are_refused(tmp_path: Path) -> None:
+    survey = {"": SimpleNamespace(records=1600)}
+    for interval, count in ((50, 0), (100, 1)):
+        only_rate = {"training.learning_rate": SPACE["training.learning_rate"]}
+        pbt = sweep_of(tmp_path, scheduler="pbt", pbt={"interval": interval}, space=only_rate)
+        assert len(rung_problems(pbt, survey)) == count
+        late = sweep_of(tmp_path, scheduler="asha", asha={"grace_period": interval})
+        assert len(rung_problems(late, survey)) == count

@@ -8,8 +8,8 @@ import pytest
 
 from raytrain2p.config import InputError
 from raytrain2p.tracking.files import write_json
-from raytrain2p.tracking.lookup import find_artifact, find_run, run_directories
-from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.lookup import check_in_place, find_artifact, find_run, run_directories
+from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_record
 
 FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
 
@@ -115,6 +115,34 @@ def test_latest_looks_at_its_own_phase_only(tmp_path: Path) -> None:
     tuned = make_run(tmp_path, SECOND, "20260102_120000", "model.pt", "phase2")
     assert find(tmp_path, "latest") == aligned / "aligner.pt"
     assert find(tmp_path, "latest", "phase2", "model.pt") == tuned / "model.pt"
+
+
+def make_trial(root: Path, run_id: str, timestamp: str) -> Path:
+    folder = make_run(root, run_id, timestamp)
+    run = Run(run_id, str(folder), "e", timestamp, "launch", "alignment", "sqlite:///x")
+    write_json(folder / "run.json", asdict(run) | {"tags": {SWEEP_TAG: "d4" * 16}})
+    return folder
+
+
+def test_latest_is_no_trial_of_a_sweep(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path, THIRD, "20260301_120000")
+    told = message(tmp_path, "latest")
+    assert "only trials of a sweep" in told
+    assert "best.json" in told
+    with pytest.raises(InputError, match="no such run"):
+        find_run(str(tmp_path), ["alignment"], "latest", "--resume")
+    own = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path, "latest") == own / "aligner.pt"
+    assert find(tmp_path, THIRD[:8]) == trial / "aligner.pt", "by its name it is found"
+
+
+def test_a_run_that_was_moved_is_refused(tmp_path: Path) -> None:
+    folder = make_trial(tmp_path, FIRST, "20260101_120000")
+    run = find_run(str(tmp_path), ["alignment"], str(folder), "--resume")
+    with pytest.raises(InputError, match="it was moved"):
+        check_in_place(run, str(tmp_path), "--resume")
+    write_json(launch_record(str(tmp_path), "launch"), asdict(run))
+    check_in_place(run, str(tmp_path), "--resume")
 
 
 def test_latest_without_any_finished_run_says_what_to_do_first(tmp_path: Path) -> None:

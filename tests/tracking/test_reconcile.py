@@ -4,6 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from raytrain2p.tracking.reconcile import (
 from raytrain2p.tracking.run import (
     LAUNCH_TAG,
     ROOT_TAG,
+    SWEEP_TAG,
     Run,
+    add_tags,
     describe_run,
     launch_lock,
     launch_record,
@@ -34,6 +37,7 @@ from raytrain2p.tracking.run import (
     write_status,
 )
 from raytrain2p.tracking.store import client_of
+from raytrain2p.tracking.sweeps import SWEEPS
 from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, history, lock_holder, mlflow_run, note
 
 
@@ -261,7 +265,7 @@ def test_a_given_uri_goes_before_the_recorded_one_and_a_masked_one_is_refused(se
     run = create(settings)
     assert tracking_uri(run, None) == settings.tracking.uri
     assert tracking_uri(run, NOBODY) == NOBODY
-    masked = Run(**{**read_json(run.path / "run.json"), "tracking_uri": "postgresql://me:***@db/mlflow"})
+    masked = replace(run, tracking_uri="postgresql://me:***@db/mlflow")
     assert tracking_uri(masked, "postgresql://me:secret@db/mlflow") == "postgresql://me:secret@db/mlflow"
     with pytest.raises(InputError, match=r"password is not recorded"):
         tracking_uri(masked, None)
@@ -306,3 +310,14 @@ def test_the_command_exits_with_1_while_mlflow_is_away_and_2_for_a_name_that_fit
     assert "0 of 1 runs are whole in MLflow" in capsys.readouterr().out
     assert command(settings, "sync", "nonsense") == 2
     assert "there is no such run" in capsys.readouterr().err
+
+
+def test_a_trial_that_its_sweep_has_wait_is_alive(settings: Settings) -> None:
+    sweep = create(settings, "sweep-1", SWEEPS)
+    write_json(sweep.path / "run.json", asdict(sweep))
+    trial = left(settings, "RUNNING", "sweep-1-000")
+    add_tags(trial, {SWEEP_TAG: sweep.run_id})  # as a trial has it from its birth
+    with lock_holder(launch_lock(settings.output.root, "sweep-1").path):
+        assert is_alive(trial, settings.output.root)
+        assert not is_alive(left(settings, "RUNNING", "launch-2"), settings.output.root), "another run"
+    assert not is_alive(trial, settings.output.root), "dead with its sweep"

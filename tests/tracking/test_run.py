@@ -22,6 +22,7 @@ from raytrain2p.tracking.run import (
     LAUNCH_TAG,
     ROOT_TAG,
     RUN_ID_LENGTH,
+    SWEEP_TAG,
     TIMESTAMP_TAG,
     Run,
     describe_run,
@@ -33,6 +34,7 @@ from raytrain2p.tracking.run import (
     resolved_config,
     run_lock,
     run_of,
+    run_tags,
     setting_changes,
     sole_writer,
     write_status,
@@ -470,3 +472,11 @@ def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_an_experiment_that_nobody_prepared_is_a_developers_error(settings: Settings) -> None:
     with pytest.raises(AssertionError, match="prepare_store"):
         get_or_create_run(settings, "alignment", "never prepared", "launch-1")
+
+
+def test_tags_of_a_new_run_are_in_its_directory_too_and_stay_there(settings: Settings) -> None:
+    run = get_or_create_run(settings, "phase2", EXPERIMENT, "launch-1", {SWEEP_TAG: "a1" * 16})
+    assert run_tags(run)[SWEEP_TAG] == "a1" * 16
+    describe_run(run, resolved_config(settings, {}), "command", {})
+    assert run_tags(run)[SWEEP_TAG] == "a1" * 16
+    assert mlflow_run(settings, run).data.tags[SWEEP_TAG] == "a1" * 16

@@ -113,7 +113,7 @@ def test_the_csv_has_a_line_for_each_trial(book: TrialBook, tmp_path: Path) -> N
     assert lines[4]["run_id"] == ""
     best = read_json(tmp_path / "sweep" / "best.json")
     assert best["trial"] == 0
-    assert best["command"] == f"python -m raytrain2p.train --phase 2 --config {best['directory']}/config.json"
+    assert best["command"] == f"python -m raytrain2p.train --phase 2 --config {best['directory']}/config.json launch.cpus_per_worker=null"
 
 
 def test_values_that_are_no_plain_ones_are_json_in_the_csv(tmp_path: Path) -> None:
