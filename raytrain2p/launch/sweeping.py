@@ -110,7 +110,8 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             check_trials(TrialBook(resumed.path, root), sweep, surveys)
         splits: dict[str, Prepared] = {}
         for key, survey in surveys.items():
-            encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+            if not splits or any(job.store.missing(job.items) for job in survey.jobs):  # most share their features: said once
+                encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
             splits[key] = prepared(survey)
         run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id, folder=TRIALS)
         command = typed_command("raytrain2p.tune")

@@ -10,6 +10,7 @@ import ray
 from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.progress import POLL_SECONDS, Console
@@ -99,9 +100,10 @@ class TrialTable:
         mode, best = self.sweep.options.mode, best_row(rows, self.sweep.options.mode)
         table = Table(box=None, pad_edge=False)
         for heading in ("trial", "state", *(setting.removeprefix("training.").removeprefix("model.") for setting in self.settings)):
-            table.add_column(heading)
-        for heading in ("step", self.sweep.options.metric, "now"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, no_wrap=True)
+        for heading in ("step", self.sweep.options.metric):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("now")  # where a terminal is narrow, this one is cut, and stays on its line
         for row in rows:
             found = row.best(mode)
             table.add_row(
@@ -110,7 +112,7 @@ class TrialTable:
                 *(short(row.values.get(setting)) for setting in self.settings),
                 str(row.steps),
                 "" if found is None else f"{found[1]:.4f}",
-                "" if row.state in OVER else self.words.get(row.trial.number, ""),
+                Text("" if row.state in OVER else self.words.get(row.trial.number, ""), no_wrap=True, overflow="ellipsis"),
                 style="bold" if best is not None and row.trial.number == best.trial.number else None,
             )
         return table

@@ -143,9 +143,12 @@ def test_bad_input_leaves_nothing(tmp_path: Path, ray_head: str, sweep_config: P
     done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "launch.num_workers=9", "training.batch_size=2")
     assert done.code == 2
     assert "needs 9 x 1 CPUs" in done.err
-    done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "--resume", "ffff")
+    done = tune(tmp_path / "bad", ray_head, "--resume", "ffff")
     assert done.code == 2
     assert "there is no such run" in done.err
+    done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "--resume", "ffff")
+    assert done.code == 2
+    assert "--resume with --config" in done.err
     assert not (tmp_path / "bad" / "checkpoints" / "alignment").exists()
     assert not list((tmp_path / "bad").glob("checkpoints/sweeps/*"))
 
