@@ -182,7 +182,7 @@ class Conductor:
                 if self.stop.reason == KILLED and (len(signals.received) > 1 or time.monotonic() > deadline):
                     break
                 thread.join(0.3)
-        self.hand.shutdown()
+            self.hand.shutdown()  # before the table is drawn for the last time
         return self.close(signals.received)
 
     def tuning(self, queue: TrialQueue, known: list[Row], table: TrialTable) -> dict[str, Any] | None:

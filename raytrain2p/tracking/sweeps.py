@@ -191,12 +191,11 @@ def table_of(rows: Sequence[Row], settings: Sequence[str], mode: str) -> list[di
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """As CSV. What is no number and no text is JSON."""
+    """As CSV, each value in the words of MLflow's parameters (`False`, and not `false`)."""
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, list(rows[0]) if rows else ["trial"])
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: json.dumps(value) if isinstance(value, bool | list | dict) else value for key, value in row.items()})
+    writer.writerows(rows)
     write_whole(path, stream.getvalue())
 
 

@@ -116,10 +116,10 @@ def test_the_csv_has_a_line_for_each_trial(book: TrialBook, tmp_path: Path) -> N
     assert best["command"] == f"python -m raytrain2p.train --phase 2 --config {best['directory']}/config.json launch.cpus_per_worker=null"
 
 
-def test_values_that_are_no_plain_ones_are_json_in_the_csv(tmp_path: Path) -> None:
+def test_values_are_written_as_mlflow_has_them(tmp_path: Path) -> None:
     write_table(tmp_path / "t.csv", [{"a": [1, 2], "b": True, "c": "text, with a comma"}])
     with (tmp_path / "t.csv").open(newline="") as stream:
-        assert list(csv.DictReader(stream)) == [{"a": "[1, 2]", "b": "true", "c": "text, with a comma"}]
+        assert list(csv.DictReader(stream)) == [{"a": "[1, 2]", "b": "True", "c": "text, with a comma"}]
 
 
 def test_an_empty_sweep_has_an_empty_table_and_no_best(tmp_path: Path) -> None:
