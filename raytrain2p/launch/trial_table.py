@@ -17,7 +17,7 @@ from raytrain2p.launch.progress import POLL_SECONDS, Console
 from raytrain2p.tracking.sweeps import OVER, RUNNING, WAITING, Row, TrialBook, best_row
 
 PLAIN_SECONDS = 30.0  # between two lines about trials that go on
-READING_AT_MOST = 20  # times as long as it took to read the trials' files passes before they are read again
+PAUSE_PER_READING = 20  # times as long as it took to read the trials' files passes before they are read again
 
 
 class TrialTable:
@@ -76,7 +76,7 @@ class TrialTable:
                 self.live.update(self.table(rows), refresh=True)
             else:
                 self._tell(rows, everything=time.monotonic() - self.told_at >= PLAIN_SECONDS)
-            self.done.wait(max(1.0, READING_AT_MOST * took))  # long trials have long files, and Tune needs this process too
+            self.done.wait(max(1.0, PAUSE_PER_READING * took))  # long trials have long files, and Tune needs this process too
 
     def _hear(self, seconds: float) -> None:
         """What trials have to say, at once or within so long."""

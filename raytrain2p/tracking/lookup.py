@@ -7,7 +7,7 @@ from pathlib import Path
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.tracking.files import read_json
-from raytrain2p.tracking.run import RUN_ID_LENGTH, SWEEP_TAG, Run, recorded_run, run_of
+from raytrain2p.tracking.run import RUN_ID_LENGTH, SWEEP_TAG, Run, recorded_run, run_of, run_tags
 
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
 
@@ -20,7 +20,7 @@ def run_directories(root: str, phases: Iterable[str]) -> list[Path]:
 
 def is_trial(directory: Path) -> bool:
     """Whether a run belongs to a sweep: `latest` never means such a one, since the last trial is not the best one."""
-    return SWEEP_TAG in (read_json(directory / "run.json") or {}).get("tags", {})
+    return SWEEP_TAG in run_tags(directory)
 
 
 def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
@@ -100,8 +100,8 @@ def find_artifact(
     runs = run_directories(root, [phase])
     whole = [run for run in runs if (run / artifact).is_file()]
     if wanted == "latest":
-        own = [run for run in whole if not is_trial(run)]
-        if not own:
+        newest_first = [run / artifact for run in reversed(whole) if not is_trial(run)]
+        if not newest_first:
             number = 1 if phase == "alignment" else 2
             raise InputError(
                 Problem(
@@ -111,7 +111,6 @@ def find_artifact(
                     f"{' (best.json of the sweep has one)' if whole else ''}",
                 )
             )
-        newest_first = [run / artifact for run in reversed(own)]
         return next(filter(fits, newest_first), newest_first[0])
     fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) != 1:

@@ -46,7 +46,7 @@ def is_alive(run: Run, root: str) -> bool:
     """Whether a process still works on it, here or on another machine, or a sweep has it wait."""
     if launch_lock(root, run.launch_id).is_held() or run_lock(run).is_held():
         return True
-    if (sweep := run_tags(run).get(SWEEP_TAG)) is not None:
+    if (sweep := run_tags(run.path).get(SWEEP_TAG)) is not None:
         noted = [read_json(directory / "run.json") for directory in Path(root, SWEEPS).glob(f"{sweep}_*")]
         if any(launch_lock(root, one["launch_id"]).is_held() for one in noted if one is not None):
             return True

@@ -206,8 +206,7 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
     )
     write_whole(run.path / "README.md", page or _readme(run, masked(command)))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, "raytrain2p.command": masked(command)}
-    had = (read_json(run.path / "run.json") or {}).get("tags", {})
-    write_json(run.path / "run.json", asdict(run) | facts | {"tags": had | tags, "described": time.time()})
+    write_json(run.path / "run.json", asdict(run) | facts | {"tags": run_tags(run.path) | tags, "described": time.time()})
     return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
 
 
@@ -217,9 +216,9 @@ def add_tags(run: Run, tags: dict[str, str]) -> None:
     write_json(run.path / "run.json", noted | {"tags": noted.get("tags", {}) | tags, "described": time.time()})
 
 
-def run_tags(run: Run) -> dict[str, str]:
-    """What its directory says of it."""
-    found: dict[str, str] = (read_json(run.path / "run.json") or {}).get("tags", {})
+def run_tags(directory: Path) -> dict[str, str]:
+    """What a run's directory says of it."""
+    found: dict[str, str] = (read_json(directory / "run.json") or {}).get("tags", {})
     return found
 
 

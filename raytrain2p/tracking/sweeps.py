@@ -125,7 +125,7 @@ def row_of(trial: Trial, run: Run) -> Row:
     """What a trial's run directory says."""
     points = list(read_points(run.path / "metrics.jsonl"))
     lineage = tuple(read_lineage(run.path))
-    reason = run_tags(run).get(EARLY_TAG, "")
+    reason = run_tags(run.path).get(EARLY_TAG, "")
     return Row(
         trial,
         state_of(read_status(run.path)["status"], reason),

@@ -6,7 +6,7 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,12 @@ class Launch:
 
     def wait_for_steps(self, steps: int) -> None:
         """Until so many steps are noted."""
-        deadline = time.monotonic() + 120
-        while len(self.steps()) < steps:
+        self.wait_until(lambda: len(self.steps()) >= steps, 120)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Until it holds, while the command runs."""
+        deadline = time.monotonic() + seconds
+        while not condition():
             assert self.running(), self.log[-3000:]
             assert time.monotonic() < deadline, self.log[-3000:]
             time.sleep(0.05)

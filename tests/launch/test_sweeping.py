@@ -3,7 +3,6 @@
 import csv
 import json
 import signal
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +93,7 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     asha = ["sweep.scheduler=asha", "sweep.asha.grace_period=20", "sweep.asha.reduction_factor=2"]
     launch = SweepLaunch(folder, [f"--config={sweep_config}", *asha], {"RAY_ADDRESS": ray_head})
     launch.start()
-    deadline = time.monotonic() + 200
-    while not any(folder.glob("checkpoints/alignment/*/result.json")) and not stopped_early(folder):
-        assert launch.running(), launch.log[-3000:]
-        assert time.monotonic() < deadline, launch.log[-3000:]
-        time.sleep(0.1)
+    launch.wait_until(lambda: any(folder.glob("checkpoints/alignment/*/result.json")) or stopped_early(folder), 200)
     assert launch.process is not None
     assert kill(launch.process.pid)
     launch.wait()
@@ -199,11 +194,7 @@ def test_a_population_goes_on_after_its_driver_is_killed(tmp_path: Path, ray_hea
     folder = tmp_path / "pbt"
     launch = SweepLaunch(folder, [f"--config={sweep_config}", *PBT], {"RAY_ADDRESS": ray_head})
     launch.start()
-    deadline = time.monotonic() + 300
-    while not any(folder.glob("checkpoints/alignment/*/lineage.jsonl")):  # the first exchange
-        assert launch.running(), launch.log[-3000:]
-        assert time.monotonic() < deadline, launch.log[-3000:]
-        time.sleep(0.1)
+    launch.wait_until(lambda: any(folder.glob("checkpoints/alignment/*/lineage.jsonl")), 300)  # the first exchange
     assert launch.process is not None
     assert kill(launch.process.pid)
     launch.wait()

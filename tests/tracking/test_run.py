@@ -476,7 +476,7 @@ def test_an_experiment_that_nobody_prepared_is_a_developers_error(settings: Sett
 
 def test_tags_of_a_new_run_are_in_its_directory_too_and_stay_there(settings: Settings) -> None:
     run = get_or_create_run(settings, "phase2", EXPERIMENT, "launch-1", {SWEEP_TAG: "a1" * 16})
-    assert run_tags(run)[SWEEP_TAG] == "a1" * 16
+    assert run_tags(run.path)[SWEEP_TAG] == "a1" * 16
     describe_run(run, resolved_config(settings, {}), "command", {})
-    assert run_tags(run)[SWEEP_TAG] == "a1" * 16
+    assert run_tags(run.path)[SWEEP_TAG] == "a1" * 16
     assert mlflow_run(settings, run).data.tags[SWEEP_TAG] == "a1" * 16

@@ -145,7 +145,7 @@ def test_tags_that_are_added_stay_beside_those_that_are_there(book: TrialBook) -
     add_tags(run, {"one": "1"})
     first = read_json(run.path / "run.json")["described"]
     add_tags(run, {"two": "2"})
-    assert run_tags(run) == {"one": "1", "two": "2"}
+    assert run_tags(run.path) == {"one": "1", "two": "2"}
     assert read_json(run.path / "run.json")["described"] > first, "or the mirror would not send them"
 
 
