@@ -1,5 +1,6 @@
 """Launches that are killed again and again, and what is left of them."""
 
+import itertools
 import json
 import os
 import random
@@ -116,13 +117,18 @@ class Launch:
         client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
         return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
 
-    def rank_zero(self) -> int | None:
-        """Process ID of the worker that writes."""
+    def status(self) -> dict[str, Any] | None:
+        """What the process that writes, or wrote last, said of itself."""
         for directory in self.directories():
             if (directory / "status.json").is_file():
-                pid = int(json.loads((directory / "status.json").read_text())["pid"])
-                return pid if Path(f"/proc/{pid}").exists() else None
+                found: dict[str, Any] = json.loads((directory / "status.json").read_text())
+                return found
         return None
+
+    def rank_zero(self) -> int | None:
+        """Process ID of the worker that writes."""
+        status = self.status()
+        return status["pid"] if status is not None and Path(f"/proc/{status['pid']}").exists() else None
 
 
 def processes(title: str) -> list[int]:
@@ -170,41 +176,85 @@ def kill_controller(launch: Launch) -> bool:
 TARGETS = {"driver": kill_driver, "rank 0": kill_rank_zero, "another worker": kill_other_worker, "Ray's controller": kill_controller}
 
 
+class Stopwatch:
+    """Seconds from a kill to the next step, of the process that takes over: a worker may outlive its driver for a moment."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.measured: list[float] = []
+        self.struck: float | None = None  # None: not running
+
+    def start(self, struck: float) -> None:
+        """From this moment on (seconds since the epoch), whatever it measured before."""
+        self.struck, self.before = struck, self.launch.status()
+        self.noted: int | None = None
+
+    def look(self) -> None:
+        """Stop it if the next step is there."""
+        if self.struck is None:
+            return
+        if self.noted is None and self.launch.status() != self.before:
+            self.noted = len(self.launch.steps())
+        if self.noted is not None and len(self.launch.steps()) > self.noted:
+            self.measured.append(time.time() - self.struck)
+            self.struck = None
+
+    def stopped(self) -> bool:
+        return self.struck is None
+
+
+def keep_up(launch: Launch, stopwatch: Stopwatch, condition: Callable[[], bool]) -> bool:
+    """Start the launch again whenever it died, until the condition holds (True) or the launch has ended well (False)."""
+    deadline = time.monotonic() + SECONDS_PER_LAUNCH
+    while time.monotonic() < deadline:
+        running = launch.running()
+        stopwatch.look()
+        if not running:
+            if launch.wait() == 0:
+                return False
+            launch.start()
+        if condition():
+            return True
+        time.sleep(0.05)
+    raise AssertionError(f"the launch did not go on:\n{launch.log[-3000:]}")
+
+
 def run_with_kills(launch: Launch, target: str, kills: int, seconds: tuple[float, float], seed: int) -> tuple[int, list[float]]:
     """Start the launch, and start it again whenever it died, while `target` is killed at random moments, until it ends well.
+
+    Of three kills the first and the third strike while it trains, after a random number of further steps; the second so many
+    seconds after the first, when most of the time something is just starting.
 
     Args:
         launch: to run.
         target: name of what is killed.
         kills: how often.
-        seconds: least and most between the start of the launch, or the last kill, and the next one.
+        seconds: least and most between a first kill and a second one.
         seed: of the moments.
 
     Returns:
-        How many kills struck, and after each one the seconds until the next step was noted.
+        How many kills struck, and the seconds from a kill to the next step, but where another kill came before that step.
     """
-    moments = random.Random(seed)
-    struck, waits = 0, []
-    launch.start()
-    due = time.monotonic() + moments.uniform(*seconds)
-    killed_at: float | None = None
-    noted = 0
-    deadline = time.monotonic() + SECONDS_PER_LAUNCH * (kills + 1)
-    while time.monotonic() < deadline:
-        if killed_at is not None and len(launch.steps()) > noted:
-            waits.append(time.monotonic() - killed_at)
-            killed_at = None
-        if not launch.running():
-            if launch.wait() == 0:
-                return struck, waits
-            launch.start()
-        if struck < kills and time.monotonic() >= due and TARGETS[target](launch):
-            struck += 1
-            if killed_at is None:
-                killed_at, noted = time.monotonic(), len(launch.steps())
+    moments, stopwatch = random.Random(seed), Stopwatch(launch)
+
+    def strikes(number: int) -> bool:
+        """Whether it came to this kill."""
+        if number % 3 == 1:
             due = time.monotonic() + moments.uniform(*seconds)
-        time.sleep(0.1)
-    raise AssertionError(f"the launch did not end:\n{launch.log[-3000:]}")
+            going = keep_up(launch, stopwatch, lambda: time.monotonic() >= due)
+        else:
+            going = keep_up(launch, stopwatch, stopwatch.stopped)
+            wanted = len(launch.steps()) + moments.randint(1, 20)
+            going = going and keep_up(launch, stopwatch, lambda: len(launch.steps()) >= wanted)
+        if not (going and keep_up(launch, stopwatch, lambda: TARGETS[target](launch))):
+            return False
+        stopwatch.start(time.time())
+        return True
+
+    launch.start()
+    struck = len(list(itertools.takewhile(strikes, range(kills))))
+    keep_up(launch, stopwatch, lambda: False)
+    return struck, stopwatch.measured
 
 
 def verdict(scenario: str, launch: Launch, undisturbed: Launch, kills: int, waits: list[float]) -> Verdict:

@@ -16,21 +16,21 @@ undisturbed one of the same settings ({steps} steps of phase 1 with dropout, tin
 directories that it left, steps that are twice or not at all in `metrics.jsonl` or in MLflow, the loss of every step, and the
 trained weights, bit for bit.
 
-| what was killed | kills | runs | directories | steps twice | steps lost | losses | weights | seconds to the next step, median (most) |
+| what was killed | kills | runs | directories | steps twice | steps lost | losses | weights | seconds to the next step |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-The seconds are from the kill to the next step that was not noted before; they hold the start of the processes that were
-killed, and the steps since the last checkpoint, which are done again. Where further kills strike before that step, as most of
-those of a driver and of Ray's controller do (a start takes longer than the time between two kills), they count from the first
-one of the series. A short form runs in `make test`.
+Of three random kills the first and the third strike in training, after a random number of further steps; the second strikes a
+random time after the first, while things start. The seconds (median, longest, and how often there was such a time) are from a
+kill to the next step that was not noted before; they hold the start of what was killed, and the steps since the last checkpoint,
+which are done again. A kill that another one follows before that step has no such time. A short form runs in `make test`.
 """
 
 
 def row(one: dict[str, Any]) -> str:
     """One scenario as a line of the table."""
     waits = one["seconds_to_next_step"]
-    seconds = f"{statistics.median(waits):.1f} ({max(waits):.1f})" if waits else ""
+    seconds = f"{statistics.median(waits):.1f}, {max(waits):.1f}, {len(waits)} x" if waits else "no step was left"
     cells = [one["scenario"], one["kills"], one["runs"], one["directories"], one["duplicate_steps"], one["lost_steps"]]
     cells += ["equal" if one["same_losses"] else "DIFFER", "equal" if one["same_weights"] else "DIFFER", seconds]
     return "| " + " | ".join(map(str, cells)) + " |"

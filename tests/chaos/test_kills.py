@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.killing import LONG, TARGETS, Launch, Verdict, only_long, run_with_kills, verdict
+from tests.chaos.killing import LONG, TARGETS, Launch, Stopwatch, Verdict, keep_up, only_long, run_with_kills, verdict
 from tests.chaos.moments.sitecustomize import MOMENTS
 
 MOMENTS_DIRECTORY = Path(__file__).parent / "moments"
 STEPS = 400
-# name of the target: kills, and the least and most seconds between them
+# name of the target: kills, and the least and most seconds between one in training and the next while it starts
 SHORT_KILLS = (2, (2.0, 4.0))
 KILLS = {
     "driver": (12, (3.0, 18.0)),
@@ -80,7 +80,8 @@ def test_a_process_is_killed_at_random_moments(
     row = verdict(f"SIGKILL of {target} at random moments", launch, undisturbed[workers], struck, waits)
     table.append(row)
     row.check()
-    assert struck >= 1, "it ended before the first kill: that is no test"
+    assert struck == kills, "it ended before the last kill"
+    assert launch.starts <= 1 + (struck if target in ("driver", "Ray's controller") else 0), "a worker's death ended the launch"
 
 
 @only_long
@@ -100,8 +101,11 @@ def test_rank_zero_is_killed_at_a_named_moment(
         RAYTRAIN2P_CHAOS_DONE=str(done),
     )
     launch.start()
-    assert launch.wait() == 0, launch.log
-    assert done.exists(), "it never came to that moment: that is no test"
-    row = verdict(f"rank 0 killed {moment}", launch, undisturbed[1], 1, [])
+    stopwatch = Stopwatch(launch)
+    assert keep_up(launch, stopwatch, done.exists), "it never came to that moment: that is no test"
+    stopwatch.start(done.stat().st_mtime)
+    keep_up(launch, stopwatch, lambda: False)
+    assert launch.starts == 1, launch.log
+    row = verdict(f"rank 0 killed {moment}", launch, undisturbed[1], 1, stopwatch.measured)
     table.append(row)
     row.check()
