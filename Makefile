@@ -29,7 +29,7 @@ imports: install-dev
 unit: install-dev
 	$(BIN)/python -m pytest
 
-# What `make test` has in short: over 50 kills, and all that needs many launches: 40 minutes on 2 cores; writes docs/chaos.md.
+# What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
 chaos: install-dev
 	mkdir -p build
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resuming.py tests/launch/test_training.py tests/launch/test_sweeping.py tests/launch/test_two_nodes.py
