@@ -36,7 +36,7 @@ from raytrain2p.launch.stopping import StoppedError, StopSignals
 from raytrain2p.launch.sweep_checks import check_sweep, check_trials, sweep_launch, trials_at_once
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.launch.trials import TrialPlan, run_trial, trial_launch_id
-from raytrain2p.tracking.recorder import Recorder, end_run, recording
+from raytrain2p.tracking.recorder import Recorder, end_run, recording, send_rest
 from raytrain2p.tracking.run import SWEEP_TAG, Run, add_tags, get_or_create_run, launch_lock
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.sweep_plots import draw_sweep
@@ -260,9 +260,7 @@ class Conductor:
             return
         if state == EARLY:
             add_tags(row.run, {EARLY_TAG: row.reason or f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
-        status = {EARLY: "FINISHED", KILLED: "KILLED"}[state]
-        if not end_run(row.run, self.uri, status):
-            self.console.say(f"MLflow does not know how trial {number} ended; later: python -m raytrain2p.runs sync {row.run.run_id[:8]}")
+        end_run(row.run, self.uri, {EARLY: "FINISHED", KILLED: "KILLED"}[state])
 
     def close(self, signals: list[int]) -> SweepOutcome:
         """The files for people, the sweep's status, and what came out.
@@ -280,6 +278,8 @@ class Conductor:
                 early = row.reason or (self.stop.reason and not signals)
                 self.settle(row.trial.number, EARLY if early else KILLED)
         rows = self.book.rows()
+        if not all(send_rest(row.run, self.uri) for row in rows if row.run is not None):
+            self.console.say("MLflow does not know all of the trials yet; later: python -m raytrain2p.runs sync")
         best = write_results(self.plan.parent.path, rows, self.settings, self.options.mode, self.options.phase)
         try:
             draw_sweep(self.plan.parent.path, rows, self.sweep.axes, self.options.mode, self.options.metric)

@@ -93,6 +93,16 @@ def end_run(run: Run, uri: str, status: str) -> bool:
     return False
 
 
+def send_rest(run: Run, uri: str) -> bool:
+    """Send what MLflow lacks of a run that is over: its process may have died between the two. Whether MLflow has everything."""
+    if Mirror(run, uri).complete():
+        return True
+    with suppress(*STORE_ERRORS), run_lock(run).held(SECONDS_TO_INHERIT) as holder:
+        if holder is None:
+            Mirror(run, uri).send()
+    return Mirror(run, uri).complete()
+
+
 def end_unrecorded(uri: str, launch_id: str, status: str) -> None:
     """Say how a launch's run ended of which the disk knows nothing: it is gone, or the worker died before it noted the run."""
     with suppress(*STORE_ERRORS):

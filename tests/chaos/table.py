@@ -21,7 +21,7 @@ trained weights, bit for bit.
 {rows}
 
 Of three random kills the first and the third strike in training, after a random number of further steps; the second strikes a
-random time after the first, while things start. The seconds (median, longest, and how often there was such a time) are from a
+random time after the first, while things start. The seconds (median, longest, and of how many kills) are from a
 kill to the next step that was not noted before; they hold the start of what was killed, and the steps since the last checkpoint,
 which are done again. A kill that another one follows before that step has no such time. A short form runs in `make test`.
 """
@@ -30,7 +30,9 @@ which are done again. A kill that another one follows before that step has no su
 def row(one: dict[str, Any]) -> str:
     """One scenario as a line of the table."""
     waits = one["seconds_to_next_step"]
-    seconds = f"{statistics.median(waits):.1f}, {max(waits):.1f}, {len(waits)} x" if waits else "no step was left"
+    seconds = f"{statistics.median(waits):.1f}" if waits else "no step was left"
+    if len(waits) > 1:
+        seconds += f" (most {max(waits):.1f}, of {len(waits)})"
     cells = [one["scenario"], one["kills"], one["runs"], one["directories"], one["duplicate_steps"], one["lost_steps"]]
     cells += ["equal" if one["same_losses"] else "DIFFER", "equal" if one["same_weights"] else "DIFFER", seconds]
     return "| " + " | ".join(map(str, cells)) + " |"

@@ -11,8 +11,8 @@ from raytrain2p.tracking import recorder as recorder_module
 from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.journal import read_points
-from raytrain2p.tracking.recorder import end_run, end_unrecorded, recording
-from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock
+from raytrain2p.tracking.recorder import end_run, end_unrecorded, recording, send_rest
+from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock, write_status
 from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, points, settings_in
 
 
@@ -156,6 +156,16 @@ def test_the_end_of_a_run_is_on_disk_though_mlflow_is_away(settings: Settings) -
         assert not end_run(run, settings.tracking.uri, "FAILED")
     assert not end_run(run, NOBODY, "FAILED")
     assert read_status(run.path)["status"] == "FAILED"
+
+
+def test_an_end_that_a_process_noted_and_could_not_send_before_it_died_is_sent(settings: Settings) -> None:
+    run = create(settings)
+    write_status(run.path, "FINISHED")
+    with away(settings):
+        assert not send_rest(run, settings.tracking.uri)
+    assert mlflow_run(settings, run).info.status == "RUNNING"
+    assert send_rest(run, settings.tracking.uri)
+    assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
 def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
