@@ -22,11 +22,11 @@ from raytrain2p.config.settings import InstructionSettings
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.plan import Membership, Outcome, Plan
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
 from raytrain2p.launch.resuming import check_resumable, finished_outcome
 from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
-from raytrain2p.launch.worker import Membership, Outcome, Plan
 from raytrain2p.phases.dialogues import check_aligner
 from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json

@@ -9,7 +9,7 @@ from rich.table import Table
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.sweep import Sweep
-from raytrain2p.launch.driver import Outcome
+from raytrain2p.launch.plan import Outcome
 from raytrain2p.launch.sweeping import SweepOutcome
 
 

@@ -1,11 +1,12 @@
 """Ray's trainer around the worker function, without the helper processes that serve nothing here.
 
 An idle process of Ray wakes a hundred times a second. On two cores each takes a hundredth of the training's speed, and its
-imports make the launch longer.
+imports make the launch longer. For the same reason this room imports nothing that trains: Ray's controller loads it.
 """
 
 import json
 import shutil
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from raytrain2p.config import Settings
 from raytrain2p.launch.cluster import started_here
-from raytrain2p.launch.worker import COLLECTIVE_TIMEOUT, Plan, train_worker
+from raytrain2p.launch.plan import Plan
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def ray_trainer(plan: Plan) -> TorchTrainer:
@@ -43,6 +46,13 @@ def ray_trainer(plan: Plan) -> TorchTrainer:
         ),
         is_trial=plan.membership is not None,
     )
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The training function that Ray runs on each worker."""
+    from raytrain2p.launch.worker import train  # heavy, and needed on the workers alone
+
+    train(config["plan"])
 
 
 class LeanTrainer(TorchTrainer):

@@ -23,9 +23,9 @@ from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.driver import Prepared, TrainingFailedError, TrialPart, encode, prepared, train
 from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.plan import Membership
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.reporting import comparable
-from raytrain2p.launch.worker import Membership
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock

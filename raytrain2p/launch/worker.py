@@ -5,8 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from raytrain2p.config import Settings
 from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.data.images import ImageRef, decode_image
 from raytrain2p.launch.phases import PHASES, Phase
+from raytrain2p.launch.plan import Membership, Outcome, Plan
 from raytrain2p.launch.progress import putter
 from raytrain2p.launch.reporting import RayReports, TrialReports
 from raytrain2p.launch.sharding import ShardedStrategy
@@ -54,71 +54,10 @@ from raytrain2p.tracking.system_metrics import SystemSampler
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
 ANSWERS_SHOWN = 20
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the driver hands to each worker.
-
-    Args:
-        settings: of the run.
-        phase: 1 or 2.
-        launch_id: stable name of the launch.
-        command: shell line that launches the same again.
-        threads: CPUs of a worker.
-        data: the prepared splits in Ray's object store.
-        board: where rank 0 and the driver leave word for each other.
-        facts: what a resumed run is checked against.
-        environment: variables that MLflow needs, credentials perhaps: so they are not in Ray's runtime environment,
-            which Ray logs.
-        membership: of the sweep that this is a trial of; None if there is none.
-        tags: more tags of the run: a trial names its sweep.
-    """
-
-    settings: Settings = field(repr=False)  # its tracking URI may have a password
-    phase: int
-    launch_id: str
-    command: str
-    threads: int
-    data: Any
-    board: Any
-    facts: dict[str, Any]
-    environment: dict[str, str] = field(repr=False)
-    membership: "Membership | None" = None
-    tags: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Membership:
-    """What a worker knows of its sweep.
-
-    Args:
-        number: of its trial.
-        objective: metric that trials are compared by.
-        board: of the sweep.
-    """
-
-    number: int
-    objective: str
-    board: Any
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run leaves: result.json in its directory, and what `--json` prints."""
-
-    run_id: str
-    directory: str
-    best: str | None
-    last: str | None
-    artifact: str
-    metrics: dict[str, float]
-
-
-def train_worker(config: dict[str, Any]) -> None:
-    """The training function that Ray runs on each worker."""
-    plan: Plan = config["plan"]
+def train(plan: Plan) -> None:
+    """What each worker does, from the run's identity to its artifact."""
     os.environ.update(plan.environment)
     settings, phase, world = plan.settings, PHASES[plan.phase], World.current()
     show = putter(plan.board) if world.is_first else None
