@@ -66,11 +66,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.resume is not None:
             settings, options.launch_id = resumed(settings, options)
 
-        from raytrain2p.launch.driver import TrainingFailedError, check, launch  # heavy: a typing error should not wait for it
+        from raytrain2p.launch.driver import check, launch  # heavy: a typing error should not wait for it
         from raytrain2p.launch.estimate import dry_run
         from raytrain2p.launch.progress import Console
         from raytrain2p.launch.stopping import StoppedError
         from raytrain2p.launch.summary import summary
+        from raytrain2p.launch.training import TrainingFailedError
 
         console = Console()
         try:

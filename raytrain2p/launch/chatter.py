@@ -13,10 +13,11 @@ def quiet() -> None:
     """For this process, and for the processes that Ray starts from it. Before Ray is started."""
     for name in SPEAKERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    if "transformers" in sys.modules:  # not in a trial's own process
+        from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
 
 
 @contextmanager

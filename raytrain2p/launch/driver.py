@@ -1,15 +1,9 @@
-"""The driver's side of a launch: check everything, encode what is missing, train on the workers, tell what came out."""
+"""The driver's side of a launch: check everything, encode what is missing, and train."""
 
-import os
 import re
-import shlex
-import sys
 import time
-import traceback
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,28 +11,19 @@ from typing import Any
 import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
-from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import InstructionSettings
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.phases import PHASES
-from raytrain2p.launch.plan import Membership, Outcome, Plan
-from raytrain2p.launch.progress import Console, ProgressBoard, followed
+from raytrain2p.launch.plan import Outcome
+from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resuming import check_resumable, finished_outcome
-from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
-from raytrain2p.launch.trainer import ray_trainer
+from raytrain2p.launch.training import Prepared, train
 from raytrain2p.phases.dialogues import check_aligner
-from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_artifact
-from raytrain2p.tracking.mirror import Mirror
-from raytrain2p.tracking.recorder import end_run, end_unrecorded
-from raytrain2p.tracking.run import Run, launch_lock, read_status, recorded_run
+from raytrain2p.tracking.run import Run, launch_lock, recorded_run
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
-
-
-class TrainingFailedError(RuntimeError):
-    """The workers failed, and were not, or no longer, started again."""
 
 
 def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, Any]:
@@ -189,99 +174,9 @@ def encode(survey: Any, settings: Settings, most_cpus: float, console: Console) 
             console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The splits in Ray's object store, and how many training records there are. Several launches may share them."""
-
-    data: Any
-    records: int
-
-
 def prepared(survey: Any) -> Prepared:
     """What a survey found, once everything is encoded."""
     return Prepared(ray.put(survey.prepare()), survey.records)
-
-
-@dataclass(frozen=True)
-class TrialPart:
-    """What makes a launch a trial of a sweep.
-
-    Args:
-        membership: of the sweep.
-        tags: more tags of its run.
-        command: shell line that started it.
-        reported: context in which its reports reach the sweep.
-    """
-
-    membership: Membership
-    tags: dict[str, str]
-    command: str
-    reported: Callable[[Any], AbstractContextManager[None]]
-
-
-def train(
-    settings: Settings, splits: Prepared, phase: int, launch_id: str, threads: int, console: Console, trial: TrialPart | None = None
-) -> Outcome:
-    """Hand the plan to the workers and follow them to the end.
-
-    Raises:
-        TrainingFailedError: the workers failed.
-        StoppedError: a signal ended it, with a checkpoint.
-    """
-    root, uri = settings.output.root, settings.tracking.uri
-    board = ProgressBoard.remote()  # type: ignore[attr-defined]
-    plan = Plan(
-        settings,
-        phase,
-        launch_id,
-        command=trial.command if trial else typed_command("raytrain2p.train"),
-        threads=threads,
-        data=splits.data,
-        board=board,
-        facts={"train_records": splits.records},
-        environment=mlflow_environment(),
-        membership=trial.membership if trial else None,
-        tags=trial.tags if trial else {},
-    )
-    try:
-        with followed(board, console), trial.reported(board) if trial else nullcontext():
-            signal = fit_until_stopped(ray_trainer(plan).fit, board, console.say)
-    except (StoppedError, KeyboardInterrupt):
-        ray.shutdown()  # first the workers end, then it is said how
-        end(root, launch_id, uri, "KILLED", console)
-        raise
-    except Exception as error:
-        end(root, launch_id, uri, "FAILED", console)
-        raise TrainingFailedError(_cause(error)) from error
-    run = recorded_run(root, launch_id)
-    assert run is not None
-    if signal is not None and read_status(run.path)["status"] == "KILLED":
-        raise StoppedError(signal)
-    if not Mirror(run, uri).complete():
-        console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
-    return Outcome(**read_json(run.path / "result.json"))
-
-
-def mlflow_environment() -> dict[str, str]:
-    """Variables that MLflow needs, credentials perhaps: workers get them by hand, not by Ray's runtime environment, which it logs."""
-    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
-
-
-def typed_command(module: str) -> str:
-    """What the user typed, to be typed again."""
-    return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
-
-
-def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
-    """Say how the run ended, if there is one and it has not said so itself."""
-    run = recorded_run(root, launch_id)
-    if run is None:
-        end_unrecorded(uri, launch_id, status)
-        return
-    if read_status(run.path)["status"] == status and Mirror(run, uri).complete():
-        return
-    if not end_run(run, uri, status):
-        console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
 def say_if_waiting(needed: int, console: Console) -> None:
@@ -292,12 +187,3 @@ def say_if_waiting(needed: int, console: Console) -> None:
             return
         time.sleep(0.5)
     console.say(f"waiting for CPUs: {free:g} of {needed} are free, others of this cluster use the rest")
-
-
-def _cause(error: Exception) -> str:
-    """The worker's own traceback, without the layers around it; a full disk is no bug, and has one line."""
-    failures = getattr(error, "worker_failures", None)
-    first = next(iter(failures.values())) if failures else error
-    if StorageError.__name__ in type(first).__name__ or isinstance(first.__cause__, StorageError):
-        return masked(str(first.__cause__ or first))
-    return masked("".join(traceback.format_exception(first))).rstrip() + "\n(--ray-logs shows more)"

@@ -27,13 +27,14 @@ from raytrain2p.config.secrets import one_line
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.chatter import quiet
 from raytrain2p.launch.cluster import connected
-from raytrain2p.launch.driver import Prepared, checked_launch_id, encode, mlflow_environment, prepared, typed_command
+from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.progress import Console, ProgressBoard
 from raytrain2p.launch.scheduling import NO_LIMIT, scheduler_of
 from raytrain2p.launch.search import TrialQueue, config_of, learn_from, search_of
 from raytrain2p.launch.stopping import StoppedError, StopSignals
 from raytrain2p.launch.sweep_checks import check_sweep, check_trials, sweep_launch, trials_at_once
+from raytrain2p.launch.training import Prepared, mlflow_environment, typed_command
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.launch.trials import TrialPlan, run_trial, trial_launch_id
 from raytrain2p.tracking.recorder import Recorder, end_run, recording, send_rest

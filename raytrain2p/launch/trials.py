@@ -21,11 +21,10 @@ from ray import tune
 from raytrain2p.config import Settings, flatten
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.chatter import quiet
-from raytrain2p.launch.driver import Prepared, TrainingFailedError, TrialPart, encode, prepared, train
-from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.plan import Membership
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.reporting import comparable
+from raytrain2p.launch.training import Prepared, TrainingFailedError, TrialPart, train
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock
@@ -134,6 +133,9 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
 
 def prepare(settings: Settings, phase: int, console: "TrialConsole") -> Prepared:
     """Splits that no other trial was known to need."""
+    from raytrain2p.launch.driver import encode, prepared  # heavy, and hardly ever needed here
+    from raytrain2p.launch.phases import PHASES
+
     survey = PHASES[phase].survey(settings)
     encode(survey, settings, 1, console)
     return prepared(survey)

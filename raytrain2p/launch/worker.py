@@ -29,14 +29,12 @@ from raytrain2p.launch.plan import Membership, Outcome, Plan
 from raytrain2p.launch.progress import putter
 from raytrain2p.launch.reporting import RayReports, TrialReports
 from raytrain2p.launch.sharding import ShardedStrategy
-from raytrain2p.launch.stopping import StopOnRequest
+from raytrain2p.launch.stop_callback import StopOnRequest
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.phases.module import PhaseModule, planned_steps
 from raytrain2p.phases.survey import TRAIN, VAL
 from raytrain2p.phases.world import World
 from raytrain2p.tracking.checkpoints import (
-    BestAndLast,
-    CheckpointFiles,
     Judgement,
     best_checkpoint,
     damage,
@@ -49,6 +47,7 @@ from raytrain2p.tracking.metrics import StepLog
 from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.recorder import Recorder, recording
 from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
+from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
 from raytrain2p.tracking.sweeps import OBJECTIVE
 from raytrain2p.tracking.system_metrics import SystemSampler
 

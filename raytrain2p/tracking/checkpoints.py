@@ -1,21 +1,15 @@
-"""Two checkpoints, really the best and really the latest, written while training goes on."""
+"""Checkpoint files: each one whole or not there, which is the best, which the latest, and which are damaged."""
 
 import errno
-import math
 import os
 import shutil
 import zipfile
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 BEST, LAST = "best-*.ckpt", "last.ckpt"
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -23,59 +17,6 @@ OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 class StorageError(RuntimeError):
     """The disk is full, read-only or gone. Its text is one line for the user."""
-
-
-class CheckpointFiles(CheckpointIO):
-    """Lightning's checkpoints as whole files: copied in memory at once, written by a thread aside, renamed when on disk.
-
-    `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` makes what is being saved the best one as well: the same
-    file under a second name, and no second time written.
-    """
-
-    def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self.pending: Future[None] | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: str | None = None) -> None:
-        """Returns when the copy is made. What went wrong with the one before is raised here.
-
-        Raises:
-            StorageError: the last checkpoint could not be written.
-        """
-        self.wait()
-        self.pending = self.thread.submit(write_checkpoint, _copied(checkpoint), Path(path), storage_options)
-
-    def wait(self) -> None:
-        """Until what was saved is on disk.
-
-        Raises:
-            StorageError: it could not be written.
-        """
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        found: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return found
-
-    def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
-
-    def teardown(self) -> None:
-        self.wait()
-        self.thread.shutdown()
-
-
-def _copied(value: Any) -> Any:
-    """The same with tensors of its own, on the CPU: training goes on to change the originals."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(inner) for inner in value)
-    return value
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
@@ -147,102 +88,6 @@ class Judgement:
 
     def file_name(self) -> str:
         return f"best-epoch={self.epoch:02d}-{self.metric.replace('/', '_')}={self.value:.4f}.ckpt"
-
-
-class BestAndLast(pl.Callback):
-    """Saves every few steps, at each epoch's end and at the end of training; keeps the latest and the best.
-
-    Which one is the best is part of the checkpoint itself, so that a run that goes on, from whatever it found, knows it.
-
-    Args:
-        directory: of the checkpoints.
-        monitor: name of the metric.
-        mode: `min` or `max`.
-        every_steps: steps between two saves within an epoch; None saves at epochs' ends alone.
-        best_of: `epochs`, or `saves`: which checkpoints compete for the best.
-        steps_per_epoch: to tell the epoch of a step.
-        measure: the metrics at this moment, as on every worker: called when a checkpoint competes.
-        before_save: called before anything is saved, so that metrics never lag behind a checkpoint.
-        judged: told each judgement, on every worker.
-        saved: told it again once its checkpoint is on disk; waits for that. None: nobody waits.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        monitor: str,
-        mode: str,
-        every_steps: int | None,
-        best_of: str,
-        steps_per_epoch: int,
-        measure: Callable[[pl.Trainer, Any], dict[str, float]],
-        before_save: Callable[[pl.Trainer], None],
-        judged: Callable[[dict[str, float], Judgement], None] | None = None,
-        saved: Callable[[dict[str, float], Judgement], None] | None = None,
-    ) -> None:
-        self.directory, self.monitor, self.sign = directory, monitor, 1 if mode == "min" else -1
-        self.every_steps, self.best_of, self.steps_per_epoch = every_steps, best_of, steps_per_epoch
-        self.measure, self.before_save, self.judged, self.saved = measure, before_save, judged, saved
-        self.best: dict[str, Any] | None = None
-        self.saved_step = -1
-        self.seen_step = -1
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.saved_step = self.seen_step = trainer.global_step
-        if trainer.is_global_zero and self.best is not None and trainer.global_step:
-            settle(self.directory, self.best["file"], trainer.global_step == self.best["step"])
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        if step == self.seen_step:
-            return  # not the last pass of its step
-        self.seen_step = step
-        due = self.every_steps is not None and step % self.every_steps == 0
-        if due and not ends_epoch(trainer):
-            self.save(trainer, pl_module, competes=self.best_of == "saves")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.saved_step != trainer.global_step:
-            self.save(trainer, pl_module, competes=True)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A request to stop comes between two steps, on all workers alike: keep what has been done."""
-        if isinstance(exception, SIGTERMException) and self.saved_step != trainer.global_step:
-            self.save(trainer, pl_module, competes=False)
-
-    def save(self, trainer: pl.Trainer, pl_module: Any, competes: bool) -> None:
-        """Write the latest; it is the best as well, if it competes and wins. A metric that is missing or NaN never wins."""
-        self.before_save(trainer)
-        name, judgement = None, None
-        if competes:
-            metrics, step = self.measure(trainer, pl_module), trainer.global_step
-            judgement = Judgement((step - 1) // self.steps_per_epoch, step, self.monitor, metrics.get(self.monitor, math.nan))
-            if self._wins(judgement.value):
-                name = judgement.file_name()
-                self.best = {"file": name, "value": judgement.value, "step": judgement.step}
-            if self.judged is not None:
-                self.judged(metrics, judgement)
-        self.saved_step = trainer.global_step
-        trainer.save_checkpoint(self.directory / LAST, storage_options=name)
-        if self.saved is not None and judgement is not None:
-            trainer.strategy.checkpoint_io.wait()
-            self.saved(metrics, judgement)
-
-    def _wins(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return False
-        return self.best is None or self.sign * value < self.sign * self.best["value"]
-
-
-def ends_epoch(trainer: pl.Trainer) -> bool:
-    """Whether the pass that has just ended was the epoch's or the run's last: its end follows, and saves."""
-    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.global_step >= trainer.max_steps > 0
 
 
 def settle(directory: Path, best: str, is_last: bool) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from raytrain2p.config.settings import TrainingSettings
 from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.phases.module import PhaseModule
-from raytrain2p.tracking.checkpoints import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
 
 RECORDS, BATCH, STEPS = 23, 2, 17
 

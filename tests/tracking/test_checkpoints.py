@@ -18,8 +18,6 @@ from torch.utils.data import DataLoader
 
 from raytrain2p.tracking.checkpoints import (
     LAST,
-    BestAndLast,
-    CheckpointFiles,
     Judgement,
     StorageError,
     best_checkpoint,
@@ -30,6 +28,7 @@ from raytrain2p.tracking.checkpoints import (
     storage_error,
     write_checkpoint,
 )
+from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
 
 Values = Callable[[int], dict[str, float]]
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")

@@ -11,9 +11,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from raytrain2p.tracking.checkpoints import BestAndLast, CheckpointFiles, last_checkpoint
+from raytrain2p.tracking.checkpoints import last_checkpoint
 from raytrain2p.tracking.journal import Point
 from raytrain2p.tracking.metrics import Mean, StepLog
+from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
