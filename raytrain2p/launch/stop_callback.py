@@ -12,7 +12,8 @@ from raytrain2p.tracking.saving import ends_epoch
 
 
 class StopOnRequest(pl.Callback):
-    """Ends training with a SIGTERMException at the first step after the request that does not end an epoch anyway.
+    """Ends training with a SIGTERMException at the first step after the request; if that step ends an epoch, once the epoch has
+    been ended: this callback must come after those that note and save it. At the run's last step there is nothing to stop.
 
     Args:
         board: where the driver leaves the request; None on every worker but the first.
@@ -42,6 +43,10 @@ class StopOnRequest(pl.Callback):
         stepped = trainer.global_step != self.seen_step
         self.seen_step = trainer.global_step
         if stepped and not ends_epoch(trainer) and self._agreed(trainer):
+            raise SIGTERMException
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step < trainer.max_steps and self._agreed(trainer):
             raise SIGTERMException
 
     def _agreed(self, trainer: pl.Trainer) -> bool:
