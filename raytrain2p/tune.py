@@ -8,7 +8,8 @@ from typing import Any
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.help import describe_settings
-from raytrain2p.config.sweep import Sweep, load_sweep
+from raytrain2p.config.sweep import Sweep
+from raytrain2p.config.sweep_loading import load_sweep
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 

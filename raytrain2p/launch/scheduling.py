@@ -5,7 +5,8 @@ from typing import Any
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 
-from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.config.space import Axis
+from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.reporting import comparable
 from raytrain2p.phases.module import planned_steps
 from raytrain2p.tracking.sweeps import OVER, Row

@@ -11,7 +11,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
-from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.config.space import Axis
+from raytrain2p.config.sweep import Sweep
 from raytrain2p.tracking.sweeps import EARLY, FINISHED, Row, Trial
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -7,7 +7,8 @@ from typing import Any
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
-from raytrain2p.config.sweep import Axis, Sweep
+from raytrain2p.config.space import Axis
+from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_aligner
 from raytrain2p.launch.phases import PHASES

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from raytrain2p.config.sweep import Axis
+from raytrain2p.config.space import Axis
 from raytrain2p.tracking.plots import BLUE, GREY, ORANGE, save
 from raytrain2p.tracking.sweeps import EARLY, Row, best_row
 

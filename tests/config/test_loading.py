@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from raytrain2p.config import AlignmentSettings, Findings, InputError, InstructionSettings, Problem, cache_directory, flatten, load_settings
 from raytrain2p.config.loading import packaged_config
 from raytrain2p.config.problems import MOST_SHOWN
-from raytrain2p.config.sweep import load_sweep
+from raytrain2p.config.sweep_loading import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

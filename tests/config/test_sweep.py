@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from raytrain2p.config import InputError, flatten
-from raytrain2p.config.sweep import Axis, Sweep, load_sweep
+from raytrain2p.config.space import Axis
+from raytrain2p.config.sweep import Sweep
+from raytrain2p.config.sweep_loading import load_sweep
 
 SPACE = {"training.learning_rate": {"loguniform": [1e-4, 1e-2]}, "model.lora.rank": {"choice": [4, 8]}}
 BASE: dict[str, Any] = {"checkpoint": {"every_steps": 10, "best_of": "saves"}, "training": {"max_steps": 40}}

@@ -9,7 +9,9 @@ import yaml
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
-from raytrain2p.config.sweep import Axis, Sweep, load_sweep
+from raytrain2p.config.space import Axis
+from raytrain2p.config.sweep import Sweep
+from raytrain2p.config.sweep_loading import load_sweep
 from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.scheduling import RememberingAsha, within
 from raytrain2p.launch.search import Tpe, TrialQueue, learn_from, listed_values, search_of

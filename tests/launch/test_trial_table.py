@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from raytrain2p.config.sweep import load_sweep
+from raytrain2p.config.sweep_loading import load_sweep
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.tracking.sweeps import EARLY, KILLED, Row, Trial

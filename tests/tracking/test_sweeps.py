@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from raytrain2p.config import InputError
-from raytrain2p.config.sweep import load_sweep
+from raytrain2p.config.sweep_loading import load_sweep
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import Run, add_tags, launch_record, run_tags, write_status
 from raytrain2p.tracking.sweep_plots import draw_sweep, rank_correlation

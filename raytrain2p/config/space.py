@@ -1,0 +1,86 @@
+"""The settings that vary in a sweep, and the distributions that their values come from."""
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Any
+
+NUMBERS = (int, float)
+# Distribution: its arguments, as they are written, and what they must be
+DISTRIBUTIONS = {
+    "choice": "[VALUE, ...]",
+    "grid": "[VALUE, ...]",
+    "uniform": "[LOWEST, HIGHEST]",
+    "loguniform": "[LOWEST, HIGHEST], both above 0",
+    "quniform": "[LOWEST, HIGHEST, STEP]",
+    "randint": "[LOWEST, ABOVE HIGHEST], whole numbers",
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting that varies.
+
+    Args:
+        setting: dotted path.
+        distribution: key of DISTRIBUTIONS.
+        arguments: as written.
+    """
+
+    setting: str
+    distribution: str
+    arguments: tuple[Any, ...]
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """All of them, where they can be told."""
+        if self.distribution in ("choice", "grid"):
+            return self.arguments
+        return None
+
+    def probes(self) -> tuple[Any, ...]:
+        """Values that are checked before anything starts: all, or the outermost, of the type that is drawn."""
+        if self.distribution == "randint":
+            return (self.arguments[0], self.arguments[1] - 1)
+        if self.distribution == "quniform":
+            return tuple(self.rounded(end) for end in self.arguments[:2])
+        return self.values or tuple(map(float, self.arguments))
+
+    def sample(self, draw: random.Random) -> Any:
+        """A value drawn at random."""
+        if self.values is not None:
+            return draw.choice(self.values)
+        low, high = self.arguments[:2]
+        if self.distribution == "randint":
+            return draw.randrange(low, high)
+        if self.distribution == "loguniform":
+            return math.exp(draw.uniform(math.log(low), math.log(high)))
+        value = draw.uniform(low, high)
+        return self.rounded(value) if self.distribution == "quniform" else value
+
+    def rounded(self, value: float) -> Any:
+        """The nearest of LOWEST, LOWEST + STEP, ..., up to the highest: as Optuna has them."""
+        low, high, step = self.arguments
+        nearest = low + min(max(round((value - low) / step), 0), math.floor((high - low) / step + 1e-9)) * step
+        return int(nearest) if all(isinstance(one, int) for one in self.arguments) else float(f"{nearest:.12g}")
+
+    def problem(self) -> str | None:
+        """What is wrong with the arguments."""
+        wanted = f"required: {self.distribution}: {DISTRIBUTIONS.get(self.distribution, '')}"
+        if self.distribution not in DISTRIBUTIONS:
+            return f"there is no distribution {self.distribution}; required is one of {', '.join(DISTRIBUTIONS)}"
+        if self.values is not None:
+            return None if self.arguments else f"has no values; {wanted}"
+        count = 3 if self.distribution == "quniform" else 2
+        numeric = all(isinstance(one, NUMBERS) and not isinstance(one, bool) and math.isfinite(one) for one in self.arguments)
+        if len(self.arguments) != count or not numeric:
+            return wanted
+        if self.distribution == "randint" and not all(isinstance(one, int) for one in self.arguments):
+            return wanted
+        if self.arguments[0] >= self.arguments[1]:
+            return f"the lowest value must be below the highest; {wanted}"
+        if self.distribution == "loguniform" and self.arguments[0] <= 0:
+            return wanted
+        if self.distribution == "quniform" and self.arguments[2] <= 0:
+            return f"the step must be above 0; {wanted}"
+        return None
