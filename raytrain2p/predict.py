@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from raytrain2p.config import InputError, Problem, base_directory
+from raytrain2p.config.exits import exit_code
 from raytrain2p.data.batches import Ragged
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.checks import image_problems
@@ -27,8 +28,6 @@ from raytrain2p.models.encoders import ImageEncoder
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.tracking.lookup import find_artifact
-
-EXIT_BAD_INPUT = 2
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -52,22 +51,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0 or 2 (bad input)."""
     options = parse(arguments)
+    return exit_code(lambda: predict(options))
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Records, model, an answer a line.
+
+    Raises:
+        InputError: bad records or pictures, no such run, or a base model that is another one than in training.
+    """
+    records = read(options)
+    path = find_artifact(str(base_directory() / options.root), "phase2", "model.pt", options.run, "--run")
+    answers = Predictor(path).answers(records, options.batch_size, options.max_new_tokens)
     try:
-        records = read(options)
-        path = find_artifact(str(base_directory() / options.root), "phase2", "model.pt", options.run, "--run")
-        for record, answer in zip(records, Predictor(path).answers(records, options.batch_size, options.max_new_tokens), strict=True):
-            if options.json:
-                shown = {"instruction": record.instruction, "image": record.image.source if record.image else None, "answer": answer}
-                print(json.dumps(shown, ensure_ascii=False), flush=True)
-            else:
-                print(answer, flush=True)
-        return 0
-    except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        for record, answer in zip(records, answers, strict=True):
+            shown = {"instruction": record.instruction, "image": record.image.source if record.image else None, "answer": answer}
+            print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough, as `head` does
-        return 0
+    return 0
 
 
 def read(options: argparse.Namespace) -> list[Record]:

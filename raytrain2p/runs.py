@@ -3,9 +3,8 @@
 import argparse
 import sys
 
-from raytrain2p.config import InputError, load_settings
-
-EXIT_AWAY, EXIT_BAD_INPUT = 1, 2
+from raytrain2p.config import load_settings
+from raytrain2p.config.exits import FAILED, exit_code
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -31,22 +30,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (MLflow is away, or lacks something still) or 2 (bad input)."""
     options = parse(arguments)
-    overrides = [word for word in options.words if "=" in word]
-    try:
-        settings = load_settings(1, None, overrides)
-        from raytrain2p.tracking.reconcile import is_store, reconcile, reconcile_unborn, runs_to_look_at, sync
+    return exit_code(lambda: bring_up_to_date(options.verb, options.words))
 
-        root, uri = settings.output.root, settings.tracking.uri
-        runs = runs_to_look_at(root, [word for word in options.words if "=" not in word])
-        given = uri if any(override.startswith("tracking.uri=") for override in overrides) else None
-        whole = [(sync if options.verb == "sync" else reconcile)(run, root, given, print) for run in runs]
-        if options.verb == "reconcile" and is_store(uri):
-            reconcile_unborn(root, uri, print)
-    except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+
+def bring_up_to_date(verb: str, words: list[str]) -> int:
+    """Look at the runs named, or at all.
+
+    Args:
+        verb: `sync` or `reconcile`.
+        words: runs, and settings as `key=value`.
+
+    Raises:
+        InputError: a setting is wrong, or a name fits no run.
+    """
+    overrides = [word for word in words if "=" in word]
+    settings = load_settings(1, None, overrides)
+    from raytrain2p.tracking.reconcile import is_store, reconcile, reconcile_unborn, runs_to_look_at, sync
+
+    root, uri = settings.output.root, settings.tracking.uri
+    runs = runs_to_look_at(root, [word for word in words if "=" not in word])
+    given = uri if any(override.startswith("tracking.uri=") for override in overrides) else None
+    whole = [(sync if verb == "sync" else reconcile)(run, root, given, print) for run in runs]
+    if verb == "reconcile" and is_store(uri):
+        reconcile_unborn(root, uri, print)
     print(f"{sum(whole)} of {len(whole)} runs are whole in MLflow")
-    return 0 if all(whole) else EXIT_AWAY
+    return 0 if all(whole) else FAILED
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
+from raytrain2p.config.exits import FAILED, exit_code
 from raytrain2p.config.help import describe_settings
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,42 +58,44 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input)."""
+    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input); 130 and 143 where it was stopped."""
     options = parse(arguments)
-    try:
-        settings = load_settings(options.phase, options.config, options.overrides)
-        if options.resume is not None:
-            settings, options.launch_id = resumed(settings, options)
+    return exit_code(lambda: train(options))
 
-        from raytrain2p.launch.driver import check, launch  # heavy: a typing error should not wait for it
-        from raytrain2p.launch.estimate import dry_run
-        from raytrain2p.launch.progress import Console
-        from raytrain2p.launch.stopping import StoppedError
-        from raytrain2p.launch.summary import summary
-        from raytrain2p.launch.training import TrainingFailedError
 
-        console = Console()
-        try:
-            if options.dry_run:
-                print(dry_run(*check(settings, options.phase, console)))
-                return 0
-            outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
-        except TrainingFailedError as error:
-            console.say(f"raytrain2p: training failed\n{error}")
-            return EXIT_FAILED
-        except StoppedError as stopped:
-            console.say(f"raytrain2p: {stopped}")
-            return stopped.exit_code
-        console.say(summary(outcome, options.phase, settings))
-        if options.json:
-            print(json.dumps(asdict(outcome)), flush=True)
+def train(options: argparse.Namespace) -> int:
+    """Settings, checks, launch, summary.
+
+    Raises:
+        InputError: bad input; nothing was started.
+    """
+    settings = load_settings(options.phase, options.config, options.overrides)
+    if options.resume is not None:
+        settings, options.launch_id = resumed(settings, options)
+
+    from raytrain2p.launch.driver import check, launch  # heavy: a typing error should not wait for it
+    from raytrain2p.launch.estimate import dry_run
+    from raytrain2p.launch.progress import Console
+    from raytrain2p.launch.stopping import StoppedError
+    from raytrain2p.launch.summary import summary
+    from raytrain2p.launch.training import TrainingFailedError
+
+    console = Console()
+    if options.dry_run:
+        print(dry_run(*check(settings, options.phase, console)))
         return 0
-    except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("raytrain2p: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    try:
+        outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
+    except TrainingFailedError as error:
+        console.say(f"raytrain2p: training failed\n{error}")
+        return FAILED
+    except StoppedError as stopped:
+        console.say(f"raytrain2p: {stopped}")
+        return stopped.exit_code
+    console.say(summary(outcome, options.phase, settings))
+    if options.json:
+        print(json.dumps(asdict(outcome)), flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,11 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.exits import FAILED, exit_code
 from raytrain2p.config.help import describe_settings
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.config.sweep_loading import load_sweep
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -59,33 +58,35 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (no trial, or not every one, came to an end) or 2 (bad input)."""
     options = parse(arguments)
+    return exit_code(lambda: tune(options))
+
+
+def tune(options: argparse.Namespace) -> int:
+    """The sweep, its trials, summary.
+
+    Raises:
+        InputError: bad input; nothing was started.
+    """
+    sweep, run = load_sweep(options.config, options.overrides), None
+    if options.resume is not None:
+        sweep, run = resumed(sweep, options)
+
+    from raytrain2p.launch.progress import Console  # heavy: a typing error should not wait for it
+    from raytrain2p.launch.stopping import StoppedError
+    from raytrain2p.launch.summary import sweep_summary
+    from raytrain2p.launch.sweeping import run_sweep
+
+    console = Console()
     try:
-        sweep, run = load_sweep(options.config, options.overrides), None
-        if options.resume is not None:
-            sweep, run = resumed(sweep, options)
-
-        from raytrain2p.launch.progress import Console  # heavy: a typing error should not wait for it
-        from raytrain2p.launch.stopping import StoppedError
-        from raytrain2p.launch.summary import sweep_summary
-        from raytrain2p.launch.sweeping import run_sweep
-
-        console = Console()
-        try:
-            outcome = run_sweep(sweep, run, options.ray_logs, console)
-        except StoppedError as stopped:
-            console.say(f"raytrain2p: {stopped}; go on with --resume latest")
-            return stopped.exit_code
-        console.say(sweep_summary(outcome, sweep))
-        if options.json:
-            print(json.dumps(asdict(outcome)), flush=True)
-        done = outcome.finished + outcome.stopped_early > 0 and not outcome.unfinished
-        return 0 if done else EXIT_FAILED
-    except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("raytrain2p: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        outcome = run_sweep(sweep, run, options.ray_logs, console)
+    except StoppedError as stopped:
+        console.say(f"raytrain2p: {stopped}; go on with --resume latest")
+        return stopped.exit_code
+    console.say(sweep_summary(outcome, sweep))
+    if options.json:
+        print(json.dumps(asdict(outcome)), flush=True)
+    done = outcome.finished + outcome.stopped_early > 0 and not outcome.unfinished
+    return 0 if done else FAILED
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import argparse
 import sys
 
-from raytrain2p.config import InputError, Problem
+from raytrain2p.config import Problem
+from raytrain2p.config.exits import BAD_INPUT, exit_code
 from raytrain2p.data.checks import image_problems
 from raytrain2p.data.records import FIELDS, scan_records
 
@@ -16,20 +17,25 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("file", help="a .jsonl or .parquet file, or emoji:SPLIT")
     check.add_argument("--phase", type=int, choices=tuple(FIELDS), required=True, help="1: text and image; 2: instruction and response")
     options = parser.parse_args(arguments)
-    records, problems = scan_records(options.file, options.phase, "FILE")
+    return exit_code(lambda: check_records(options.file, options.phase))
+
+
+def check_records(file: str, phase: int) -> int:
+    """Print what is wrong, record by record, and how many there are.
+
+    Raises:
+        InputError: the file is missing, or cannot be read at all.
+    """
+    records, problems = scan_records(file, phase, "FILE")
     problems += image_problems(records)
     if not records and not problems:
-        problems.append(Problem(options.file, "holds no record", "give a file with at least one record"))
+        problems.append(Problem(file, "holds no record", "give a file with at least one record"))
     for problem in problems:
         print(problem)
     pictures = len({record.image for record in records if record.image is not None})
-    print(f"{options.file}: {len(records)} good records with {pictures} distinct pictures, {len(problems)} problems")
-    return 2 if problems else 0
+    print(f"{file}: {len(records)} good records with {pictures} distinct pictures, {len(problems)} problems")
+    return BAD_INPUT if problems else 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())
