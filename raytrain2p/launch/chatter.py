@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 SPEAKERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning")
 
@@ -21,8 +22,13 @@ def quiet() -> None:
 
 
 @contextmanager
-def muted_stderr() -> Iterator[None]:
-    """Within, what C++ writes to this process's standard error is dropped: Ray's core does so while it starts."""
+def muted_stderr(verbose: bool) -> Iterator[None]:
+    """Within, unless verbose, what C++ writes to this process's standard error is dropped: Ray's core does so while it starts,
+    and when Ray Data starts encoders. `own_stderr` is heard all the same.
+    """
+    if verbose:
+        yield
+        return
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -33,3 +39,11 @@ def muted_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(nowhere)
         os.close(kept)
+
+
+def own_stderr() -> TextIO:
+    """Standard error by a descriptor of its own; where it has none, as under a test's capture, standard error itself."""
+    try:
+        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    except OSError:
+        return sys.stderr

@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +151,7 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
     options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
     try:
-        with nullcontext() if verbose else muted_stderr():
+        with muted_stderr(verbose):
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

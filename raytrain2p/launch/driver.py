@@ -12,7 +12,7 @@ import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
 from raytrain2p.config.settings import InstructionSettings
-from raytrain2p.launch.chatter import quiet
+from raytrain2p.launch.chatter import muted_stderr, quiet
 from raytrain2p.launch.cluster import check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.phases import PHASES
 from raytrain2p.launch.plan import Outcome
@@ -114,7 +114,8 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         holder = stack.enter_context(launch_lock(settings.output.root, launch_id).held(1.0))
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
-        encode(survey, settings, max(cpus for cpus, _ in capacity.nodes), console)
+        with muted_stderr(verbose):
+            encode(survey, settings, max(cpus for cpus, _ in capacity.nodes), console)
         threads = cpus_per_worker(settings.launch, capacity)
         count = settings.launch.num_workers
         each = f"{threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each"

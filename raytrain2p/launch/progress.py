@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
+
+from raytrain2p.launch.chatter import own_stderr
 
 PLAIN_SECONDS = 15.0  # between two lines where nobody looks all the time
 POLL_SECONDS = 2.0  # the board answers sooner if there is news
@@ -114,7 +115,7 @@ class Console:
     """Writes progress to a stream: over one line if it is a terminal, else a new line every now and then."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
+        self.stream = stream or own_stderr()
         self.live = self.stream.isatty()
         self.shown, self.since = "", float("-inf")
 

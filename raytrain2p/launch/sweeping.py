@@ -25,7 +25,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.sweep import Sweep
-from raytrain2p.launch.chatter import quiet
+from raytrain2p.launch.chatter import muted_stderr, quiet
 from raytrain2p.launch.cluster import connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.phases import PHASES
@@ -112,7 +112,8 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         splits: dict[str, Prepared] = {}
         for key, survey in surveys.items():
             if not splits or any(job.store.missing(job.items) for job in survey.jobs):  # most share their features: said once
-                encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+                with muted_stderr(verbose):
+                    encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
             splits[key] = prepared(survey)
         run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id, folder=TRIALS)
         command = typed_command("raytrain2p.tune")
