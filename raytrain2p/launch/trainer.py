@@ -4,6 +4,7 @@ An idle process of Ray wakes a hundred times a second. On two cores each takes a
 imports make the launch longer. For the same reason this room imports nothing that trains: Ray's controller loads it.
 """
 
+import asyncio
 import json
 import shutil
 from datetime import timedelta
@@ -14,6 +15,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from raytrain2p.config import Settings
@@ -61,11 +63,14 @@ class LeanTrainer(TorchTrainer):
     - what gives back the CPUs after its controller's death, in a Ray that ends with this process, and in a trial: it would
       outlive each trial that Tune stops, and the sweep gives back the CPUs itself;
     - what asks an autoscaler for nodes, in a Ray that ends with this process, which has none.
+
+    A trial's controller has no process of its own: the trial has one already, which does nothing but wait, and which the
+    workers are to die with.
     """
 
     def __init__(self, *args: Any, is_trial: bool, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._alone = started_here()
+        self._alone, self._is_trial = started_here(), is_trial
         unneeded = [DatasetsCallback, *([PlacementGroupCleanerCallback] if is_trial or self._alone else [])]
         self._unneeded = tuple(unneeded)
 
@@ -75,6 +80,10 @@ class LeanTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._alone:
             options["scaling_policy"] = WithoutAutoscaler(options["scaling_policy"].scaling_config)
+        if self._is_trial:
+            controller = TrainController(**options)
+            asyncio.run(controller.run())
+            return controller.get_result()
         return super()._initialize_and_run_controller(**options)
 
 

@@ -17,19 +17,40 @@ from raytrain2p.launch.trainer import LeanTrainer, WithoutAutoscaler, forget_tor
 
 
 @pytest.mark.parametrize(
-    ("started_here", "is_trial", "gives_back_cpus", "policy"),
+    ("started_here", "is_trial", "gives_back_cpus", "policy", "controller"),
     [
-        (True, False, False, WithoutAutoscaler),
-        (False, False, True, FixedScalingPolicy),
-        (False, True, False, FixedScalingPolicy),
+        (True, False, False, WithoutAutoscaler, "in a process of its own"),
+        (False, False, True, FixedScalingPolicy, "in a process of its own"),
+        (False, True, False, FixedScalingPolicy, "in this process"),
     ],
 )
 def test_helpers_that_serve_nothing_are_not_started(
-    started_here: bool, is_trial: bool, gives_back_cpus: bool, policy: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    started_here: bool,
+    is_trial: bool,
+    gives_back_cpus: bool,
+    policy: type,
+    controller: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(trainer, "started_here", lambda: started_here)
     handed_over: dict[str, Any] = {}
-    monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", lambda self, **options: handed_over.update(options))
+
+    class Controller:
+        def __init__(self, **options: Any) -> None:
+            handed_over.update(options, controller="in this process")
+
+        async def run(self) -> None:
+            """Ray's own would train."""
+
+        def get_result(self) -> None:
+            """Nothing came out."""
+
+    def in_a_process(self: Any, **options: Any) -> None:
+        handed_over.update(options, controller="in a process of its own")
+
+    monkeypatch.setattr(trainer, "started_here", lambda: started_here)
+    monkeypatch.setattr(trainer, "TrainController", Controller)
+    monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", in_a_process)
     options: dict[str, Any] = {
         "scaling_config": ScalingConfig(num_workers=1),
         "run_config": RunConfig(name="x", storage_path=str(tmp_path)),
@@ -42,6 +63,7 @@ def test_helpers_that_serve_nothing_are_not_started(
     given: Any = handed_over["scaling_policy"]
     assert given.scaling_config.num_workers == 1
     assert type(given) is policy
+    assert handed_over["controller"] == controller
 
 
 def test_bookkeeping_that_a_kill_has_torn_is_forgotten(tmp_path: Path) -> None:
