@@ -5,13 +5,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 
 from raytrain2p.models.aligner import Aligner
@@ -21,30 +23,42 @@ from raytrain2p.models.pretrained import fingerprint
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square")
+PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each test process has a Ray head of its own
+HEAD, PORT, DASHBOARD_PORT, WORKER_PORTS = f"127.0.{PROCESS}.2", 6399 + PROCESS, 8299 + PROCESS, 21_000 + 1000 * PROCESS
+SWEEP_STEPS = 60
+SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3e-2]}, "model.hidden": {"choice": [16, 32]}}
 
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a Ray head with 2 CPUs, started by hand with cluster/head.sh; stopped by its process ID."""
-    folder = tmp_path_factory.mktemp("ray")
-    script = ROOT / "cluster" / "head.sh"
+    options = ["--num-cpus=2", "--object-store-memory=200000000", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}"]
+    options += [f"--node-ip-address={HEAD}", f"--ray-client-server-port={PORT + 10}"]
+    options += [f"--min-worker-port={WORKER_PORTS}", f"--max-worker-port={WORKER_PORTS + 999}"]
+    with ray_node(tmp_path_factory.mktemp("ray"), ["bash", str(ROOT / "cluster" / "head.sh"), *options]):
+        yield f"{HEAD}:{PORT}"
+
+
+@contextmanager
+def ray_node(folder: Path, command: Sequence[str]) -> Iterator[None]:
+    """Within, the node that the command starts is up; stopped by its process ID."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
         "RAYTRAIN2P_HOME": str(folder / "home"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    options = ["--port=6399", "--dashboard-port=8299", "--num-cpus=2", "--object-store-memory=200000000"]
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(["bash", str(script), *options], env=environment, stdout=log, stderr=subprocess.STDOUT)
+    log = folder / "node.log"
+    with log.open("w") as stream:
+        node = subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     try:
         deadline = time.monotonic() + 120
-        while "Ray runtime started" not in (folder / "head.log").read_text():
-            assert head.poll() is None, (folder / "head.log").read_text()
-            assert time.monotonic() < deadline, "the head did not start"
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, "the node did not start"
             time.sleep(0.5)
-        yield "127.0.0.2:6399"
+        yield
     finally:
-        stop(head)
+        stop(node)
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
@@ -155,7 +169,7 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
 def ray_job(words: str) -> subprocess.CompletedProcess[str]:
     """`ray job ...` of the head started by hand, in the project's directory."""
     environment = os.environ | {
-        "RAY_ADDRESS": "http://127.0.0.1:8299",
+        "RAY_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}",
         "RAY_AUTH_MODE": "disabled",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
@@ -212,6 +226,20 @@ evaluation: {{samples: 4, max_new_tokens: 4}}
 launch: {{cpus_per_worker: 1}}
 """)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sweep_config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of phase 1 on tiny models: four trials, which report every 10 steps."""
+    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
+    tree = {
+        "sweep": {"phase": 1, "base": str(tiny_config / "phase1.yaml"), "num_trials": 4, "metric": "train_loss", "space": SWEEP_SPACE},
+        "training": {"max_steps": SWEEP_STEPS},
+        "data": {"val": None, "test": {}},
+        "checkpoint": {"every_steps": 10, "best_of": "saves"},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 @pytest.fixture(scope="session")

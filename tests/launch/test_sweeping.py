@@ -13,24 +13,7 @@ import torch
 import yaml
 
 from tests.chaos.killing import Launch, kill, only_long
-from tests.launch.launching import Command, run_command, submit
-
-STEPS = 60
-SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3e-2]}, "model.hidden": {"choice": [16, 32]}}
-
-
-@pytest.fixture(scope="module")
-def sweep_config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of phase 1 on tiny models: reports every 10 steps."""
-    path = tmp_path_factory.mktemp("sweep") / "sweep.yaml"
-    tree = {
-        "sweep": {"phase": 1, "base": str(tiny_config / "phase1.yaml"), "num_trials": 4, "metric": "train_loss", "space": SPACE},
-        "training": {"max_steps": STEPS},
-        "data": {"val": None, "test": {}},
-        "checkpoint": {"every_steps": 10, "best_of": "saves"},
-    }
-    path.write_text(yaml.safe_dump(tree))
-    return path
+from tests.launch.launching import SWEEP_SPACE, SWEEP_STEPS, Command, run_command, submit
 
 
 @dataclass
@@ -77,14 +60,14 @@ def assert_the_table_says_what_mlflow_says(folder: Path) -> None:
         assert line["stopped_early"] == run.data.tags.get("raytrain2p.stopped_early", "")
         assert run.info.status == "FINISHED"
         assert Path(line["directory"]) == Path(run.data.tags["raytrain2p.directory"])
-        for setting in SPACE:
+        for setting in SWEEP_SPACE:
             assert line[setting] == run.data.params[setting]
         steps = [point.step for point in client.get_metric_history(run.info.run_id, "train_loss")]
         assert sorted(steps) == list(range(1, int(line["steps"]) + 1)), "a step is missing, or there twice"
         if line["stopped_early"]:
             assert line["stopped_early"].endswith(f" at step {line['steps']}"), "it was trained on"
         else:
-            assert int(line["steps"]) == STEPS
+            assert int(line["steps"]) == SWEEP_STEPS
 
 
 @only_long
@@ -180,7 +163,7 @@ def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path,
     assert donor.info.run_id != heirs[0].info.run_id
     assert first["at_step"] == first["from_step"], "all at one step"
     mine, theirs, step = train_losses(folder, heirs[0]), train_losses(folder, donor), first["at_step"]
-    assert sorted(mine) == list(range(1, STEPS + 1)), "one sequence of steps, whosever weights"
+    assert sorted(mine) == list(range(1, SWEEP_STEPS + 1)), "one sequence of steps, whosever weights"
     assert mine[step + 1] == theirs[step + 1], "the step after is made with the donor's weights, on the same batch"
     assert mine[step] != theirs[step]
     last = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)
@@ -208,7 +191,7 @@ def test_a_population_goes_on_after_its_driver_is_killed(tmp_path: Path, ray_hea
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
     assert len(list(folder.glob("checkpoints/alignment/*"))) == 2
     for run in runs:
-        assert sorted(train_losses(folder, run)) == list(range(1, STEPS + 1)), "a step is missing"
+        assert sorted(train_losses(folder, run)) == list(range(1, SWEEP_STEPS + 1)), "a step is missing"
     assert any("raytrain2p.lineage" in run.data.tags for run in runs)
 
 

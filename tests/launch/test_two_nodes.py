@@ -1,48 +1,97 @@
-"""cluster/node.sh joins a second Ray node to the head, and a run spreads over both."""
+"""cluster/node.sh joins a second Ray node to the head: runs and trials spread over both, on one machine and on two."""
 
-import os
+import json
+import shutil
+import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 
 from tests.chaos.killing import only_long
-from tests.launch.launching import Run, stop
+from tests.chaos.mlflow_server import Server
+from tests.launch.launching import ROOT, Run, ray_node
 
-SCRIPT = Path(__file__).parents[2] / "cluster" / "node.sh"
+pytestmark = only_long
+OTHER_MACHINE = "other-machine"
+
+
+def node(head: str) -> list[str]:
+    """What starts a node with one CPU."""
+    return ["bash", str(ROOT / "cluster" / "node.sh"), head, "--num-cpus=1", "--object-store-memory=100000000"]
 
 
 @pytest.fixture
 def second_node(ray_head: str, tmp_path: Path) -> Iterator[None]:
-    """A node with one CPU; stopped by its process ID."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    with (tmp_path / "node.log").open("w") as log:
-        node = subprocess.Popen(
-            ["bash", str(SCRIPT), ray_head, "--num-cpus=1", "--object-store-memory=100000000"],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in (tmp_path / "node.log").read_text():
-            assert node.poll() is None, (tmp_path / "node.log").read_text()
-            assert time.monotonic() < deadline, "the node did not start"
-            time.sleep(0.5)
+    """On this machine."""
+    with ray_node(tmp_path, node(ray_head)):
         yield
-    finally:
-        stop(node)
 
 
-@only_long
+@pytest.fixture(scope="module")
+def second_machine(ray_head: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Its processes see another host name, as on another machine with the same shared storage."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--uts", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs `unshare --uts`, and so root, to give a node a host name of its own")
+    renamed = ["unshare", "--uts", "sh", "-c", f'hostname {OTHER_MACHINE} && exec "$@"', "sh", *node(ray_head)]
+    with ray_node(tmp_path_factory.mktemp("machine"), renamed):
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("server"))
+    server.start()
+    yield server
+    server.stop()
+
+
+def hosts(folder: Path) -> set[str]:
+    """Where the processes ran that wrote to the run directories."""
+    return {json.loads(path.read_text())["host"] for path in folder.glob("*/status.json")}
+
+
+def three_workers(config: Path, *more: str) -> list[str]:
+    arguments = ["--phase", "1", "--config", str(config / "phase1.yaml"), "--json"]
+    return ["raytrain2p.train", *arguments, "launch.num_workers=3", "training.batch_size=4", *more]
+
+
 def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: None) -> None:
-    done = run(
-        "raytrain2p.train",
-        *("--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--json"),
-        *("launch.num_workers=3", "training.batch_size=4"),
-    )
+    done = run(*three_workers(tiny_config))
     assert done.losses[-1] < done.losses[0]
     assert "starting 3 workers" in done.err
+
+
+def test_a_store_on_one_machines_disk_is_refused_on_two_machines(
+    run: Run, tiny_config: Path, sweep_config: Path, second_machine: None, tmp_path: Path
+) -> None:
+    for command in (three_workers(tiny_config), ["raytrain2p.tune", "--config", str(sweep_config)]):
+        done = run(*command, f"output.root={tmp_path}/checkpoints", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+        assert done.code == 2, done.err
+        assert "is on one machine's disk, and the cluster has 2 machines" in done.err
+        assert "start `mlflow server`" in done.err
+    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_workers_on_two_machines_make_one_run(run: Run, tiny_config: Path, second_machine: None, server: Server, tmp_path: Path) -> None:
+    done = run(*three_workers(tiny_config), f"output.root={tmp_path}/checkpoints", f"tracking.uri={server.uri}")
+    assert done.losses[-1] < done.losses[0]
+    made = mlflow.MlflowClient(server.uri).get_run(done.outcome["run_id"])
+    assert made.info.status == "FINISHED"
+    assert [path.name[:32] for path in (tmp_path / "checkpoints" / "alignment").iterdir()] == [made.info.run_id]
+
+
+def test_trials_run_on_two_machines(run: Run, sweep_config: Path, second_machine: None, server: Server, tmp_path: Path) -> None:
+    where = [f"output.root={tmp_path}/checkpoints", f"tracking.uri={server.uri}"]
+    done = run("raytrain2p.tune", "--config", str(sweep_config), "--json", "sweep.num_trials=3", *where)
+    assert (done.outcome["trials"], done.outcome["finished"]) == (3, 3), done.err
+    assert "3 trials at once" in done.err
+    assert hosts(tmp_path / "checkpoints" / "alignment") == {socket.gethostname(), OTHER_MACHINE}
+    runs = mlflow.MlflowClient(server.uri).search_runs(
+        [mlflow.MlflowClient(server.uri).get_run(done.outcome["run_id"]).info.experiment_id],
+        f"tags.`mlflow.parentRunId` = '{done.outcome['run_id']}'",
+    )
+    assert [one.info.status for one in runs] == ["FINISHED"] * 3
