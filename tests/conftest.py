@@ -21,6 +21,19 @@ from transformers import (
 
 pytest_plugins = ["tests.launch.launching"]
 
+# Files with many launches, the longest first: they come last, one for each test process.
+LONG = ("launch/test_training.py", "chaos/test_kills.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick checks first."""
+
+    def place(item: pytest.Item) -> int:
+        return next((number for number, name in enumerate(LONG, 1) if item.path.as_posix().endswith(f"tests/{name}")), 0)
+
+    items.sort(key=place)
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
