@@ -9,7 +9,7 @@ import yaml
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.module import count_parameters, planned_steps
+from raytrain2p.phases.survey import count_parameters, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
 GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments

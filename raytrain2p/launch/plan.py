@@ -1,4 +1,4 @@
-"""What passes between the driver and the workers. It imports no framework: Ray's controller reads it too, and uses none."""
+"""What passes between the driver and the workers, and what comes out. It imports no framework: Ray's controller reads it too."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,3 +63,17 @@ class Outcome:
     last: str | None
     artifact: str
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep leaves: what `--json` prints."""
+
+    run_id: str
+    directory: str
+    trials: int
+    finished: int
+    stopped_early: int
+    failed: int
+    unfinished: int
+    best: dict[str, Any] | None

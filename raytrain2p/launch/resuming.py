@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.launch.plan import Outcome
-from raytrain2p.phases.module import planned_steps
+from raytrain2p.phases.survey import planned_steps
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.run import Run, read_status
 

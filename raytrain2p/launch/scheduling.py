@@ -8,7 +8,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTra
 from raytrain2p.config.space import Axis
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.reporting import comparable
-from raytrain2p.phases.module import planned_steps
+from raytrain2p.phases.survey import planned_steps
 from raytrain2p.tracking.sweeps import OVER, Row
 
 NO_LIMIT = 10**9  # a trial ends by itself, and writes down how: Tune must not end it for being old

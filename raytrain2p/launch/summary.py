@@ -9,8 +9,7 @@ from rich.table import Table
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.sweep import Sweep
-from raytrain2p.launch.plan import Outcome
-from raytrain2p.launch.sweeping import SweepOutcome
+from raytrain2p.launch.plan import Outcome, SweepOutcome
 
 
 def summary(outcome: Outcome, phase: int, settings: Settings) -> str:

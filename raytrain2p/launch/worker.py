@@ -1,15 +1,12 @@
 """What runs on each worker: from the run's identity to its artifact."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import ray
 import ray.train
@@ -19,32 +16,28 @@ import torch
 from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
-from torch.utils.data import DataLoader
 
 from raytrain2p.config import Settings
-from raytrain2p.data.batches import Share, StepSampler
-from raytrain2p.data.images import ImageRef, decode_image
-from raytrain2p.launch.phases import PHASES, Phase
-from raytrain2p.launch.plan import Membership, Outcome, Plan
+from raytrain2p.launch.finishing import finish, whole_checkpoint
+from raytrain2p.launch.loaders import loaders
+from raytrain2p.launch.phases import PHASES
+from raytrain2p.launch.plan import Membership, Plan
 from raytrain2p.launch.progress import putter
+from raytrain2p.launch.recipes import RECIPES, Recipe
 from raytrain2p.launch.reporting import RayReports, TrialReports
 from raytrain2p.launch.sharding import ShardedStrategy
 from raytrain2p.launch.stop_callback import StopOnRequest
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.module import PhaseModule, planned_steps
-from raytrain2p.phases.survey import TRAIN, VAL
+from raytrain2p.phases.module import PhaseModule
+from raytrain2p.phases.survey import TRAIN, planned_steps
 from raytrain2p.phases.world import World
 from raytrain2p.tracking.checkpoints import (
     Judgement,
-    best_checkpoint,
-    damage,
-    last_checkpoint,
     resumable_checkpoint,
 )
-from raytrain2p.tracking.files import read_json, write_json, write_whole
-from raytrain2p.tracking.journal import Point, read_points
+from raytrain2p.tracking.files import read_json
+from raytrain2p.tracking.journal import Point
 from raytrain2p.tracking.metrics import StepLog
-from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.recorder import Recorder, recording
 from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
 from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
@@ -52,14 +45,13 @@ from raytrain2p.tracking.sweeps import OBJECTIVE
 from raytrain2p.tracking.system_metrics import SystemSampler
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
-ANSWERS_SHOWN = 20
 
 
 def train(plan: Plan) -> None:
     """What each worker does, from the run's identity to its artifact."""
     os.environ.update(plan.environment)
-    settings, phase, world = plan.settings, PHASES[plan.phase], World.current()
-    show = putter(plan.board) if world.is_first else None
+    settings, recipe, world = plan.settings, RECIPES[plan.phase], World.current()
+    artifact, show = PHASES[plan.phase].artifact, putter(plan.board) if world.is_first else None
     torch.set_num_threads(plan.threads)
     pl.seed_everything(settings.seed, verbose=False)
 
@@ -72,9 +64,9 @@ def train(plan: Plan) -> None:
         checkpoint, step = resume_point(run, recorder)
         data = ray.get(plan.data)
         steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
-        module = phase.build(settings, data, steps, precision)
+        module = recipe.build(settings, data, steps, precision)
         if settings.data.features == "online":
-            data = phase.online(module, data)
+            data = recipe.online(module, data)
 
         if settings.tracking.system_metrics:
             stack.callback(watch_system(plan, run, recorder).close)
@@ -93,19 +85,13 @@ def train(plan: Plan) -> None:
         trainer.strategy.checkpoint_io.wait()  # not every strategy does so at its end
         best = from_first(whole_checkpoint(run) if recorder is not None else None)
         assert best is not None, "training saves at its end"
-        module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
+        module = restored(recipe.build(settings, data, steps, precision), best, trainer.strategy.root_device)
         if recorder is not None:  # before anything is measured: what has been trained is safe then
-            phase.export(module, run.path / phase.artifact, read_json(run.path / "config.json"))
-        metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
+            recipe.export(module, run.path / artifact, read_json(run.path / "config.json"))
+        metrics, tables = evaluate(recipe, module, data, settings, world, precision, show)
         if recorder is not None:
             recorder.write_metrics(metrics, steps)
-            finish(recorder, phase, metrics, tables)
-
-
-def whole_checkpoint(run: Run) -> Path | None:
-    """What is exported: the best checkpoint, or the last one if the best is damaged or there is none."""
-    best = best_checkpoint(run.checkpoints)
-    return best if best is not None and damage(best) is None else last_checkpoint(run.checkpoints)
+            finish(recorder, artifact, metrics, tables)
 
 
 def from_first(path: Path | None) -> Path | None:
@@ -181,37 +167,6 @@ def agree_on_precision(settings: Settings, world: World) -> str:
     """The precision that every worker's hardware has: workers in different ones would not train one model."""
     mine = resolve_precision(settings.training.precision, ray.train.torch.get_device())
     return "bf16" if set(world.gather(mine)) == {"bf16"} else "float32"
-
-
-def loaders(settings: Settings, data: dict[str, Any], world: World, first_step: int) -> tuple[Any, Any]:
-    """Training in steps drawn by seed, after those that were done before; validation in shares of equal stride."""
-    training = settings.training
-    sampler = StepSampler(
-        data[TRAIN].lengths,
-        data[TRAIN].supervised,
-        training.batch_size,
-        training.accumulate,
-        world.rank,
-        world.size,
-        settings.seed,
-        first_step,
-    )
-    options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
-    train = DataLoader(data[TRAIN], sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
-    if VAL not in data:
-        return train, None
-    return train, DataLoader(data[VAL], sampler=validation_shares(data[VAL].lengths, settings.evaluation.batch_size, world), **options)
-
-
-def validation_shares(lengths: np.ndarray, size: int, world: World) -> list[Share]:
-    """This worker's batches: whole ones, so that any number of workers measures the same, and equally many on each.
-
-    What is missing to that is filled up with a batch that does not count (no step tokens).
-    """
-    order = np.argsort(lengths, kind="stable")
-    shares = [Share(order[start : start + size], 1) for start in range(0, len(order), size)]
-    shares += [Share(shares[0].records, 0)] * (-len(shares) % world.size)
-    return world.share(shares)
 
 
 def build_trainer(
@@ -302,51 +257,14 @@ def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> Pha
 
 
 def evaluate(
-    phase: Phase, module: PhaseModule, data: dict[str, Any], settings: Settings, world: World, precision: str, show: Any
+    recipe: Recipe, module: PhaseModule, data: dict[str, Any], settings: Settings, world: World, precision: str, show: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics of the best checkpoint on every test split."""
     if settings.data.features == "online":
-        data = phase.online(module, data)
+        data = recipe.online(module, data)
     tests = list(settings.data.test)
     if show:
         show({"stage": f"evaluating on {', '.join(tests) or 'nothing (data.test is empty)'}"})
     with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
-        metrics, tables = phase.evaluate(module, data, tests, world)
+        metrics, tables = recipe.evaluate(module, data, tests, world)
     return metrics, tables
-
-
-def finish(recorder: Recorder, phase: Phase, metrics: dict[str, float], tables: dict[str, Any]) -> None:
-    """Tables and pictures into the run directory; then the run is FINISHED, and all of it goes to MLflow."""
-    run = recorder.run
-    training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
-    if answers := tables.get("answers"):
-        write_whole(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-        title = f"run {run.run_id[:8]}: answers on test pictures, drawn at random"
-        answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
-    write_json(run.path / "test_metrics.json", metrics)
-    best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
-    outcome = Outcome(
-        run.run_id,
-        run.directory,
-        str(best) if best else None,
-        str(last) if last else None,
-        str(run.path / phase.artifact),
-        metrics | last_values(run.path / "metrics.jsonl", ("val/loss", "train_loss")),
-    )
-    write_json(run.path / "result.json", asdict(outcome))
-    recorder.finish("FINISHED")
-
-
-def last_values(journal: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """The latest value of each of these metrics that was noted."""
-    found = {point.name: point.value for point in read_points(journal) if point.name in names}
-    return {name: found[name] for name in names if name in found}
-
-
-def spread(rows: list[Any], most: int) -> list[Any]:
-    """At most so many of them, evenly from the whole list."""
-    return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
-
-
-def _image_of(row: dict[str, Any]) -> Any:
-    return decode_image(ImageRef(row["image"], row["image_row"]).read()) if row["image"] else None

@@ -128,23 +128,3 @@ def set_progress(loops: dict[str, Any], step: int, passes: int, accumulate: int)
         progress["total"] = dict.fromkeys(progress["total"], step * unit)
         progress["current"] = dict.fromkeys(progress["current"], done * unit)
     loops["epoch_loop.batch_progress"]["is_last_batch"] = False
-
-
-def planned_steps(training: TrainingSettings, records: int, world_size: int) -> int:
-    """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
-    per_epoch = records // (training.batch_size * training.accumulate * world_size)
-    by_epochs = per_epoch * training.max_epochs if training.max_epochs is not None else None
-    return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
-
-
-def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Frozen and trained parameters of each part, shared weights counted once."""
-    counts, seen = {}, set()
-    for name, part in parts.items():
-        count = {"frozen": 0, "trained": 0}
-        for parameter in part.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
-        counts[name] = count
-    return counts

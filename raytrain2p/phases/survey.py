@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from torch import nn
+
 from raytrain2p.config import Findings, Problem, Settings
+from raytrain2p.config.settings import TrainingSettings
 from raytrain2p.data.checks import image_problems, read_image_keys
 from raytrain2p.data.features import Encoder, FeatureStore
 from raytrain2p.data.images import ImageRef
@@ -64,3 +67,23 @@ def check_images(records: Iterable[Record], store: FeatureStore | None, findings
     stored = set(store.index()) if store is not None else set()
     findings.extend(image_problems(records, known=lambda image: keys[image] in stored))
     return keys
+
+
+def planned_steps(training: TrainingSettings, records: int, world_size: int) -> int:
+    """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
+    per_epoch = records // (training.batch_size * training.accumulate * world_size)
+    by_epochs = per_epoch * training.max_epochs if training.max_epochs is not None else None
+    return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
+
+
+def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """Frozen and trained parameters of each part, shared weights counted once."""
+    counts, seen = {}, set()
+    for name, part in parts.items():
+        count = {"frozen": 0, "trained": 0}
+        for parameter in part.parameters():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+        counts[name] = count
+    return counts

@@ -12,11 +12,11 @@ from ray.tune.schedulers import TrialScheduler
 from raytrain2p.config.space import Axis
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.config.sweep_loading import load_sweep
+from raytrain2p.launch.conductor import share_of_head
 from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.scheduling import RememberingAsha, within
 from raytrain2p.launch.search import Tpe, TrialQueue, learn_from, listed_values, search_of
 from raytrain2p.launch.sweep_checks import rung_problems
-from raytrain2p.launch.sweeping import share_of_head
 from raytrain2p.tracking.sweeps import EARLY, FAILED, FINISHED, Row, Trial
 
 SPACE = {"training.learning_rate": {"loguniform": [1e-4, 1e-2]}, "model.lora.rank": {"choice": [4, 8, 16]}}

@@ -20,7 +20,8 @@ MOMENTS = {
     "while a checkpoint is written": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "half", 2),
     "between the last checkpoint and the best": ("raytrain2p.tracking.checkpoints", "make_best", "before", 2),
     "between sending points and noting it": ("raytrain2p.tracking.mirror", "Mirror._note_sent", "before", 2),
-    "while the artifact is written": ("raytrain2p.launch.worker", "last_values", "before", 1),
+    "while the artifact is written": ("raytrain2p.models.artifacts", "save_artifact", "half", 1),
+    "between the artifact and the outcome": ("raytrain2p.launch.finishing", "last_values", "before", 1),
 }
 
 
@@ -41,8 +42,8 @@ def wrapped(function: Any, when: str, wanted: int) -> Any:
         if calls == wanted and when == "before":
             strike()
         if calls == wanted and when == "half":
-            path = Path(arguments[1])
-            path.with_name(f".{path.name}.aside-{os.getpid()}").write_bytes(b"PK half of a checkpoint")
+            path = next(argument for argument in arguments if isinstance(argument, Path))
+            path.with_name(f".{path.name}.aside-{os.getpid()}").write_bytes(b"PK half of a file")
             strike()
         result = function(*arguments, **options)
         if calls == wanted and when == "after":
