@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 or 2 (bad input)."""
+    """Run the command and return its exit code: 0 or 2 (bad input); 130 after Ctrl-C."""
     options = parse(arguments)
     return exit_code(lambda: predict(options))
 

@@ -28,7 +28,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (MLflow is away, or lacks something still) or 2 (bad input)."""
+    """Run the command and return its exit code: 0, 1 (MLflow is away, or lacks something still) or 2 (bad input); 130 after Ctrl-C."""
     options = parse(arguments)
     return exit_code(lambda: bring_up_to_date(options.verb, options.words))
 

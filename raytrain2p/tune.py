@@ -56,7 +56,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (no trial, or not every one, came to an end) or 2 (bad input)."""
+    """Run the command and return its exit code: 0, 1 (no trial, or not every one, came to an end) or 2; 130 and 143 if stopped."""
     options = parse(arguments)
     return exit_code(lambda: tune(options))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.config import cache_directory
 from raytrain2p.data.emoji import EMOJI_FILE
 from raytrain2p.data.images import ImageRef
 from tests.launch.launching import run_command
@@ -51,10 +50,9 @@ def reader(tmp_path: Path) -> Path:
 
 
 @pytest.mark.real
-def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str) -> None:
+def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str, embedded_features: str) -> None:
     typed = [list(words) for words in dict.fromkeys(map(tuple, commands()))]  # what stands on two pages runs once
     assert len(typed) >= 8
-    features = str(cache_directory() / "features")  # of the embedded set: computed once for all tests that take it
     for words in typed:
         if words[0] in ELSEWHERE:
             continue
@@ -68,7 +66,7 @@ def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str) ->
                 arguments.append("launch.cpus_per_worker=2")
         if arguments[0] == "raytrain2p.tune":
             arguments += SWEEP
-        done = run_command(reader, *arguments, RAY_ADDRESS=ray_head, RAYTRAIN2P_FEATURES=features)
+        done = run_command(reader, *arguments, RAY_ADDRESS=ray_head, RAYTRAIN2P_FEATURES=embedded_features)
         assert done.code == 0, f"{' '.join(words)}\n{done.err[-3000:]}"
 
 

@@ -9,7 +9,7 @@ from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.config.space import Axis
 from raytrain2p.config.sweep import Sweep, SweepSettings
-from raytrain2p.config.sweep_problems import fixed_twice, schedule_problems, space_problems
+from raytrain2p.config.sweep_problems import fixed_twice, retry_problems, schedule_problems, space_problems
 
 SPACE = "sweep.space."
 
@@ -48,6 +48,7 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
     findings.extend(space_problems(sweep))
     findings.extend(fixed_twice(sweep, overrides))
     findings.extend(schedule_problems(sweep))
+    findings.extend(retry_problems(sweep))
     findings.raise_any()
     return sweep
 

@@ -100,6 +100,15 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
     return findings.problems
 
 
+def retry_problems(sweep: Sweep) -> list[Problem]:
+    """Workers that were started again while the sweep stops or pauses their trial would keep CPUs that nobody knows of."""
+    restarts = sweep.base.launch.max_failures
+    if not restarts:
+        return []
+    mend = f"set launch.max_failures=0 and sweep.max_failures={restarts}"
+    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a trial that fails is started again by the sweep", mend)]
+
+
 def pbt_problems(sweep: Sweep) -> list[Problem]:
     """Population-based training changes settings while weights stay."""
     options, every = sweep.options, sweep.base.checkpoint.every_steps

@@ -10,7 +10,7 @@ from raytrain2p.data.records import FIELDS, scan_records
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 2 if a record is bad."""
+    """Run the command and return its exit code: 0, or 2 if a record is bad; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check", help="list every bad record by line and cause")

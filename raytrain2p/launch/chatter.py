@@ -24,7 +24,7 @@ def quiet() -> None:
 @contextmanager
 def muted_stderr(verbose: bool) -> Iterator[None]:
     """Within, unless verbose, what C++ writes to this process's standard error is dropped: Ray's core does so while it starts,
-    and when Ray Data starts encoders. `own_stderr` is heard all the same.
+    and when Ray Data starts encoders (its logs have it too). `own_stderr` is heard all the same.
     """
     if verbose:
         yield

@@ -30,7 +30,7 @@ from raytrain2p.launch.stopping import StoppedError, StopSignals
 from raytrain2p.launch.trial_table import TrialTable
 from raytrain2p.launch.trials import TrialPlan, run_trial, trial_launch_id
 from raytrain2p.tracking.recorder import Recorder, end_run, send_rest
-from raytrain2p.tracking.run import add_tags
+from raytrain2p.tracking.run import add_tags, read_status, recorded_run
 from raytrain2p.tracking.sweep_plots import draw_sweep
 from raytrain2p.tracking.sweeps import (
     EARLY,
@@ -172,6 +172,16 @@ class Conductor:
         except Exception as error:
             self.console.say(f"trial {number} could not be written down as stopped early: {one_line(error)}")
 
+    def gave_up(self, number: int, reason: str) -> None:
+        """Tune does not try a trial again. Its process has said so itself, unless it was killed, or died before there was a run."""
+        self.book.give_up(number, reason)
+        run = recorded_run(self.root, trial_launch_id(self.plan.launch_id, number))
+        silent = run is None or read_status(run.path)["status"] == "RUNNING"
+        if silent:
+            self.console.say(f"trial {number}: failed: {reason}")
+        if run is not None and silent:
+            self.hand.submit(end_run, run, self.uri, "FAILED")
+
     def settle(self, number: int, state: str) -> None:
         """Write down how a trial ended that could not say so itself."""
         row = self.book.row(self.book.trial(number))
@@ -288,9 +298,6 @@ class Watch(Callback):
         self.table.changed(trial.config["trial"], FINISHED)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        number, book = trial.config["trial"], self.conductor.book
         lines = [line for line in str(trial.get_error() or "without a word").splitlines() if line.strip()]
-        if book.row(book.trial(number)).run is None:  # else it has said so itself
-            self.conductor.console.say(f"trial {number}: failed: {one_line(lines[-1])}")
-        book.give_up(number, one_line(lines[-1]))
-        self.table.changed(number, FAILED)
+        self.conductor.gave_up(trial.config["trial"], one_line(lines[-1]))
+        self.table.changed(trial.config["trial"], FAILED)

@@ -5,6 +5,7 @@ it ended. It imports nothing that trains: each trial has this in a process of it
 import os
 import shlex
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,6 +31,10 @@ class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
 
 
+class LetGoError(RuntimeError):
+    """The sweep has stopped or paused this trial: its workers are gone, and that is no failure."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The splits in Ray's object store, and how many training records there are. Several launches may share them."""
@@ -46,13 +51,13 @@ class TrialPart:
         membership: of the sweep.
         tags: more tags of its run.
         command: shell line that started it.
-        reported: context in which its reports reach the sweep.
+        reported: context in which its reports reach the sweep; its event is set once the sweep has stopped or paused the trial.
     """
 
     membership: Membership
     tags: dict[str, str]
     command: str
-    reported: Callable[[Any], AbstractContextManager[None]]
+    reported: Callable[[Any], AbstractContextManager[threading.Event]]
 
 
 def train(
@@ -63,6 +68,7 @@ def train(
     Raises:
         TrainingFailedError: the workers failed.
         StoppedError: a signal ended it, with a checkpoint.
+        LetGoError: the sweep ended it.
     """
     root, uri = settings.output.root, settings.tracking.uri
     board = ProgressBoard.remote()  # type: ignore[attr-defined]
@@ -79,14 +85,17 @@ def train(
         membership=trial.membership if trial else None,
         tags=trial.tags if trial else {},
     )
+    let_go = threading.Event()
     try:
-        with followed(board, console), trial.reported(board) if trial else nullcontext():
+        with followed(board, console), trial.reported(board) if trial else nullcontext(let_go) as let_go:
             signal = fit_until_stopped(ray_trainer(plan).fit, board, console.say)
     except (StoppedError, KeyboardInterrupt):
         ray.shutdown()  # first the workers end, then it is said how
         end(root, launch_id, uri, "KILLED", console)
         raise
     except Exception as error:
+        if let_go.is_set():  # the sweep ends the workers first, and then this process
+            raise LetGoError from error
         end(root, launch_id, uri, "FAILED", console)
         raise TrainingFailedError(_cause(error)) from error
     run = recorded_run(root, launch_id)

@@ -167,9 +167,9 @@ class TrialConsole(Console):
 
 
 @contextmanager
-def reported(board: Any, number: int, exchange: int | None) -> Iterator[None]:
+def reported(board: Any, number: int, exchange: int | None) -> Iterator[threading.Event]:
     """Within, a thread hands rank 0's reports to Tune, and tells rank 0 when it may go on. If Tune stops the trial or
-    lets it pause, rank 0 never hears, and ends where it stands, with this process.
+    lets it pause, rank 0 never hears, and ends where it stands, with this process; the event that is yielded is set then.
 
     Args:
         board: between the two.
@@ -177,19 +177,24 @@ def reported(board: Any, number: int, exchange: int | None) -> Iterator[None]:
         exchange: steps between two moments at which trials are compared and may take over weights; None for never.
     """
 
+    let_go = threading.Event()
+
     def pass_on() -> None:
         with suppress(ray.exceptions.RayError):  # this process or the worker is at its end
             while True:
                 word = ray.get(board.next_report.remote())
                 try:
                     report(word, number, exchange)
+                except SystemExit:  # Tune's way to end a trial's function
+                    let_go.set()
+                    raise
                 except Exception as error:  # a full disk, for one: rank 0 must not wait for ever
                     ray.get(board.go_on.remote(f"the report could not be passed on: {type(error).__name__}: {error}"))
                     return
                 ray.get(board.go_on.remote())
 
     threading.Thread(target=pass_on, name="reports", daemon=True).start()
-    yield
+    yield let_go
 
 
 def report(word: dict[str, Any], number: int, exchange: int | None) -> None:

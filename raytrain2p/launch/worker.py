@@ -116,8 +116,8 @@ def attach_run(plan: Plan, world: World) -> Run:
 
 
 def announce_place(membership: Membership) -> None:
-    """Tell the sweep which placement group the workers are in. When Tune stops a trial, Ray Train's controller is killed with
-    its driver, and the group would stay: what cleans up behind it asks Ray's dashboard, and a local Ray has none.
+    """Tell the sweep which placement group the workers are in. When Tune stops a trial, its process is killed, with Ray Train's
+    controller in it, and the group would stay: what cleans up behind it asks Ray's dashboard, and a local Ray has none.
     """
     group = ray.util.get_current_placement_group()
     if group is not None:

@@ -8,7 +8,7 @@ from typing import Any
 from raytrain2p.tracking.checkpoints import storage_error
 from raytrain2p.tracking.journal import Journal, Point
 from raytrain2p.tracking.mirror import Mirror, MirrorThread
-from raytrain2p.tracking.run import LAUNCH_TAG, SECONDS_TO_INHERIT, Run, describe_run, run_lock, sole_writer, write_status
+from raytrain2p.tracking.run import LAUNCH_TAG, SECONDS_TO_INHERIT, Run, describe_run, read_status, run_lock, sole_writer, write_status
 from raytrain2p.tracking.store import STORE_ERRORS, client_of
 
 SECONDS_TO_SEND = 1800.0  # at the end, for what MLflow does not have yet, while it takes it; model files may be large
@@ -79,13 +79,14 @@ def recording(run: Run, uri: str, describe: dict[str, Any], tell: Callable[[str]
 
 
 def end_run(run: Run, uri: str, status: str) -> bool:
-    """Say how a run ended whose workers are gone; whether MLflow knows it.
+    """Say how a run ended whose workers are gone; whether MLflow knows it. One that has said FINISHED stays so.
 
     On a full disk the status cannot be noted: MLflow is told all the same.
     """
     with suppress(*STORE_ERRORS), run_lock(run).held(SECONDS_TO_INHERIT) as holder:
         if holder is None:
-            write_status(run.path, status)
+            if read_status(run.path)["status"] != "FINISHED":
+                write_status(run.path, status)
             Mirror(run, uri).send()
             return True
     with suppress(*STORE_ERRORS):

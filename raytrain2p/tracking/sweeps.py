@@ -30,7 +30,7 @@ OVER = (FINISHED, EARLY, FAILED)
 # What a sweep that goes on may have otherwise.
 MAY_CHANGE = (
     *("sweep.num_trials", "sweep.max_concurrent", "sweep.time_budget_s", "sweep.max_failures", "data.feature_workers"),
-    *("launch.cpus_per_worker", "launch.max_failures", "launch.object_store_mb"),
+    *("launch.cpus_per_worker", "launch.object_store_mb"),
 )
 
 

@@ -164,3 +164,9 @@ def test_a_file_without_a_sweep_is_refused(tmp_path: Path) -> None:
     path.write_text("training: {max_steps: 3}\n")
     with pytest.raises(InputError, match="has no `sweep` group"):
         load_sweep(path)
+
+
+def test_a_trial_is_started_again_by_the_sweep_alone(tmp_path: Path) -> None:
+    said = problems(tmp_path, "launch.max_failures=2")
+    assert "launch.max_failures=2" in said
+    assert "set launch.max_failures=0 and sweep.max_failures=2" in said

@@ -30,22 +30,30 @@ SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3
 
 
 @pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A feature store for the embedded set, whose pictures take a minute to encode: once for all tests that take it."""
+    return str(tmp_path_factory.mktemp("embedded_features"))
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[str]:
     """The address of a Ray head with 2 CPUs, started by hand with cluster/head.sh; stopped by its process ID."""
     options = ["--num-cpus=2", "--object-store-memory=200000000", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}"]
     options += [f"--node-ip-address={HEAD}", f"--ray-client-server-port={PORT + 10}"]
     options += [f"--min-worker-port={WORKER_PORTS}", f"--max-worker-port={WORKER_PORTS + 999}"]
-    with ray_node(tmp_path_factory.mktemp("ray"), ["bash", str(ROOT / "cluster" / "head.sh"), *options]):
+    command = ["bash", str(ROOT / "cluster" / "head.sh"), *options]
+    with ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):  # of submitted jobs
         yield f"{HEAD}:{PORT}"
 
 
 @contextmanager
-def ray_node(folder: Path, command: Sequence[str]) -> Iterator[None]:
+def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator[None]:
     """Within, the node that the command starts is up; stopped by its process ID."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
         "RAYTRAIN2P_HOME": str(folder / "home"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **variables,
     }
     log = folder / "node.log"
     with log.open("w") as stream:

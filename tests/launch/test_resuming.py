@@ -93,6 +93,22 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert len(launch.directories()) == 1
 
 
+def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    more = (f"model.aligner={untrained_aligner}", "training.batch_size=12", "training.max_steps=5000")  # 2 workers, 2 passes: 48 records
+    launch = phase2_in(workshop / "short_epochs", tiny_config, ray_head, *more, workers=2)
+    launch.start()
+    launch.wait_for_steps(8)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM, launch.log
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
+
+
 def test_a_job_that_is_stopped_keeps_a_checkpoint_and_its_run_is_killed(
     workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:

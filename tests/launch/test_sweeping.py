@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from tests.chaos.killing import Launch, kill, only_long
+from tests.chaos.killing import Launch, kill, only_long, processes
 from tests.launch.launching import SWEEP_SPACE, SWEEP_STEPS, Command, run_command, submit
 
 
@@ -261,3 +261,19 @@ def test_a_time_budget_ends_trials_as_stopped_early(tmp_path: Path, ray_head: st
     assert done.code == 0, done.err
     assert done.outcome["stopped_early"] == 2
     assert all(line["stopped_early"].startswith("time budget at step") for line in table(folder))
+
+
+@only_long
+def test_a_trial_whose_process_is_killed_is_failed_everywhere(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+    folder = tmp_path / "killed"
+    arguments = [f"--config={sweep_config}", "training.max_steps=100000", "sweep.num_trials=1", "sweep.max_failures=0"]
+    launch = SweepLaunch(folder, arguments, {"RAY_ADDRESS": ray_head})
+    launch.start()
+    launch.wait_for_steps(10)
+    (trial,) = processes("ray::ImplicitFunc")
+    assert kill(trial)
+    assert launch.wait() == 1, "no trial has a result"
+    assert "trial 0: failed: " in launch.log
+    parent, (run,) = children(folder)
+    assert (parent.info.status, run.info.status) == ("FAILED", "FAILED")
+    assert [line["state"] for line in table(folder)] == ["failed"]

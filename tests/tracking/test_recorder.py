@@ -150,6 +150,14 @@ def test_the_end_of_a_run_whose_workers_are_gone_is_on_disk_and_in_mlflow(settin
     assert mlflow_run(settings, run).info.status == status
 
 
+def test_a_run_that_has_finished_stays_so_whatever_dies_afterwards(settings: Settings) -> None:
+    run = create(settings)
+    write_status(run.path, "FINISHED")
+    assert end_run(run, settings.tracking.uri, "FAILED")
+    assert read_status(run.path)["status"] == "FINISHED"
+    assert mlflow_run(settings, run).info.status == "FINISHED"
+
+
 def test_the_end_of_a_run_is_on_disk_though_mlflow_is_away(settings: Settings) -> None:
     run = create(settings)
     with away(settings):

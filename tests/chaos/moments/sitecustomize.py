@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# name: module, what in it, whether to strike before or after it, in which call
+# name: module, what in it, whether to strike before it, after it or half-way through its file, in which call
 MOMENTS = {
     "before the run exists": ("raytrain2p.tracking.run", "_find_or_make", "before", 1),
     "between making the run and recording it": ("raytrain2p.tracking.run", "_find_or_make", "after", 1),
