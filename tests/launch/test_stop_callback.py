@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from raytrain2p.launch.stop_callback import StopOnRequest
 from raytrain2p.tracking.checkpoints import LAST
-from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.saving import BestAndLast
 from tests.tracking.test_checkpoints import Scripted
+from tests.training import trainer_in
 
 STEPS = 6
 
@@ -34,18 +35,7 @@ def stopped_at(folder: Path, steps_per_epoch: int, asked_in_step: int) -> int:
     checkpoints = BestAndLast(
         folder, "train_loss", "min", None, "epochs", steps_per_epoch, lambda *_: {"train_loss": 1.0}, lambda trainer: None
     )
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        max_epochs=-1,
-        callbacks=[checkpoints, stop, Asking(stop, asked_in_step)],
-        plugins=[CheckpointFiles()],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_in(folder, [checkpoints, stop, Asking(stop, asked_in_step)], max_steps=STEPS, max_epochs=-1)
     try:
         trainer.fit(Scripted(), DataLoader(TensorDataset(torch.zeros(steps_per_epoch, 1))))
     except SIGTERMException:

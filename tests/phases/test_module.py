@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
@@ -14,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from raytrain2p.config.settings import TrainingSettings
 from raytrain2p.data.batches import Share, StepSampler
 from raytrain2p.phases.module import PhaseModule
-from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.saving import BestAndLast
+from tests.training import trainer_in
 
 RECORDS, BATCH, STEPS = 23, 2, 17
 
@@ -62,19 +62,12 @@ def train(folder: Path, accumulate: int, stop: int | None = None, first: int = 0
     sampler = StepSampler(even, even, BATCH, accumulate, 0, 1, seed=3, first_step=first)
     loader: Any = DataLoader(Numbers(), sampler=sampler, batch_size=None)
     saving = BestAndLast(folder, "train_loss", "min", None, "epochs", sampler.steps, lambda *_: {"train_loss": 1.0}, lambda _: None)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
+    trainer = trainer_in(
+        folder,
+        [saving],
         max_steps=steps,
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
-        callbacks=[saving],
-        plugins=[CheckpointFiles()],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         limit_val_batches=0,
         use_distributed_sampler=False,
     )

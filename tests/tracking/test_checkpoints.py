@@ -29,6 +29,7 @@ from raytrain2p.tracking.checkpoints import (
     write_checkpoint,
 )
 from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from tests.training import trainer_in
 
 Values = Callable[[int], dict[str, float]]
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -96,33 +97,25 @@ def fit(
     """Train, and return what was done before and at each save, and at which steps a checkpoint competed."""
     notes = [] if notes is None else notes
     judged: list[int] = []
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
+    checkpoints = BestAndLast(
+        folder,
+        monitor,
+        mode,
+        every_steps,
+        best_of,
+        passes // accumulate,
+        lambda trainer, module: values(trainer.global_step),
+        lambda trainer: notes.append(("before", trainer.global_step)),
+        lambda metrics, judgement: judged.append(judgement.step),
+        saved,
+    )
+    trainer = trainer_in(
+        folder,
+        [checkpoints, *others],
+        NotedFiles(notes),
         max_epochs=epochs,
         max_steps=max_steps,
         accumulate_grad_batches=accumulate,
-        callbacks=[
-            BestAndLast(
-                folder,
-                monitor,
-                mode,
-                every_steps,
-                best_of,
-                passes // accumulate,
-                lambda trainer, module: values(trainer.global_step),
-                lambda trainer: notes.append(("before", trainer.global_step)),
-                lambda metrics, judgement: judged.append(judgement.step),
-                saved,
-            ),
-            *others,
-        ],
-        plugins=[NotedFiles(notes)],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     data: DataLoader[torch.Tensor] = DataLoader(torch.zeros(passes, 1))  # type: ignore[arg-type]
     trainer.fit(Scripted(size), data, ckpt_path=str(resume) if resume else None, weights_only=resume is not None)

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from raytrain2p.tracking.checkpoints import last_checkpoint
 from raytrain2p.tracking.journal import Point
 from raytrain2p.tracking.metrics import Mean, StepLog
-from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.saving import BestAndLast
+from tests.training import trainer_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
@@ -56,20 +57,7 @@ class DieAt(pl.Callback):
 def train(
     folder: Path, *callbacks: pl.Callback, passes: int, accumulate: int = 1, epochs: int = 1, steps: int = -1, resume: Path | None = None
 ) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=epochs,
-        max_steps=steps,
-        accumulate_grad_batches=accumulate,
-        callbacks=list(callbacks),
-        plugins=[CheckpointFiles()],
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = trainer_in(folder, callbacks, max_epochs=epochs, max_steps=steps, accumulate_grad_batches=accumulate)
     data: DataLoader[torch.Tensor] = DataLoader(torch.zeros(passes, 1))  # type: ignore[arg-type]
     trainer.fit(Counting(accumulate), data, ckpt_path=str(resume) if resume else None, weights_only=resume is not None)
 

@@ -1,0 +1,25 @@
+"""A Lightning trainer as tests take it: on the CPU, alone, in a folder of its own, and without a word."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from raytrain2p.tracking.saving import CheckpointFiles
+
+
+def trainer_in(folder: Path, callbacks: Sequence[pl.Callback], files: CheckpointFiles | None = None, **options: Any) -> pl.Trainer:
+    """Checkpoints are written as in training; `options` are Lightning's own."""
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        callbacks=list(callbacks),
+        plugins=[files or CheckpointFiles()],
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
