@@ -10,4 +10,6 @@ export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
 # `ray job stop` kills after 3 seconds unless told otherwise: a launch finishes its step and saves first.
 export RAY_JOB_STOP_WAIT_TIME_S="${RAY_JOB_STOP_WAIT_TIME_S:-90}"
-exec ray start --head --block --node-ip-address=127.0.0.2 --disable-usage-stats "$@"
+# The dashboard hands jobs to an agent of the node. On its default port, 52365, it yields without a word to any other Ray of
+# this machine, and then no job is ever taken ("No available agent"): a free port instead.
+exec ray start --head --block --node-ip-address=127.0.0.2 --dashboard-agent-listen-port=0 --disable-usage-stats "$@"

@@ -9,4 +9,5 @@ head="${1:-127.0.0.2:6379}"
 shift || true
 export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-disabled}" RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
-exec ray start --block --address="$head" --node-ip-address=127.0.0.3 --disable-usage-stats "$@"
+# A free port for its agent: the head's, on this same machine, may have the default one.
+exec ray start --block --address="$head" --node-ip-address=127.0.0.3 --dashboard-agent-listen-port=0 --disable-usage-stats "$@"

@@ -2,11 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,19 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -
     options += [f"--node-ip-address={HEAD}", f"--ray-client-server-port={PORT + 10}"]
     options += [f"--min-worker-port={WORKER_PORTS}", f"--max-worker-port={WORKER_PORTS + 999}"]
     command = ["bash", str(ROOT / "cluster" / "head.sh"), *options]
-    with ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):  # of submitted jobs
+    # As beside any other Ray: the port is taken on which an agent listens by default, without which no job is taken.
+    with taken(52365), ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):  # of jobs
         yield f"{HEAD}:{PORT}"
+
+
+@contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Within, the port of 127.0.0.1 is in use, by this process or by one that has it already."""
+    with socket.socket() as listener:
+        with suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+        yield
 
 
 @contextmanager
