@@ -24,7 +24,7 @@ from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.mirror import Mirror
 from raytrain2p.tracking.recorder import end_run, end_unrecorded
-from raytrain2p.tracking.run import read_status, recorded_run
+from raytrain2p.tracking.run import disk_gone, read_status, recorded_run
 
 
 class TrainingFailedError(RuntimeError):
@@ -97,7 +97,7 @@ def train(
         if let_go.is_set():  # the sweep ends the workers first, and then this process
             raise LetGoError from error
         end(root, launch_id, uri, "FAILED", console)
-        raise TrainingFailedError(_cause(error)) from error
+        raise TrainingFailedError(_cause(error, disk_gone(root, launch_id))) from error
     run = recorded_run(root, launch_id)
     assert run is not None
     if signal is not None and read_status(run.path)["status"] == "KILLED":
@@ -129,10 +129,15 @@ def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> N
         console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
-def _cause(error: Exception) -> str:
-    """The worker's own traceback, without the layers around it; a full disk is no bug, and has one line."""
+def _cause(error: Exception, gone: StorageError | None) -> str:
+    """The worker's own traceback, without the layers around it; a full disk is no bug, and has one line.
+
+    Ray may be the first to find the disk gone, and has other words for it.
+    """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
     if StorageError.__name__ in type(first).__name__ or isinstance(first.__cause__, StorageError):
         return masked(str(first.__cause__ or first))
+    if gone is not None:
+        return str(gone)
     return masked("".join(traceback.format_exception(first))).rstrip() + "\n(--ray-logs shows more)"

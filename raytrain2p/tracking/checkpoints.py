@@ -27,7 +27,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -
     """
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not the run's directory: if that is gone, its disk is, and another one is below
         with aside.open("wb") as stream:
             torch.save(checkpoint, stream)
             stream.flush()

@@ -12,8 +12,12 @@ from typing import Any
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file by new content in one step, on disk before it is seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file by new content in one step, on disk before it is seen.
+
+    Its directory is made if need be, but none above it: where a run's directory is gone, its disk was taken away, and what
+    is made in its place would lie on another one.
+    """
+    path.parent.mkdir(exist_ok=True)
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:
         with aside.open("wb") as stream:

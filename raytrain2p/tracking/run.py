@@ -19,6 +19,7 @@ from mlflow.entities import ViewType
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked, without_passwords
+from raytrain2p.tracking.checkpoints import StorageError, storage_error
 from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
@@ -66,6 +67,12 @@ def launch_lock(root: str, launch_id: str) -> Lock:
     return Lock(Path(root) / ".launches" / f"{launch_id}.lock")
 
 
+def disk_gone(root: str, launch_id: str) -> StorageError | None:
+    """Whether the disk of a launch that is under way was taken away: the folder is gone in which its driver has its lock."""
+    record = launch_record(root, launch_id)
+    return None if record.parent.is_dir() else storage_error(record, FileNotFoundError(), 0)
+
+
 def run_lock(run: Run) -> Lock:
     """Held by rank 0 for as long as it writes to the run directory."""
     return Lock(run.path / ".lock")
@@ -105,10 +112,13 @@ def get_or_create_run(
         folder: made in a new directory.
 
     Raises:
+        StorageError: where the driver has its lock of the launch is gone: a run begun anew there would lie on another disk.
         STORE_ERRORS: the store has been away for a minute.
     """
     root = settings.output.root
     record = launch_record(root, launch_id)
+    if (gone := disk_gone(root, launch_id)) is not None:
+        raise gone
     with Lock(record.with_suffix(".creating")).held(2 * SECONDS_TO_CREATE) as holder:
         if holder is not None:  # rank 0 of a launch that was killed just now was at it, and does not end
             raise RuntimeError(f"launch {launch_id} is being recorded by another process ({holder})")

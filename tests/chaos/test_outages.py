@@ -109,14 +109,14 @@ def take_away(disk: Path) -> None:
 
 
 @only_long
-@pytest.mark.parametrize("disaster", [fill, make_read_only, take_away])
+@pytest.mark.parametrize(("disaster", "restarts"), [(fill, 0), (make_read_only, 0), (take_away, 0), (take_away, 1)])
 def test_the_disk_fails_and_the_run_is_failed_with_one_line(
-    disaster: Callable[[Path], None], tmp_path: Path, small_disk: Path, ray_head: str, tiny_config: Path
+    disaster: Callable[[Path], None], restarts: int, tmp_path: Path, small_disk: Path, ray_head: str, tiny_config: Path
 ) -> None:
     launch = launch_in(tmp_path / "launch", tiny_config, 1, RAY_ADDRESS=ray_head)
     launch.folder.mkdir()
     (launch.folder / "checkpoints").symlink_to(small_disk)
-    launch.arguments = [*launch.arguments, "training.max_steps=4000", "launch.max_failures=0"]
+    launch.arguments = [*launch.arguments, "training.max_steps=4000", f"launch.max_failures={restarts}"]
     launch.start()
     launch.wait_for_steps(200)
     kept = tmp_path / "kept"
@@ -127,7 +127,9 @@ def test_the_disk_fails_and_the_run_is_failed_with_one_line(
     assert "Traceback" not in launch.log
     (run,) = launch.mlflow_runs()
     assert run.info.status == "FAILED"
-    if disaster is not take_away:
+    if disaster is take_away:
+        assert list(small_disk.iterdir()) == []  # nothing is begun anew on the disk below
+    else:
         shutil.copytree(launch.directories()[0] / "lightning_checkpoints", kept)
         assert (kept / "last.ckpt").is_file()
         assert [damage(path) for path in kept.glob("[!.]*.ckpt")] == [None, None]

@@ -10,7 +10,7 @@ import pytest
 
 from raytrain2p.config import Settings
 from raytrain2p.tracking.store import prepare_store
-from tests.tracking.stores import EXPERIMENT, STORES, settings_in
+from tests.tracking.stores import EXPERIMENT, STORES, begin, settings_in
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,7 @@ def made_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(tmp_path: Path, made_store: Path) -> Settings:
     """With an SQLite store of this test's own."""
     shutil.copy(made_store / "mlflow.db", tmp_path)
-    return settings_in(tmp_path)
+    return begin(settings_in(tmp_path))
 
 
 @pytest.fixture(params=list(STORES))
@@ -40,10 +40,10 @@ def each_store(request: pytest.FixtureRequest, tmp_path: Path, made_store: Path)
     """Once with an SQLite store and once with a plain-file store of this test's own."""
     if request.param == "sqlite":
         shutil.copy(made_store / "mlflow.db", tmp_path)
-        return settings_in(tmp_path)
+        return begin(settings_in(tmp_path))
     settings = settings_in(tmp_path, store=request.param)
     prepare_store(settings, EXPERIMENT)
-    return settings
+    return begin(settings)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 
 from raytrain2p.config import Settings, load_settings
 from raytrain2p.tracking.journal import Journal, Point
-from raytrain2p.tracking.run import Run, get_or_create_run
+from raytrain2p.tracking.run import Run, get_or_create_run, launch_record
 from raytrain2p.tracking.store import client_of
 
 EXPERIMENT = "phase2_training"
@@ -29,8 +29,15 @@ def settings_in(folder: Path, *overrides: str, store: str = "sqlite", phase: int
     return load_settings(phase, None, [f"output.root={folder}/checkpoints", f"tracking.uri={STORES[store].format(folder)}", *overrides])
 
 
+def begin(settings: Settings) -> Settings:
+    """Make the place where drivers have their locks: rank 0 does not."""
+    launch_record(settings.output.root, "any").parent.mkdir(parents=True, exist_ok=True)
+    return settings
+
+
 def create(settings: Settings, launch_id: str = "launch-1", phase: str = "phase2") -> Run:
     """The run of a launch, as rank 0 gets or creates it."""
+    begin(settings)
     return get_or_create_run(settings, phase, EXPERIMENT, launch_id)
 
 

@@ -473,8 +473,8 @@ def test_what_is_saved_is_what_there_was_at_the_moment_of_saving(tmp_path: Path)
 
 
 def test_the_directory_is_made_with_the_first_checkpoint(tmp_path: Path) -> None:
-    fit(tmp_path / "run" / "checkpoints", by_epoch(1.0), 1)
-    assert names(tmp_path / "run" / "checkpoints") == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
+    fit(tmp_path / "checkpoints", by_epoch(1.0), 1)
+    assert names(tmp_path / "checkpoints") == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
 
 
 def told_of_full_disk(text: str, path: Path) -> None:
@@ -513,6 +513,12 @@ def test_training_on_a_disk_that_fills_up_ends_with_a_storage_error(small_disk: 
     assert names(small_disk) == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
     assert resumable_checkpoint(small_disk) == (small_disk / LAST, [])
     assert step_of(last_checkpoint(small_disk)) == 2
+
+
+def test_a_checkpoint_is_not_written_in_the_place_of_a_run_directory_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is gone"):
+        write_checkpoint(content(0.1), tmp_path / "a run" / "lightning_checkpoints" / LAST, None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_gone_is_told_as_such(tmp_path: Path) -> None:

@@ -15,11 +15,17 @@ from tests.tracking.stores import lock_holder
 
 
 def test_new_content_replaces_the_old_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    path = tmp_path / "made" / "on the way" / "file"
+    path = tmp_path / "made on the way" / "file"
     for content in ("older and longer", "new", b"bytes\xff", "Füße"):
         write_whole(path, content)
         assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert [path.name for path in path.parent.iterdir()] == ["file"]
+
+
+def test_a_file_is_not_written_where_the_directory_above_its_own_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "a run" / "plots" / "curves.png", b"")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_written_as_json_is_read_again(tmp_path: Path) -> None:

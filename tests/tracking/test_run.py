@@ -15,6 +15,7 @@ import pytest
 
 from raytrain2p.config import Settings, flatten, load_settings
 from raytrain2p.tracking import run as run_module
+from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import Lock, read_json, write_json
 from raytrain2p.tracking.lookup import RUN_DIRECTORY
 from raytrain2p.tracking.run import (
@@ -73,6 +74,14 @@ def test_the_same_launch_id_gives_one_run_and_one_directory(each_store: Settings
     first, second = create(each_store), create(each_store)
     assert first == second
     is_the_only_one(each_store, first)
+
+
+def test_a_run_is_not_begun_anew_where_the_disk_of_its_launch_is_gone(settings: Settings) -> None:
+    run = create(settings)
+    shutil.rmtree(settings.output.root)
+    with pytest.raises(StorageError, match="is gone"):
+        get_or_create_run(settings, run.phase, EXPERIMENT, run.launch_id)
+    assert not Path(settings.output.root).exists()
 
 
 def test_another_launch_id_gives_another_run(each_store: Settings) -> None:

@@ -29,6 +29,13 @@ from raytrain2p.tracking.sweeps import (
 SETTINGS = ["training.learning_rate", "model.lora.rank"]
 
 
+def book_in(root: Path) -> TrialBook:
+    """Of a sweep whose run has its directory, where a driver has its lock."""
+    (root / "sweep").mkdir(exist_ok=True)
+    launch_record(str(root), "any").parent.mkdir(exist_ok=True)
+    return TrialBook(root / "sweep", str(root))
+
+
 def begun(root: Path, book: TrialBook, number: int, status: str, reports: list[tuple[int, float]], early: str = "") -> Trial:
     """A trial with a run directory, as a worker leaves it."""
     trial = Trial(number, {"training.learning_rate": 0.001 * (number + 1), "model.lora.rank": 4 * (number + 1)}, f"sweep-{number}")
@@ -48,7 +55,7 @@ def begun(root: Path, book: TrialBook, number: int, status: str, reports: list[t
 
 @pytest.fixture
 def book(tmp_path: Path) -> TrialBook:
-    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    book = book_in(tmp_path)
     begun(tmp_path, book, 0, "FINISHED", [(10, 2.0), (20, 1.0), (30, 1.5)])
     begun(tmp_path, book, 1, "FINISHED", [(10, 3.0)], early="asha at step 10")
     begun(tmp_path, book, 2, "FAILED", [(10, float("nan"))])
@@ -64,7 +71,7 @@ def test_states_come_from_the_runs(book: TrialBook) -> None:
 
 
 def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path: Path) -> None:
-    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    book = book_in(tmp_path)
     trial = begun(tmp_path, book, 0, "FAILED", [(10, 2.0)])
     assert book.row(trial).state == "killed", "a driver that goes on tries it again"
     book.give_up(0, "the reason")
@@ -72,14 +79,14 @@ def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path:
 
 
 def test_a_trial_that_failed_before_it_had_a_run_is_failed(tmp_path: Path) -> None:
-    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    book = book_in(tmp_path)
     book.begin(Trial(0, {}, "sweep-0"))
     book.give_up(0, "the reason")
     assert [row.state for row in book.rows()] == ["failed"]
 
 
 def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path) -> None:
-    book = TrialBook(tmp_path / "sweep", str(tmp_path))
+    book = book_in(tmp_path)
     for number in (1000, 101, 7):
         book.begin(Trial(number, {}, f"sweep-{number}"))
     assert [trial.number for trial in book.trials()] == [7, 101, 1000]
@@ -133,7 +140,7 @@ def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(bo
     assert run is not None
     note_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
     note_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
-    (row, *_) = TrialBook(tmp_path / "sweep", str(tmp_path)).rows()
+    (row, *_) = book_in(tmp_path).rows()
     assert row.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
     assert [one.from_trial for one in row.lineage] == [1, 3]
     assert table_of([row], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
