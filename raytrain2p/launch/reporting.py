@@ -12,9 +12,10 @@ import ray
 import ray.train
 import ray.train.collective
 
-from raytrain2p.tracking.checkpoints import Judgement, storage_error
+from raytrain2p.tracking.checkpoints import Judgement
 from raytrain2p.tracking.files import write_json
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.storage import storage_error
 from raytrain2p.tracking.sweeps import OBJECTIVE
 
 # A report waits until Ray has fetched the one before, about once a second: epochs that are shorter must not wait for that.

@@ -20,11 +20,11 @@ from raytrain2p.launch.plan import Membership, Outcome, Plan
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
 from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
-from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.mirror import Mirror
 from raytrain2p.tracking.recorder import end_run, end_unrecorded
 from raytrain2p.tracking.run import disk_gone, read_status, recorded_run
+from raytrain2p.tracking.storage import StorageError
 
 
 class TrainingFailedError(RuntimeError):

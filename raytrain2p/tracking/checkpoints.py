@@ -1,6 +1,5 @@
 """Checkpoint files: each one whole or not there, which is the best, which the latest, and which are damaged."""
 
-import errno
 import os
 import shutil
 import zipfile
@@ -11,12 +10,9 @@ from typing import Any
 
 import torch
 
+from raytrain2p.tracking.storage import storage_error
+
 BEST, LAST = "best-*.ckpt", "last.ckpt"
-OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-class StorageError(RuntimeError):
-    """The disk is full, read-only or gone. Its text is one line for the user."""
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
@@ -53,18 +49,6 @@ def make_best(path: Path, best: Path) -> None:
     for other in best.parent.glob(BEST):
         if other != best:
             other.unlink(missing_ok=True)
-
-
-def storage_error(path: Path, error: Exception, needed: int) -> StorageError:
-    """One line: the path, what is wrong with it, and the space that is needed."""
-    folder = path.parent
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError as gone:
-        return StorageError(f"{path} cannot be written: {folder} is gone ({gone.strerror}); what was whole before stays as it is")
-    full = free < needed or getattr(error, "errno", None) in OUT_OF_SPACE
-    reason = "no space left" if full else " ".join(str(error).split())[:200]
-    return StorageError(f"{path} cannot be written: {reason}; needed {needed / 1e6:.1f} MB, free {free / 1e6:.1f} MB")
 
 
 def _size(value: Any) -> int:

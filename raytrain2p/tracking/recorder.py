@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from raytrain2p.tracking.checkpoints import storage_error
 from raytrain2p.tracking.journal import Journal, Point
 from raytrain2p.tracking.mirror import Mirror, MirrorThread
 from raytrain2p.tracking.run import LAUNCH_TAG, SECONDS_TO_INHERIT, Run, describe_run, read_status, run_lock, sole_writer, write_status
+from raytrain2p.tracking.storage import storage_error
 from raytrain2p.tracking.store import STORE_ERRORS, client_of
 
 SECONDS_TO_SEND = 1800.0  # at the end, for what MLflow does not have yet, while it takes it; model files may be large

@@ -19,8 +19,8 @@ from mlflow.entities import ViewType
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked, without_passwords
-from raytrain2p.tracking.checkpoints import StorageError, storage_error
 from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
+from raytrain2p.tracking.storage import StorageError, storage_error
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"

@@ -19,16 +19,15 @@ from torch.utils.data import DataLoader
 from raytrain2p.tracking.checkpoints import (
     LAST,
     Judgement,
-    StorageError,
     best_checkpoint,
     damage,
     last_checkpoint,
     resumable_checkpoint,
     settle,
-    storage_error,
     write_checkpoint,
 )
 from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.storage import StorageError, storage_error
 from tests.training import trainer_in
 
 Values = Callable[[int], dict[str, float]]

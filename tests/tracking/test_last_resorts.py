@@ -12,11 +12,12 @@ import pytest
 from raytrain2p.config import InputError, load_settings
 from raytrain2p.tracking import reconcile as reconcile_module
 from raytrain2p.tracking import run as run_module
-from raytrain2p.tracking.checkpoints import StorageError, write_checkpoint
+from raytrain2p.tracking.checkpoints import write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json, write_whole
 from raytrain2p.tracking.reconcile import is_alive, sync
 from raytrain2p.tracking.recorder import end_run, recording
 from raytrain2p.tracking.run import describe_run, launch_record, resolved_config, run_lock, write_status
+from raytrain2p.tracking.storage import StorageError
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 from tests.tracking.stores import create, mlflow_run, note, settings_in
 

@@ -8,11 +8,11 @@ import pytest
 
 from raytrain2p.config import Settings
 from raytrain2p.tracking import recorder as recorder_module
-from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.journal import read_points
 from raytrain2p.tracking.recorder import end_run, end_unrecorded, recording, send_rest
 from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock, write_status
+from raytrain2p.tracking.storage import StorageError
 from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, points, settings_in
 
 

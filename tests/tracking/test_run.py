@@ -15,7 +15,6 @@ import pytest
 
 from raytrain2p.config import Settings, flatten, load_settings
 from raytrain2p.tracking import run as run_module
-from raytrain2p.tracking.checkpoints import StorageError
 from raytrain2p.tracking.files import Lock, read_json, write_json
 from raytrain2p.tracking.lookup import RUN_DIRECTORY
 from raytrain2p.tracking.run import (
@@ -40,6 +39,7 @@ from raytrain2p.tracking.run import (
     sole_writer,
     write_status,
 )
+from raytrain2p.tracking.storage import StorageError
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, prepare_store
 from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, lock_holder, mlflow_run, mlflow_runs, settings_in
 
