@@ -97,7 +97,7 @@ def train(
         if let_go.is_set():  # the sweep ends the workers first, and then this process
             raise LetGoError from error
         end(root, launch_id, uri, "FAILED", console)
-        raise TrainingFailedError(_cause(error, disk_gone(root, launch_id))) from error
+        raise TrainingFailedError(cause_of(error, disk_gone(root, launch_id))) from error
     run = recorded_run(root, launch_id)
     assert run is not None
     if signal is not None and read_status(run.path)["status"] == "KILLED":
@@ -127,12 +127,16 @@ def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> N
         return
     if not end_run(run, uri, status):
         console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
+    elif read_status(run.path)["status"] == "RUNNING":
+        console.say(f"how it ended could not be noted on its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
 
 
-def _cause(error: Exception, gone: StorageError | None) -> str:
-    """The worker's own traceback, without the layers around it; a full disk is no bug, and has one line.
+def cause_of(error: Exception, gone: StorageError | None) -> str:
+    """The worker's own traceback, without the layers around it; a disk that failed is no bug, and has one line.
 
-    Ray may be the first to find the disk gone, and has other words for it.
+    Args:
+        error: what Ray raised.
+        gone: whether the launch's disk is. Ray may be the first to find that out, and has other words for it.
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error

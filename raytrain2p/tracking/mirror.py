@@ -19,12 +19,17 @@ from raytrain2p.config import flatten_tree
 from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import ARTIFACTS, Run, read_status, run_lock
+from raytrain2p.tracking.storage import storage_error
 from raytrain2p.tracking.store import client_of
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
 TRIES_AT_THE_END = 5  # a second apart, or more where a request runs into its time-out
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
+
+
+class RunDirectoryError(OSError):
+    """How far the mirror got cannot be noted: the run's own disk has failed, and not MLflow."""
 
 
 class Mirror:
@@ -53,8 +58,11 @@ class Mirror:
         """Send what is not sent yet: what the run is, its points, and, once it has ended, its artifacts and its status.
 
         Raises:
+            RunDirectoryError: the disk of the run is full, read-only or gone.
             STORE_ERRORS: MLflow is away; nothing is lost, call again.
         """
+        if not self.run.path.is_dir():
+            raise RunDirectoryError(str(storage_error(self.state_path, FileNotFoundError(), 0)))
         self._send_description()
         while self._send_points():
             pass
@@ -73,7 +81,10 @@ class Mirror:
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
-        write_json(self.state_path, self.state)
+        try:
+            write_json(self.state_path, self.state)
+        except OSError as error:
+            raise RunDirectoryError(str(storage_error(self.state_path, error, 1_000))) from None
 
     def _note_sent(self, end: int) -> None:
         self._note(sent=end, sending=None)
@@ -157,7 +168,7 @@ class MirrorThread:
         return not self.thread.is_alive() and self.mirror.complete()
 
     def _work(self) -> None:
-        wait, failed = SEND_SECONDS, 0
+        wait, failed, told = SEND_SECONDS, 0, False
         while True:
             closing = self.closing.wait(wait)
             with suppress(OSError):
@@ -165,8 +176,8 @@ class MirrorThread:
             try:
                 self.mirror.send()
             except Exception as error:  # whatever MLflow's client raises: training must not stop for it
-                if not failed:
-                    reason = one_line(error)
+                if not told and not isinstance(error, RunDirectoryError):  # which training meets as well, and ends with
+                    told, reason = True, one_line(error)
                     self.tell(f"MLflow does not answer; training goes on, and what it lacks waits on disk ({reason})")
                 failed, wait = failed + 1, min(2 * wait, LONGEST_WAIT)
                 if closing and (failed > TRIES_AT_THE_END or time.monotonic() > self.deadline):
@@ -174,8 +185,8 @@ class MirrorThread:
                 if closing:
                     time.sleep(1)
                 continue
-            if failed:
+            if told:
                 self.tell("MLflow is back, and has everything so far")
-            failed, wait = 0, SEND_SECONDS
+            wait, failed, told = SEND_SECONDS, 0, False
             if closing:
                 return

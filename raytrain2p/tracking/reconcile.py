@@ -9,7 +9,7 @@ from raytrain2p.config import InputError
 from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.lookup import find_run, run_directories
-from raytrain2p.tracking.mirror import Mirror
+from raytrain2p.tracking.mirror import Mirror, RunDirectoryError
 from raytrain2p.tracking.run import (
     LAUNCH_TAG,
     ROOT_TAG,
@@ -23,6 +23,7 @@ from raytrain2p.tracking.run import (
     run_tags,
     write_status,
 )
+from raytrain2p.tracking.storage import storage_error
 from raytrain2p.tracking.store import STORE_ERRORS, check_password, client_of
 from raytrain2p.tracking.sweeps import SWEEPS
 
@@ -78,6 +79,9 @@ def sync(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> b
     except InputError as error:
         tell(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].mend}")
         return False
+    except RunDirectoryError as error:
+        tell(f"{name}  {error}")
+        return False
     except STORE_ERRORS as error:
         tell(f"{name}  MLflow is away: {one_line(error)}")
         return False
@@ -88,8 +92,13 @@ def sync(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> b
 def reconcile(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> bool:
     """As `sync`; a run that says RUNNING with nobody at work on it is FAILED."""
     if read_status(run.path)["status"] == "RUNNING" and not is_alive(run, root):
-        write_status(run.path, "FAILED")
-        tell(f"{run.phase} {run.run_id[:8]}  died without a word: FAILED")
+        name = f"{run.phase} {run.run_id[:8]}"
+        try:
+            write_status(run.path, "FAILED")
+        except OSError as error:
+            tell(f"{name}  {storage_error(run.path / 'status.json', error, 1_000)}")
+            return False
+        tell(f"{name}  died without a word: FAILED")
     return sync(run, root, uri, tell)
 
 

@@ -90,7 +90,9 @@ def end_run(run: Run, uri: str, status: str) -> bool:
             Mirror(run, uri).send()
             return True
     with suppress(*STORE_ERRORS):
-        client_of(uri).set_terminated(run.run_id, status)
+        noted = read_status(run.path)["status"]
+        client_of(uri).set_terminated(run.run_id, status if noted == "RUNNING" else noted)
+        return True
     return False
 
 

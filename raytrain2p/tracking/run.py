@@ -20,7 +20,7 @@ from mlflow.entities import ViewType
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
-from raytrain2p.tracking.storage import StorageError, storage_error
+from raytrain2p.tracking.storage import StorageError
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
@@ -69,8 +69,8 @@ def launch_lock(root: str, launch_id: str) -> Lock:
 
 def disk_gone(root: str, launch_id: str) -> StorageError | None:
     """Whether the disk of a launch that is under way was taken away: the folder is gone in which its driver has its lock."""
-    record = launch_record(root, launch_id)
-    return None if record.parent.is_dir() else storage_error(record, FileNotFoundError(), 0)
+    folder = launch_record(root, launch_id).parent
+    return None if folder.is_dir() else StorageError(f"{root} cannot be written: {folder} is gone; what was whole before stays as it is")
 
 
 def run_lock(run: Run) -> Lock:

@@ -125,6 +125,7 @@ def test_the_disk_fails_and_the_run_is_failed_with_one_line(
     assert "cannot be written" in launch.log
     assert ("is gone" if disaster is take_away else "needed") in launch.log
     assert "Traceback" not in launch.log
+    assert "MLflow" not in launch.log  # it is not to blame
     (run,) = launch.mlflow_runs()
     assert run.info.status == "FAILED"
     if disaster is take_away:
@@ -133,6 +134,14 @@ def test_the_disk_fails_and_the_run_is_failed_with_one_line(
         shutil.copytree(launch.directories()[0] / "lightning_checkpoints", kept)
         assert (kept / "last.ckpt").is_file()
         assert [damage(path) for path in kept.glob("[!.]*.ckpt")] == [None, None]
+        assert f"raytrain2p.runs reconcile {run.info.run_id[:8]}" in launch.log
+    if disaster is fill:  # and when there is room again
+        (small_disk / "filler").unlink()
+        done = run_command(launch.folder, "raytrain2p.runs", "reconcile", run.info.run_id[:8])
+        assert done.code == 0, done.out + done.err
+        assert (launch.status() or {})["status"] == "FAILED"
+        history = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db").get_metric_history(run.info.run_id, "train_loss")
+        assert sorted(point.step for point in history) == launch.steps() == list(range(1, len(history) + 1))
 
 
 @only_long

@@ -5,7 +5,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,13 @@ def points(*steps: int, name: str = "train_loss") -> list[Point]:
 def note(run: Run, *steps: int) -> None:
     """Append points to a run's metrics.jsonl."""
     Journal(run.path / "metrics.jsonl").append(points(*steps))
+
+
+def fill(folder: Path) -> None:
+    """Leave no room on a disk."""
+    with (folder / "somebody elses").open("wb", buffering=0) as stream, suppress(OSError):
+        while stream.write(bytes(4096)):
+            pass
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from raytrain2p.tracking.recorder import end_run, recording
 from raytrain2p.tracking.run import describe_run, launch_record, resolved_config, run_lock, write_status
 from raytrain2p.tracking.storage import StorageError
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
-from tests.tracking.stores import create, mlflow_run, note, settings_in
+from tests.tracking.stores import create, fill, mlflow_run, note, settings_in
 
 
 @pytest.mark.parametrize(
@@ -76,15 +76,6 @@ def test_a_database_that_cannot_be_opened_is_away(settings: Any, tmp_path: Path)
     write_status(run.path, "FAILED")
     (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
     assert not sync(run, settings.output.root, f"sqlite:///{tmp_path}/broken.db", lambda line: None)
-
-
-def fill(folder: Path) -> None:
-    with (folder / "somebody elses").open("wb", buffering=0) as stream:
-        try:
-            while stream.write(bytes(4096)):
-                pass
-        except OSError:
-            pass
 
 
 def test_a_disk_that_is_full_before_the_lock_is_told_as_such(small_disk: Path, settings: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,10 +17,10 @@ from raytrain2p.config import Settings, flatten_tree
 from raytrain2p.tracking import mirror as mirror_module
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.journal import Journal, Point
-from raytrain2p.tracking.mirror import PARAM_LENGTH, POINTS_PER_BATCH, Mirror, MirrorThread
+from raytrain2p.tracking.mirror import PARAM_LENGTH, POINTS_PER_BATCH, Mirror, MirrorThread, RunDirectoryError
 from raytrain2p.tracking.run import Run, describe_run, resolved_config, sole_writer, write_status
 from raytrain2p.tracking.store import STORE_ERRORS, client_of
-from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, note, points
+from tests.tracking.stores import NOBODY, away, begin, create, fill, history, mlflow_run, note, points, settings_in
 
 
 def mirror_of(settings: Settings, run: Run) -> Mirror:
@@ -480,6 +481,29 @@ def test_when_a_store_is_back_everything_arrives(settings: Settings, started: St
     assert "training goes on" in away_line
     assert "MLflow is back" in back_line
     assert mlflow_run(settings, run).info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("disaster", ["full", "gone"])
+def test_a_disk_that_fails_is_not_told_as_mlflows_fault(
+    disaster: str, small_disk: Path, settings: Settings, started: Start, told: list[str], tmp_path: Path
+) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}/checkpoints")
+    run = create(begin(settings))
+    note(run, 1)
+    mirror = Counted(run, settings.tracking.uri)
+    mirror.send()
+    note(run, 2)
+    if disaster == "full":
+        fill(small_disk)
+    else:
+        shutil.rmtree(run.path)
+    with pytest.raises(RunDirectoryError, match="no space left" if disaster == "full" else "is gone"):
+        mirror.send()
+    thread = started(mirror)
+    until(lambda: mirror.tries > 4)
+    assert not thread.close(1)
+    assert told == []
 
 
 @pytest.mark.usefixtures("hasty")

@@ -38,7 +38,7 @@ from raytrain2p.tracking.run import (
 )
 from raytrain2p.tracking.store import client_of
 from raytrain2p.tracking.sweeps import SWEEPS
-from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, history, lock_holder, mlflow_run, note
+from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, fill, history, lock_holder, mlflow_run, note, settings_in
 
 
 @pytest.fixture
@@ -166,6 +166,16 @@ def test_a_dead_run_is_failed_on_disk_though_mlflow_is_away(settings: Settings, 
     assert read_status(run.path)["status"] == "FAILED"
     assert reconcile(run, settings.output.root, None, told.append)
     assert arrived(settings, run) == ("FAILED", 2)
+
+
+def test_a_dead_run_whose_disk_is_full_is_told_with_a_line(small_disk: Path, settings: Settings, told: list[str], tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}")
+    run = left(settings, "RUNNING")
+    fill(small_disk)
+    assert not reconcile(run, settings.output.root, None, told.append)
+    assert not sync(run, settings.output.root, None, told.append)
+    assert len(told) == 2
+    assert all("cannot be written: no space left" in line for line in told)
 
 
 def test_a_run_of_another_machine_that_gave_a_sign_of_life_lives(settings: Settings, told: list[str]) -> None:

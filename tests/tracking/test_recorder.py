@@ -1,6 +1,5 @@
 """Rank 0's hand on the run directory: what it notes is on disk at once, and in a real SQLite store in the end."""
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from raytrain2p.tracking.journal import read_points
 from raytrain2p.tracking.recorder import end_run, end_unrecorded, recording, send_rest
 from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock, write_status
 from raytrain2p.tracking.storage import StorageError
-from tests.tracking.stores import NOBODY, away, create, history, mlflow_run, points, settings_in
+from tests.tracking.stores import NOBODY, away, create, fill, history, mlflow_run, points, settings_in
 
 
 @pytest.fixture
@@ -35,13 +34,6 @@ def fail_after(run: Run, settings: Settings, told: list[str], *steps: int) -> No
     with recording(run, settings.tracking.uri, description(settings), told.append) as recorder:
         recorder.write(points(*steps))
         raise ZeroDivisionError
-
-
-def fill(folder: Path) -> None:
-    """Leave no room on a disk."""
-    with (folder / "somebody elses").open("wb", buffering=0) as stream, suppress(OSError):
-        while stream.write(bytes(4096)):
-            pass
 
 
 def test_what_is_recorded_is_on_disk_at_once_and_in_mlflow_in_the_end(settings: Settings, told: list[str]) -> None:
@@ -180,9 +172,18 @@ def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, sett
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
     fill(small_disk)
-    end_run(run, settings.tracking.uri, "FAILED")
+    assert end_run(run, settings.tracking.uri, "FAILED")
     assert mlflow_run(settings, run).info.status == "FAILED"
     assert read_status(run.path)["status"] == "RUNNING"
+
+
+def test_a_run_that_has_finished_is_so_in_mlflow_though_its_disk_is_full(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}")
+    run = create(settings)
+    write_status(run.path, "FINISHED")
+    fill(small_disk)
+    assert end_run(run, settings.tracking.uri, "FAILED")
+    assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
 def test_mlflow_knows_the_end_of_a_run_whose_disk_is_gone(settings: Settings) -> None:

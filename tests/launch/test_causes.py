@@ -1,0 +1,50 @@
+"""Why a training failed, as the user reads it: a traceback for a bug, one line for a disk."""
+
+from pathlib import Path
+
+import pytest
+from ray.train import TrainingFailedError
+
+from raytrain2p.launch.training import cause_of
+from raytrain2p.tracking.run import disk_gone
+from raytrain2p.tracking.storage import StorageError
+
+
+class WorkersFailed(TrainingFailedError):
+    """As Ray's own for failed workers."""
+
+    def __init__(self, first: Exception) -> None:
+        super().__init__("layers around it")
+        self.worker_failures = {0: first, 1: RuntimeError("another worker's")}
+
+
+def raised(error: Exception) -> Exception:
+    """An error with a traceback."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_a_bug_has_the_first_workers_traceback_without_passwords() -> None:
+    text = cause_of(WorkersFailed(raised(KeyError("http://me:secret@server"))), None)
+    assert text.startswith("Traceback")
+    assert "KeyError" in text
+    assert "secret" not in text
+    assert "layers around it" not in text
+
+
+@pytest.mark.parametrize("line", ["last.ckpt cannot be written: no space left", "run.json cannot be written: gone"])
+def test_a_disk_that_failed_has_one_line(line: str) -> None:
+    assert cause_of(WorkersFailed(raised(StorageError(line))), None) == line
+    assert cause_of(WorkersFailed(raised(StorageError(line))), StorageError("another line")) == line
+
+
+def test_whoever_finds_the_disk_gone_it_is_told_in_one_line(tmp_path: Path) -> None:
+    of_rays = RuntimeError("Unable to set up cluster storage with the following settings: StorageContext<...>")
+    (tmp_path / "there" / ".launches").mkdir(parents=True)
+    assert disk_gone(str(tmp_path / "there"), "launch-1") is None
+    gone = disk_gone(str(tmp_path / "gone"), "launch-1")
+    for error in (of_rays, WorkersFailed(of_rays)):
+        assert cause_of(error, gone).startswith(f"{tmp_path / 'gone'} cannot be written: {tmp_path / 'gone' / '.launches'} is gone; ")
+        assert "StorageContext" in cause_of(error, None)
