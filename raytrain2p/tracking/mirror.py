@@ -52,7 +52,7 @@ class Mirror:
     def complete(self) -> bool:
         """Whether MLflow has everything, the final status included."""
         status = read_status(self.run.path)
-        return status["status"] != "RUNNING" and self.state["status"] == status and self._left() == 0
+        return status["status"] != "RUNNING" and self.state["status"] == status and not self._lines_left()
 
     def send(self) -> None:
         """Send what is not sent yet: what the run is, its points, and, once it has ended, its artifacts and its status.
@@ -78,6 +78,14 @@ class Mirror:
 
     def _left(self) -> int:
         return (self.journal.stat().st_size if self.journal.is_file() else 0) - int(self.state["sent"])
+
+    def _lines_left(self) -> bool:
+        """Whether a whole line is not sent. A last one that a kill or a full disk has torn was never noted."""
+        if self._left() <= 0:
+            return False
+        with self.journal.open("rb") as stream:
+            stream.seek(int(self.state["sent"]))
+            return b"\n" in stream.read()
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes

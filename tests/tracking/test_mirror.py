@@ -332,6 +332,18 @@ def test_only_what_has_ended_and_arrived_is_complete(each_store: Settings) -> No
     assert not mirror.complete()
 
 
+def test_a_run_whose_last_line_a_kill_has_torn_is_complete_without_it(settings: Settings) -> None:
+    run = create(settings)
+    mirror = mirror_of(settings, run)
+    note(run, 1)
+    with (run.path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 2, "na')
+    write_status(run.path, "FAILED")
+    mirror.send()
+    assert mirror.complete()
+    assert history(settings, run) == values(1)
+
+
 # while training goes on
 
 
