@@ -19,6 +19,7 @@ import torch
 from tests.launch.launching import start_command
 
 SECONDS_PER_LAUNCH = 240
+STEPS = 400
 LONG = "RAYTRAIN2P_CHAOS_TABLE"  # set by `make chaos`: where it wants the table
 only_long = pytest.mark.skipif(LONG not in os.environ, reason="part of `make chaos`: each launch takes 20 s or more on 2 cores")
 
@@ -28,7 +29,7 @@ class Verdict:
     """What a launch left, against an undisturbed one: a row of the table in docs/chaos.md."""
 
     scenario: str
-    kills: int
+    times: int
     runs: int
     directories: int
     duplicate_steps: int
@@ -59,6 +60,7 @@ class Launch:
     folder: Path
     arguments: Sequence[str]
     environment: dict[str, str]
+    server: str = ""  # tracking URI, if not that of an SQLite file in the folder
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -112,9 +114,13 @@ class Launch:
             assert time.monotonic() < deadline, self.log[-3000:]
             time.sleep(0.05)
 
+    @property
+    def client(self) -> mlflow.MlflowClient:
+        return mlflow.MlflowClient(self.server or f"sqlite:///{self.folder}/mlflow.db")
+
     def mlflow_runs(self) -> list[mlflow.entities.Run]:
-        """Every run of its SQLite store."""
-        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        """Every run of its store."""
+        client = self.client
         return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
 
     def status(self) -> dict[str, Any] | None:
@@ -129,6 +135,24 @@ class Launch:
         """Process ID of the worker that writes."""
         status = self.status()
         return status["pid"] if status is not None and Path(f"/proc/{status['pid']}").exists() else None
+
+
+def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = STEPS, **environment: str) -> Launch:
+    """400 steps, or more, of phase 1 with dropout on tiny models: seconds, and several checkpoints and epochs."""
+    arguments = [
+        "--phase=1",
+        f"--config={tiny_config}/phase1.yaml",
+        f"training.max_steps={steps}",
+        f"training.batch_size={8 // workers}",
+        "training.log_every=7",
+        "checkpoint.every_steps=20",
+        "checkpoint.best_of=saves",
+        "model.dropout=0.3",
+        "data.val=null",
+        "launch.max_failures=100",
+        f"launch.num_workers={workers}",
+    ]
+    return Launch(folder, arguments, environment)
 
 
 def processes(title: str) -> list[int]:
@@ -257,16 +281,15 @@ def run_with_kills(launch: Launch, target: str, kills: int, seconds: tuple[float
     return struck, stopwatch.measured
 
 
-def verdict(scenario: str, launch: Launch, undisturbed: Launch, kills: int, waits: list[float]) -> Verdict:
+def verdict(scenario: str, launch: Launch, undisturbed: Launch, times: int, waits: list[float]) -> Verdict:
     """Compare what a launch left with what an undisturbed one left."""
-    client = mlflow.MlflowClient(f"sqlite:///{launch.folder}/mlflow.db")
     runs = launch.mlflow_runs()
     steps, wanted = launch.steps(), undisturbed.steps()
-    sent = [metric.step for run in runs for metric in client.get_metric_history(run.info.run_id, "train_loss")]
+    sent = [metric.step for run in runs for metric in launch.client.get_metric_history(run.info.run_id, "train_loss")]
     mine, other = last(launch), last(undisturbed)
     return Verdict(
         scenario,
-        kills,
+        times,
         runs=len(runs),
         directories=len(launch.directories()),
         duplicate_steps=len(steps) - len(set(steps)) + len(sent) - len(set(sent)),
