@@ -74,7 +74,7 @@ def tune(options: argparse.Namespace) -> int:
     from raytrain2p.launch.progress import Console  # heavy: a typing error should not wait for it
     from raytrain2p.launch.stopping import StoppedError
     from raytrain2p.launch.summary import sweep_summary
-    from raytrain2p.launch.sweeping import run_sweep
+    from raytrain2p.launch.sweeping import SweepFailedError, run_sweep
 
     console = Console()
     try:
@@ -82,6 +82,9 @@ def tune(options: argparse.Namespace) -> int:
     except StoppedError as stopped:
         console.say(f"raytrain2p: {stopped}; go on with --resume latest")
         return stopped.exit_code
+    except SweepFailedError as failed:
+        console.say(f"raytrain2p: the sweep failed; once its disk is mended, go on with --resume latest\n{failed}")
+        return FAILED
     console.say(sweep_summary(outcome, sweep))
     if options.json:
         print(json.dumps(asdict(outcome)), flush=True)

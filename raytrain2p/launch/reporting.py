@@ -15,7 +15,7 @@ import ray.train.collective
 from raytrain2p.tracking.checkpoints import Judgement
 from raytrain2p.tracking.files import write_json
 from raytrain2p.tracking.run import Run
-from raytrain2p.tracking.storage import storage_error
+from raytrain2p.tracking.storage import is_there, storage_error
 from raytrain2p.tracking.sweeps import OBJECTIVE
 
 # A report waits until Ray has fetched the one before, about once a second: epochs that are shorter must not wait for that.
@@ -66,7 +66,7 @@ class RayReports:
             write_json(folder / "run.json", {"run_id": self.run.run_id, "directory": self.run.directory} | asdict(judgement))
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         except (OSError, RuntimeError) as error:  # Ray's bookkeeping lies on the same disk, and may be the first to find it gone
-            if isinstance(error, OSError) or not self.run.path.is_dir():
+            if isinstance(error, OSError) or not is_there(self.run.path):
                 raise storage_error(self.run.path / "run.json", error, 10_000) from None
             raise
         finally:

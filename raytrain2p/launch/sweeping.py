@@ -4,6 +4,7 @@ import uuid
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.secrets import one_line
 from raytrain2p.config.sweep import Sweep
 from raytrain2p.launch.chatter import muted_stderr, quiet
 from raytrain2p.launch.cluster import connected
@@ -15,10 +16,15 @@ from raytrain2p.launch.progress import Console, ProgressBoard
 from raytrain2p.launch.sweep_checks import check_sweep, check_trials, sweep_launch, trials_at_once
 from raytrain2p.launch.training import Prepared, mlflow_environment, typed_command
 from raytrain2p.launch.trials import TrialPlan
-from raytrain2p.tracking.recorder import recording
-from raytrain2p.tracking.run import SWEEP_TAG, Run, get_or_create_run, launch_lock
+from raytrain2p.tracking.recorder import end_unrecorded, recording
+from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, get_or_create_run, launch_lock
+from raytrain2p.tracking.storage import FAILED_DISK, StorageError
 from raytrain2p.tracking.store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.sweeps import PARENT_TAG, SWEEPS, TRIALS, TrialBook, sweep_config, sweep_page
+
+
+class SweepFailedError(RuntimeError):
+    """The disk of a sweep failed. Its text is one line for the user."""
 
 
 def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
@@ -33,6 +39,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
     Raises:
         InputError: bad input; nothing was started.
         StoppedError: a signal ended it; `--resume` goes on.
+        SweepFailedError: its disk is full, read-only or gone.
     """
     if not verbose:
         quiet()
@@ -55,10 +62,22 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
                 with muted_stderr(verbose):
                     encode(survey, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
             splits[key] = prepared(survey)
-        run = get_or_create_run(sweep.base, SWEEPS, experiment, launch_id, folder=TRIALS)
-        command = typed_command("raytrain2p.tune")
-        describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
-        recorder = stack.enter_context(recording(run, sweep.base.tracking.uri, describe, console.say))
+        try:
+            return conducted(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
+        except (OSError, StorageError) as error:
+            gone = disk_gone(root, launch_id)
+            if gone is None and isinstance(error, OSError) and error.errno not in FAILED_DISK:
+                raise
+            end_unrecorded(sweep.base.tracking.uri, launch_id, "FAILED")
+            raise SweepFailedError(one_line(gone or error, 1000)) from error
+
+
+def conducted(sweep: Sweep, launch_id: str, splits: dict[str, Prepared], at_once: int, verbose: bool, console: Console) -> SweepOutcome:
+    """Make the sweep's run, or find it, and let the trials run."""
+    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, folder=TRIALS)
+    command = typed_command("raytrain2p.tune")
+    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
+    with recording(run, sweep.base.tracking.uri, describe, console.say) as recorder:
         plan = TrialPlan(
             sweep,
             launch_id,
@@ -71,6 +90,5 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             mlflow_environment(),
             verbose,
         )
-        at_once = trials_at_once(sweep, capacity)
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
         return Conductor(plan, recorder, at_once, console).run()

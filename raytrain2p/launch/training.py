@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from raytrain2p.config import Settings
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.launch.plan import Membership, Outcome, Plan
 from raytrain2p.launch.progress import Console, ProgressBoard, followed
 from raytrain2p.launch.stopping import StoppedError, fit_until_stopped
@@ -23,8 +23,8 @@ from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.tracking.files import read_json
 from raytrain2p.tracking.mirror import Mirror
 from raytrain2p.tracking.recorder import end_run, end_unrecorded
-from raytrain2p.tracking.run import disk_gone, read_status, recorded_run
-from raytrain2p.tracking.storage import StorageError
+from raytrain2p.tracking.run import Run, disk_gone, read_status, recorded_run
+from raytrain2p.tracking.storage import FAILED_DISK, StorageError, is_there
 
 
 class TrainingFailedError(RuntimeError):
@@ -103,7 +103,7 @@ def train(
     if signal is not None and read_status(run.path)["status"] == "KILLED":
         raise StoppedError(signal)
     if not Mirror(run, uri).complete():
-        console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
+        say_sync_later(run, console)
     return Outcome(**read_json(run.path / "result.json"))
 
 
@@ -119,8 +119,11 @@ def typed_command(module: str) -> str:
 
 def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
     """Say how the run ended, if there is one and it has not said so itself."""
-    run = recorded_run(root, launch_id)
-    if run is None:
+    try:
+        run = recorded_run(root, launch_id)
+    except OSError:  # its disk has failed
+        run = None
+    if run is None or not is_there(run.path):
         end_unrecorded(uri, launch_id, status)
         return
     if read_status(run.path)["status"] == status and Mirror(run, uri).complete():
@@ -128,7 +131,13 @@ def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> N
     if not end_run(run, uri, status):
         console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
     elif read_status(run.path)["status"] == "RUNNING":
-        console.say(f"how it ended could not be noted on its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
+        console.say(f"how it ended is not on its disk yet; once it can be: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
+    elif not Mirror(run, uri).complete():
+        say_sync_later(run, console)
+
+
+def say_sync_later(run: Run, console: Console) -> None:
+    console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
 def cause_of(error: Exception, gone: StorageError | None) -> str:
@@ -144,4 +153,7 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)
-    return masked("".join(traceback.format_exception(first))).rstrip() + "\n(--ray-logs shows more)"
+    if isinstance(first, OSError) and first.errno in FAILED_DISK:
+        return masked(one_line(first))
+    told = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
+    return masked(told).rstrip() + "\n(--ray-logs shows more)"

@@ -27,7 +27,7 @@ from raytrain2p.launch.reporting import comparable
 from raytrain2p.launch.training import Prepared, TrainingFailedError, TrialPart, train
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.files import read_json, write_json
-from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
 from raytrain2p.tracking.sweeps import LINEAGE_TAG, OBJECTIVE, TRIAL_TAG, Inheritance, Trial, note_inheritance, row_of
 
 SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
@@ -101,6 +101,8 @@ def run_trial(config: dict[str, Any], plan: TrialPlan) -> None:
     settings = plan.sweep.settings(values)
     phase, root, launch_id = plan.sweep.options.phase, settings.output.root, trial_launch_id(plan.launch_id, number)
     console = TrialConsole(plan.board, number)
+    if (gone := disk_gone(root, launch_id)) is not None:  # or the lock would be on the disk below
+        raise gone
     with launch_lock(root, launch_id).held(SECONDS_TO_INHERIT) as holder:
         if holder is not None:
             raise RuntimeError(f"trial {number} is under way already: {holder}")

@@ -41,6 +41,7 @@ from raytrain2p.tracking.metrics import StepLog
 from raytrain2p.tracking.recorder import Recorder, recording
 from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
 from raytrain2p.tracking.saving import BestAndLast, CheckpointFiles
+from raytrain2p.tracking.storage import disk_told
 from raytrain2p.tracking.sweeps import OBJECTIVE
 from raytrain2p.tracking.system_metrics import SystemSampler
 
@@ -87,11 +88,18 @@ def train(plan: Plan) -> None:
         assert best is not None, "training saves at its end"
         module = restored(recipe.build(settings, data, steps, precision), best, trainer.strategy.root_device)
         if recorder is not None:  # before anything is measured: what has been trained is safe then
-            recipe.export(module, run.path / artifact, read_json(run.path / "config.json"))
+            with disk_told(run.path / artifact, size_of(module)):
+                recipe.export(module, run.path / artifact, read_json(run.path / "config.json"))
         metrics, tables = evaluate(recipe, module, data, settings, world, precision, show)
         if recorder is not None:
             recorder.write_metrics(metrics, steps)
-            finish(recorder, artifact, metrics, tables)
+            with disk_told(run.path / "result.json", 1_000_000):
+                finish(recorder, artifact, metrics, tables)
+
+
+def size_of(module: torch.nn.Module) -> int:
+    """Bytes of what is trained, which an artifact holds."""
+    return sum(weights.numel() * weights.element_size() for weights in module.parameters() if weights.requires_grad)
 
 
 def from_first(path: Path | None) -> Path | None:

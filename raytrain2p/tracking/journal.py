@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +45,16 @@ class Journal:
         lines = [json.dumps({"step": p.step, "name": p.name, "value": p.value, "time": round(p.time, 3)}) + "\n" for p in fresh]
         if not lines:
             return
-        with self.one_at_a_time, self.path.open("ab") as stream:
-            stream.write("".join(lines).encode())
-            stream.flush()
-            os.fsync(stream.fileno())
+        with self.one_at_a_time:
+            try:
+                with self.path.open("ab") as stream:
+                    stream.write("".join(lines).encode())
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError:
+                with suppress(OSError):
+                    trim_torn_line(self.path)  # there may be room again for the next one, which must not be glued to it
+                raise
 
 
 def trim_torn_line(path: Path) -> None:

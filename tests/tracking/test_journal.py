@@ -135,3 +135,15 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_noted(small_disk: Path) -> 
     (small_disk / "somebody elses").unlink()
     Journal(path, 2).append(points(*range(3, 1000)))
     assert places(path) == [("train_loss", step) for step in range(1, 1000)]
+
+
+def test_what_follows_a_line_that_a_full_disk_has_torn_is_not_glued_to_it(small_disk: Path) -> None:
+    path = small_disk / "metrics.jsonl"
+    journal = Journal(path)
+    (small_disk / "somebody elses").write_bytes(bytes(1024 * 1024 - 8192))
+    with pytest.raises(OSError, match="No space left"):
+        journal.append(points(*range(1, 1000)))
+    (small_disk / "somebody elses").unlink()
+    whole = len(places(path))
+    journal.append(points(1000))
+    assert places(path) == [("train_loss", step) for step in [*range(1, whole + 1), 1000]]

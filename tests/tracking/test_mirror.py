@@ -344,6 +344,17 @@ def test_a_run_whose_last_line_a_kill_has_torn_is_complete_without_it(settings: 
     assert history(settings, run) == values(1)
 
 
+def test_a_run_whose_journal_has_lost_what_was_sent_is_not_complete(settings: Settings) -> None:
+    run = create(settings)
+    mirror = mirror_of(settings, run)
+    note(run, 1, 2)
+    write_status(run.path, "FAILED")
+    mirror.send()
+    assert mirror.complete()
+    (run.path / "metrics.jsonl").write_bytes(b"")
+    assert not mirror.complete()
+
+
 # while training goes on
 
 

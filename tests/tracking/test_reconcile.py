@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -176,6 +177,17 @@ def test_a_dead_run_whose_disk_is_full_is_told_with_a_line(small_disk: Path, set
     assert not sync(run, settings.output.root, None, told.append)
     assert len(told) == 2
     assert all("cannot be written: no space left" in line for line in told)
+
+
+def test_a_dead_run_whose_disk_is_read_only_is_told_with_a_line(
+    small_disk: Path, settings: Settings, told: list[str], tmp_path: Path
+) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}")
+    run = left(settings, "FAILED")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    assert not sync(run, settings.output.root, None, told.append)
+    write = f"{run.path / '.lock'} cannot be written: [Errno 30] Read-only file system"
+    assert [line.partition("  ")[2][: len(write)] for line in told] == [write]
 
 
 def test_a_run_of_another_machine_that_gave_a_sign_of_life_lives(settings: Settings, told: list[str]) -> None:

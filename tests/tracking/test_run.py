@@ -17,6 +17,7 @@ from raytrain2p.config import Settings, flatten, load_settings
 from raytrain2p.tracking import run as run_module
 from raytrain2p.tracking.files import Lock, read_json, write_json
 from raytrain2p.tracking.lookup import RUN_DIRECTORY
+from raytrain2p.tracking.mirror import Mirror
 from raytrain2p.tracking.run import (
     DIRECTORY_TAG,
     LAUNCH_TAG,
@@ -82,6 +83,24 @@ def test_a_run_is_not_begun_anew_where_the_disk_of_its_launch_is_gone(settings: 
     with pytest.raises(StorageError, match="is gone"):
         get_or_create_run(settings, run.phase, EXPERIMENT, run.launch_id)
     assert not Path(settings.output.root).exists()
+
+
+def test_a_run_whose_directory_is_gone_is_not_begun_anew(settings: Settings) -> None:
+    run = create(settings)
+    shutil.rmtree(run.path)
+    with pytest.raises(StorageError, match=f"{run.directory} is gone, where launch launch-1 has its run {run.run_id[:8]}: mount its disk"):
+        create(settings)
+    assert not run.path.exists()
+
+
+def test_a_launch_that_is_repeated_before_its_disk_is_back_does_not_begin_its_run_anew(settings: Settings) -> None:
+    run = create(settings)
+    describe_run(run, resolved_config(settings, {}), "command", {})
+    Mirror(run, settings.tracking.uri).send()
+    shutil.rmtree(settings.output.root)  # what a driver finds, and makes its lock in the place of
+    with pytest.raises(StorageError, match="is gone"):
+        create(settings)
+    assert not run.path.exists()
 
 
 def test_another_launch_id_gives_another_run(each_store: Settings) -> None:
@@ -301,7 +320,7 @@ def test_a_store_that_stays_away_is_an_error_and_the_launch_can_be_tried_again(s
 def test_a_store_that_is_away_for_a_moment_is_asked_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     failed, whole = threading.Event(), run_module._find_or_make
 
-    def noted(*arguments: Any) -> tuple[str, str]:
+    def noted(*arguments: Any) -> tuple[str, str, bool]:
         try:
             return whole(*arguments)
         except STORE_ERRORS:
