@@ -191,7 +191,7 @@ def test_a_sweep_whose_disk_is_taken_away_ends_with_one_line(tmp_path: Path, dis
     *_, what, why = launch.log.splitlines()
     assert "the sweep failed" in what
     assert "is gone" in why
-    assert list(disk.folder.iterdir()) == []
+    assert {path.name for path in disk.folder.iterdir()} <= {".ray"}  # Ray Tune's own notes: nothing is begun anew
     assert {run.info.status for run in launch.mlflow_runs()} == {"FAILED"}
 
 
