@@ -10,7 +10,7 @@ quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 2
 	@echo
 	@echo "Open the MLflow UI:            $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-	@echo "Ask the model about a picture: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
+	@echo "Ask the model about a image: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
 
 test: install-dev checks unit
 
@@ -34,7 +34,7 @@ unit: install-dev
 # What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
 chaos: install-dev
 	mkdir -p build
-	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resuming.py tests/launch/test_training.py tests/launch/test_sweeping.py tests/launch/test_two_nodes.py
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resume.py tests/launch/test_training.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
 
 install: $(VENV)/.installed

@@ -36,13 +36,14 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
     from raytrain2p.config import InstructionSettings, load_settings
     from raytrain2p.data.batches import StepSampler
     from raytrain2p.models.precision import resolve_precision
-    from raytrain2p.phases import dialogues, instruction
+    from raytrain2p.phases.instruction import data as dialogues
+    from raytrain2p.phases.instruction import module as instruction
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     settings = load_settings(2, None, [f"model.aligner={aligner}"])
     assert isinstance(settings, InstructionSettings)
-    data = dialogues.survey(settings).prepare()["train"]
+    data = dialogues.read_inputs(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
     module = instruction.build(settings, {}, steps, precision)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -120,9 +121,10 @@ def main() -> None:
         bare_loop(100_000, options.bare[0], Path(options.bare[1]))
         return
 
-    from raytrain2p.tracking.lookup import find_artifact
+    from raytrain2p.config.phases import ALIGNMENT
+    from raytrain2p.tracking.find import find_artifact
 
-    aligner = find_artifact("checkpoints", "alignment", "aligner.pt", "latest", "model.aligner")
+    aligner = find_artifact("checkpoints", ALIGNMENT, "latest", "model.aligner")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         times = folder / "times"

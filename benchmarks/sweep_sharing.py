@@ -55,9 +55,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of each")
     options = parser.parse_args()
 
-    from raytrain2p.tracking.lookup import find_artifact
+    from raytrain2p.config.phases import ALIGNMENT
+    from raytrain2p.tracking.find import find_artifact
 
-    aligner = find_artifact("checkpoints", "alignment", "aligner.pt", "latest", "model.aligner")
+    aligner = find_artifact("checkpoints", ALIGNMENT, "latest", "model.aligner")
     rates = [round(5e-4 * 1.3**number, 6) for number in range(options.trials)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

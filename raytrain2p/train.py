@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
-from raytrain2p.config.exits import FAILED, exit_code
-from raytrain2p.config.help import describe_settings
+from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.config.phases import PHASES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -17,7 +17,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         epilog=describe_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--phase", type=int, choices=(1, 2), required=True, help="1: alignment; 2: instruction")
+    parser.add_argument("--phase", type=int, choices=tuple(PHASES), required=True, help="1: alignment; 2: instruction")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: configs/phase1.yaml or configs/phase2.yaml)")
     parser.add_argument("--aligner", metavar="A", help="phase 2: path, run ID or its start, or `latest`; short for model.aligner=A")
     parser.add_argument(
@@ -42,13 +42,12 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     Raises:
         InputError: no such run; another launch ID beside it.
     """
-    from raytrain2p.tracking.lookup import check_in_place, find_run
-    from raytrain2p.tracking.store import check_password
+    from raytrain2p.tracking.find import check_in_place, find_run
+    from raytrain2p.tracking.mlflow_store import check_password
 
     if options.launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "both say which run is meant", "give one of them"))
-    phase = {1: "alignment", 2: "phase2"}[options.phase]
-    run = find_run(settings.output.root, [phase], options.resume, "--resume")
+    run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
     config = run.path / "config.json"
     if options.config is None and config.is_file():
         settings = load_settings(options.phase, config, options.overrides)
@@ -73,12 +72,12 @@ def train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         settings, options.launch_id = resumed(settings, options)
 
-    from raytrain2p.launch.driver import check, launch  # heavy: a typing error should not wait for it
-    from raytrain2p.launch.estimate import dry_run
+    from raytrain2p.launch.driver import check, launch
+    from raytrain2p.launch.dry_run import dry_run
+    from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
-    from raytrain2p.launch.stopping import StoppedError
+    from raytrain2p.launch.signals import StoppedError
     from raytrain2p.launch.summary import summary
-    from raytrain2p.launch.training import TrainingFailedError
 
     console = Console()
     if options.dry_run:

@@ -7,17 +7,16 @@ from dataclasses import asdict
 from typing import Any
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.config.exits import FAILED, exit_code
-from raytrain2p.config.help import describe_settings
-from raytrain2p.config.sweep import Sweep
-from raytrain2p.config.sweep_loading import load_sweep
+from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.sweep.load import load_sweep
+from raytrain2p.sweep.settings import Sweep, SweepSettings
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m raytrain2p.tune",
         description="Sweep settings of a phase. Each trial is a run of its own, under one parent run.",
-        epilog=describe_settings(sweep=True),
+        epilog=describe_settings({"sweep": SweepSettings}),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -38,10 +37,11 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
     Raises:
         InputError: there is none, or it cannot go on with these settings.
     """
-    from raytrain2p.tracking.files import read_json
-    from raytrain2p.tracking.lookup import check_in_place, find_run
-    from raytrain2p.tracking.store import check_password
-    from raytrain2p.tracking.sweeps import SWEEPS, check_unchanged
+    from raytrain2p.config.phases import SWEEPS
+    from raytrain2p.storage.files import read_json
+    from raytrain2p.sweep.results import check_unchanged
+    from raytrain2p.tracking.find import check_in_place, find_run
+    from raytrain2p.tracking.mlflow_store import check_password
 
     if options.config is not None:
         what = "a sweep goes on with the settings that it began with"
@@ -71,10 +71,10 @@ def tune(options: argparse.Namespace) -> int:
     if options.resume is not None:
         sweep, run = resumed(sweep, options)
 
-    from raytrain2p.launch.progress import Console  # heavy: a typing error should not wait for it
-    from raytrain2p.launch.stopping import StoppedError
-    from raytrain2p.launch.summary import sweep_summary
-    from raytrain2p.launch.sweeping import SweepFailedError, run_sweep
+    from raytrain2p.launch.progress import Console
+    from raytrain2p.launch.signals import StoppedError
+    from raytrain2p.sweep.run import SweepFailedError, run_sweep
+    from raytrain2p.sweep.summary import sweep_summary
 
     console = Console()
     try:
@@ -83,7 +83,7 @@ def tune(options: argparse.Namespace) -> int:
         console.say(f"raytrain2p: {stopped}; go on with --resume latest")
         return stopped.exit_code
     except SweepFailedError as failed:
-        console.say(f"raytrain2p: the sweep failed; once its disk is mended, go on with --resume latest\n{failed}")
+        console.say(f"raytrain2p: the sweep failed; once its disk is fixed, go on with --resume latest\n{failed}")
         return FAILED
     console.say(sweep_summary(outcome, sweep))
     if options.json:

@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-pytest_plugins = ["tests.launch.launching"]
+pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures"]
 
 # Files with many launches, the longest first: they come last, one for each test process.
 LONG = ("launch/test_training.py", "chaos/test_kills.py")
@@ -87,7 +87,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT of width 32 on 32 px pictures in patches of 8: a grid of 16 vectors."""
+    """A ViT of width 32 on 32 px images in patches of 8: a grid of 16 vectors."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("tiny_vit")
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytrain2p.data.emoji import EMOJI_FILE
-from raytrain2p.data.images import ImageRef
+from raytrain2p.data.media import ImageRef
 from tests.launch.launching import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -33,11 +33,11 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A directory with what the commands name: records of both phases, a picture, and configs/."""
+    """A directory with what the commands name: records of both phases, a image, and configs/."""
     records = tmp_path / "records"
     records.mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "picture.png").write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
+    (tmp_path / "image.png").write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
     rows: dict[int, list[dict[str, str]]] = {1: [], 2: []}
     for number in range(32):
         image = f"{number}.png"

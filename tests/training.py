@@ -6,16 +6,16 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from raytrain2p.tracking.saving import CheckpointFiles
+from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
 
 
-def trainer_in(folder: Path, callbacks: Sequence[pl.Callback], files: CheckpointFiles | None = None, **options: Any) -> pl.Trainer:
+def trainer_in(folder: Path, callbacks: Sequence[pl.Callback], files: AsyncCheckpointIO | None = None, **options: Any) -> pl.Trainer:
     """Checkpoints are written as in training; `options` are Lightning's own."""
     return pl.Trainer(
         accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),
-        plugins=[files or CheckpointFiles()],
+        plugins=[files or AsyncCheckpointIO()],
         default_root_dir=folder,
         logger=False,
         enable_checkpointing=False,

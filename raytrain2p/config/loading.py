@@ -1,7 +1,6 @@
 """From a YAML file and `key=value` overrides to checked, frozen settings; every problem is told at once."""
 
 import difflib
-import os
 import re
 import types
 import typing
@@ -12,14 +11,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.settings import SETTINGS_OF_PHASE, AlignmentSettings, InstructionSettings, monitor_problem
+from raytrain2p.config.settings import SETTINGS_OF_PHASE, Settings, monitor_problem
 
-Settings = AlignmentSettings | InstructionSettings
 Kind = TypeVar("Kind", bound=BaseModel)
-
-MODEL_KEYS = ("language_model", "image_encoder", "text_encoder")
-PACKAGE = Path(__file__).resolve().parent.parent
 
 
 class NumberLoader(yaml.SafeLoader):
@@ -31,15 +27,6 @@ NumberLoader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
     list("-+0123456789"),
 )
-
-
-def packaged_config(stem: str) -> Path:
-    """The YAML file that a command uses without `--config`: inside an installed package, or beside it in a checkout."""
-    name = f"{stem}.yaml"
-    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"{name} is neither in {PACKAGE} nor beside it: the installation is incomplete")
 
 
 def load_settings(phase: int, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -212,63 +199,3 @@ def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence
         return Problem(where, f"required: {type_name(field.annotation)}")  # the same for each branch of the union, so told once
     required = f" (required: {type_name(field.annotation)})" if field is not None else ""
     return Problem(where, f"{detail['msg']}{required}")
-
-
-def base_directory() -> Path:
-    """What relative paths are relative to: `$RAYTRAIN2P_HOME` if set, else the working directory.
-
-    A job submitted with `--working-dir` runs in a copy that Ray deletes later: results would be lost with it. There,
-    without the variable, relative paths lie under `~/raytrain2p`.
-    """
-    if home := os.environ.get("RAYTRAIN2P_HOME"):
-        return Path(home).expanduser().absolute()
-    here = Path.cwd()
-    return Path.home() / "raytrain2p" if "runtime_resources" in here.parts else here
-
-
-def absolute_paths(settings: Settings) -> Settings:
-    """Resolve every path here, in the driver: a worker's working directory is Ray's, not the user's."""
-    base = base_directory()
-
-    def resolve(text: str) -> str:
-        if "://" in text or text.startswith("emoji:"):
-            return text
-        return str(base / Path(text).expanduser())
-
-    def resolve_records(text: str) -> str:
-        """Records are input: they are looked for where the command was typed, not where results are kept."""
-        return text if "://" in text or text.startswith("emoji:") else str(Path(text).expanduser().absolute())
-
-    def resolve_model(name: str) -> str:
-        """A local directory by its whole path; hub IDs and packaged names as they are."""
-        return str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
-
-    models = {key: resolve_model(value) for key, value in settings.model if key in MODEL_KEYS}
-    data = settings.data
-    store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
-    uri = settings.tracking.uri
-    for scheme in ("sqlite:///", "file:"):
-        if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}//")):
-            uri = f"{scheme}{resolve(uri.removeprefix(scheme))}"
-    return settings.model_copy(
-        update={
-            "data": data.model_copy(
-                update={
-                    "train": resolve_records(data.train),
-                    "val": resolve_records(data.val) if data.val else None,
-                    "test": {name: resolve_records(source) for name, source in data.test.items()},
-                    "feature_store": resolve(store),
-                }
-            ),
-            "model": settings.model.model_copy(update=models),
-            "output": settings.output.model_copy(update={"root": resolve(settings.output.root)}),
-            "tracking": settings.tracking.model_copy(update={"uri": uri}),
-        }
-    )
-
-
-def cache_directory() -> Path:
-    """Where models and features are kept between runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
-    if explicit := os.environ.get("RAYTRAIN2P_CACHE"):
-        return Path(explicit).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrain2p"

@@ -8,14 +8,14 @@ MOST_SHOWN = 40  # a file of a million bad records has one cause, not a million
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `where` in the user's own words, `what` is found against what is required, how to `mend` it."""
+    """One thing that is wrong: `where` in the user's own words, `what` is found against what is required, how to `fix` it."""
 
     where: str
     what: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        return f"{self.where}\n    {self.what}" + (f"\n    mend: {self.mend}" if self.mend else "")
+        return f"{self.where}\n    {self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
 
 
 class InputError(ValueError):

@@ -16,7 +16,7 @@ class SettingsGroup(BaseModel):
 
 
 class DataSettings(SettingsGroup):
-    """Which records are read, and how their pictures become features."""
+    """Which records are read, and how their images become features."""
 
     train: str = Field(description="records to train on: a .jsonl or .parquet file, or `emoji:SPLIT` (the embedded set)")
     val: str | None = Field(None, description="records for the validation loss, in the same forms")
@@ -102,7 +102,7 @@ class EvaluationSettings(SettingsGroup):
     batch_size: PositiveInt = Field(64, description="records per forward pass")
     max_records: PositiveInt | None = Field(None, description="records per test split and task, drawn by seed; null for all")
     max_new_tokens: PositiveInt = Field(16, description="longest generated answer, in tokens (phase 2)")
-    shuffled: bool = Field(True, description="measure again with the pictures shuffled: does the model look at all? (phase 2)")
+    shuffled: bool = Field(True, description="measure again with the images shuffled: does the model look at all? (phase 2)")
     samples: Annotated[int, Field(ge=0)] = Field(20, description="sample answers kept per test split (phase 2)")
 
 
@@ -110,7 +110,7 @@ class AlignmentModelSettings(SettingsGroup):
     """Phase 1: frozen encoders and the aligner that maps them into one space."""
 
     image_encoder: str = Field("efficientnet-lite0", description="hub ID, local directory or packaged name of a vision encoder")
-    image_size: PositiveInt | None = Field(None, description="side in pixels that pictures are resized to (default: the encoder's own)")
+    image_size: PositiveInt | None = Field(None, description="side in pixels that images are resized to (default: the encoder's own)")
     text_encoder: str = Field("all-minilm-l6-v2", description="hub ID, local directory or packaged name of a text encoder")
     dimension: PositiveInt = Field(256, description="width of the shared space")
     hidden: PositiveInt = Field(512, description="width of the hidden layer of each branch")
@@ -128,14 +128,14 @@ class LoraSettings(SettingsGroup):
 
 
 class InstructionModelSettings(SettingsGroup):
-    """Phase 2: a causal language model that sees pictures through the aligner of phase 1."""
+    """Phase 2: a causal language model that sees images through the aligner of phase 1."""
 
     language_model: str = Field("smollm2-135m-instruct", description="hub ID, local directory or packaged name of a causal LM")
     image_encoder: str = Field("efficientnet-lite0", description="must be the vision encoder that the aligner was trained on")
     image_size: PositiveInt | None = Field(None, description="side in pixels; must be the one that the aligner was trained on")
     aligner: str = Field("latest", description="path of an aligner.pt, a phase 1 run ID (or its start), or `latest`")
     train_aligner: bool = Field(False, description="train the aligner on, instead of keeping it as phase 1 left it")
-    soft_tokens: PositiveInt = Field(16, description="soft tokens per picture; a larger grid is averaged down to this number")
+    soft_tokens: PositiveInt = Field(16, description="soft tokens per image; a larger grid is averaged down to this number")
     soft_token_dropout: Fraction = Field(0.0, description="share of soft tokens that are blank in each training step")
     tuning: Literal["lora", "full", "frozen"] = Field("lora", description="what trains in the language model")
     lora: LoraSettings = LoraSettings()
@@ -184,6 +184,7 @@ class InstructionSettings(RunSettings):
     model: InstructionModelSettings = InstructionModelSettings()
 
 
+Settings = AlignmentSettings | InstructionSettings
 SETTINGS_OF_PHASE: dict[int, type[AlignmentSettings] | type[InstructionSettings]] = {1: AlignmentSettings, 2: InstructionSettings}
 
 

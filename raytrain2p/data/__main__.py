@@ -1,12 +1,13 @@
-"""`python -m raytrain2p.data check FILE --phase N`: look at every record and decode every picture in full."""
+"""`python -m raytrain2p.data check FILE --phase N`: look at every record and decode every image in full."""
 
 import argparse
 import sys
 
 from raytrain2p.config import Problem
-from raytrain2p.config.exits import BAD_INPUT, exit_code
+from raytrain2p.config.cli import BAD_INPUT, exit_code
+from raytrain2p.config.phases import PHASES
 from raytrain2p.data.checks import image_problems
-from raytrain2p.data.records import FIELDS, scan_records
+from raytrain2p.data.records import scan_records
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check", help="list every bad record by line and cause")
     check.add_argument("file", help="a .jsonl or .parquet file, or emoji:SPLIT")
-    check.add_argument("--phase", type=int, choices=tuple(FIELDS), required=True, help="1: text and image; 2: instruction and response")
+    check.add_argument("--phase", type=int, choices=tuple(PHASES), required=True, help="1: text and image; 2: instruction and response")
     options = parser.parse_args(arguments)
     return exit_code(lambda: check_records(options.file, options.phase))
 
@@ -32,8 +33,8 @@ def check_records(file: str, phase: int) -> int:
         problems.append(Problem(file, "holds no record", "give a file with at least one record"))
     for problem in problems:
         print(problem)
-    pictures = len({record.image for record in records if record.image is not None})
-    print(f"{file}: {len(records)} good records with {pictures} distinct pictures, {len(problems)} problems")
+    images = len({record.image for record in records if record.image is not None})
+    print(f"{file}: {len(records)} good records with {images} distinct images, {len(problems)} problems")
     return BAD_INPUT if problems else 0
 
 

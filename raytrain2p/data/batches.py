@@ -12,7 +12,7 @@ BUCKET_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Share:
+class MicroBatch:
     """What one worker takes of one forward pass: record numbers, and the supervised tokens of the *whole* step.
 
     A mean over tokens cannot be averaged from the workers' means, where one has longer answers than another. Because the
@@ -68,13 +68,13 @@ class StepSampler:
         """Lightning calls this before each epoch."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Share]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         deal = self.accumulate * self.world_size
         skipped = self.skipped if self.epoch == self.first_epoch else 0
         for step in self.step_records()[skipped:]:
             tokens = int(self.supervised[step].sum())
             for index in range(self.accumulate):
-                yield Share(step[index * self.world_size + self.rank :: deal], tokens)
+                yield MicroBatch(step[index * self.world_size + self.rank :: deal], tokens)
 
     def step_records(self) -> np.ndarray:
         """Record numbers of this epoch's steps, (steps, global batch)."""

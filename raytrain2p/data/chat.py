@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SOFT = -1  # stands at the positions of soft tokens, until the batch is made
-PICTURE = "\N{OBJECT REPLACEMENT CHARACTER}"  # marks in the rendered text where the picture goes
+IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # marks in the rendered text where the image goes
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class ChatFormat:
     Args:
         tokenizer: of transformers.
         stop_ids: tokens that end an answer.
-        soft_tokens: soft tokens of a picture, which stands before the instruction.
+        soft_tokens: soft tokens of a image, which stands before the instruction.
         system_prompt: system message; None leaves it to the template.
     """
 
@@ -24,34 +24,36 @@ class ChatFormat:
     system_prompt: str | None = None
 
     def prompt(self, instruction: str, with_image: bool) -> list[int]:
-        """Tokens up to where the answer begins, SOFT at the picture's places."""
+        """Tokens up to where the answer begins, SOFT at the image's places."""
         return self._tokens(self._render(instruction, with_image))
 
     def response(self, instruction: str, with_image: bool, response: str) -> list[int]:
         """Tokens of the answer, with the stop token after which the template's own text would go on."""
         prompt = self._render(instruction, with_image)
         whole = self._render(instruction, with_image, response)
-        rest = whole[len(prompt) :] if whole.startswith(prompt) else response.replace(PICTURE, "")  # some templates rewrite earlier turns
+        rest = (
+            whole[len(prompt) :] if whole.startswith(prompt) else response.replace(IMAGE_MARK, "")
+        )  # some templates rewrite earlier turns
         tokens = self._tokens(rest)
         stop = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
         return tokens[: stop + 1] if stop is not None else [*tokens, *self.stop_ids[:1]]
 
     def _render(self, instruction: str, with_image: bool, response: str | None = None) -> str:
-        response = response and response.replace(PICTURE, "")
-        user = (PICTURE if with_image else "") + instruction.replace(PICTURE, "")
+        response = response and response.replace(IMAGE_MARK, "")
+        user = (IMAGE_MARK if with_image else "") + instruction.replace(IMAGE_MARK, "")
         if self.tokenizer.chat_template is None:  # a base model: there is no convention to keep to
             return f"{user}\n" + (response or "")
         messages = [{"role": "user", "content": user}]
         if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt.replace(PICTURE, "")})
+            messages.insert(0, {"role": "system", "content": self.system_prompt.replace(IMAGE_MARK, "")})
         if response is not None:
-            messages.append({"role": "assistant", "content": response.replace(PICTURE, "")})
+            messages.append({"role": "assistant", "content": response.replace(IMAGE_MARK, "")})
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
 
     def _tokens(self, text: str) -> list[int]:
-        before, picture, after = text.partition(PICTURE)
+        before, image, after = text.partition(IMAGE_MARK)
         tokens = self._plain(before)
-        return tokens + [SOFT] * self.soft_tokens + self._plain(after) if picture else tokens
+        return tokens + [SOFT] * self.soft_tokens + self._plain(after) if image else tokens
 
     def _plain(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []

@@ -1,28 +1,28 @@
-"""Checks of records that need more than their form: every picture is decoded in full."""
+"""Checks of records that need more than their form: every image is decoded in full."""
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from raytrain2p.config import Problem
-from raytrain2p.data.images import ImageRef, content_key, decoding_error
+from raytrain2p.data.media import ImageRef, content_key, decoding_error
 from raytrain2p.data.records import Record
 
 THREADS = 8  # Pillow decodes outside Python's lock
 
 
-def read_image_keys(images: Iterable[ImageRef]) -> dict[ImageRef, bytes]:
-    """The content key of each distinct picture."""
+def read_media_keys(images: Iterable[ImageRef]) -> dict[ImageRef, bytes]:
+    """The content key of each distinct image."""
     distinct = list(dict.fromkeys(images))
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(distinct, pool.map(lambda image: content_key(image.read()), distinct), strict=True))
 
 
 def image_problems(records: Iterable[Record], known: Callable[[ImageRef], bool] = lambda image: False) -> list[Problem]:
-    """Pictures that do not decode, by record.
+    """Images that do not decode, by record.
 
     Args:
         records: of either phase.
-        known: whether a picture was decoded before (its features are stored), so that it need not be again.
+        known: whether a image was decoded before (its features are stored), so that it need not be again.
     """
     users: dict[ImageRef, list[str]] = {}
     for record in records:
@@ -32,7 +32,7 @@ def image_problems(records: Iterable[Record], known: Callable[[ImageRef], bool] 
     with ThreadPoolExecutor(THREADS) as pool:
         causes: Mapping[ImageRef, str | None] = dict(zip(unknown, pool.map(_cause, unknown), strict=True))
     return [
-        Problem(where, f"image {_name(image)} does not decode: {cause}", "replace the picture or leave the record out")
+        Problem(where, f"image {_name(image)} does not decode: {cause}", "replace the image or leave the record out")
         for image, cause in causes.items()
         if cause is not None
         for where in users[image]

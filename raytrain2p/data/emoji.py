@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.data.images import ImageRef
+from raytrain2p.data.media import ImageRef
 
 EMOJI_PREFIX = "emoji:"
 EMOJI_FILE = Path(__file__).parent / "emoji" / "emoji.parquet"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from raytrain2p.data.images import ImageRef, decode_image
+from raytrain2p.data.media import ImageRef, decode_image
 
 KEY_BYTES = 32
 SHARD_ROWS = 256
@@ -97,7 +97,7 @@ class FeatureStore:
         One process at a time completes a store; a second one waits and then finds the work done.
 
         Args:
-            items: pictures or texts by content key.
+            items: images or texts by content key.
             build_encoder: makes the encoder, inside its process.
             workers: encoder processes.
             cpus: CPUs for each of them.

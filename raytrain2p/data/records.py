@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.phases import PHASES
 from raytrain2p.data.emoji import EMOJI_PREFIX, emoji_rows
-from raytrain2p.data.images import ImageRef
+from raytrain2p.data.media import ImageRef
 
-FIELDS = {1: (("text", "image"), ()), 2: (("instruction", "response"), ("image", "task"))}
 ALL_TASKS = "all"  # the task of records that name none
 
 
@@ -103,13 +103,13 @@ def _parquet_rows(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
 
 
 def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[Problem]:
-    """All that is wrong with one record's form. Whether its picture decodes is looked at elsewhere: that takes longer."""
+    """All that is wrong with one record's form. Whether its image decodes is looked at elsewhere: that takes longer."""
     if isinstance(row, Problem):
         return [row]
     if not isinstance(row, Mapping):
         return [Problem(where, f"is a {type(row).__name__}, required is a JSON object")]
     required: tuple[str, ...]
-    required, optional = FIELDS[phase]
+    required, optional = PHASES[phase].required_fields, PHASES[phase].optional_fields
     if not answered:
         required = tuple(name for name in required if name != "response")
     problems = []
@@ -144,5 +144,5 @@ def _beside(where: str, image: str) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # too long for a file's name, as a picture written out in the record itself is
+    except OSError:  # too long for a file's name, as a image written out in the record itself is
         return False

@@ -12,7 +12,7 @@ import ray
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
-from raytrain2p.launch.chatter import muted_stderr
+from raytrain2p.launch.quiet import muted_stderr
 
 SECONDS_TO_ANSWER = 5.0
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")

@@ -11,27 +11,28 @@ from typing import Any
 import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings
+from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.settings import InstructionSettings
-from raytrain2p.launch.chatter import muted_stderr, quiet
 from raytrain2p.launch.cluster import check_before_connecting, connected, cpus_per_worker
-from raytrain2p.launch.phases import PHASES
-from raytrain2p.launch.plan import Outcome
+from raytrain2p.launch.monitor import PreparedSplits, train
 from raytrain2p.launch.progress import Console
-from raytrain2p.launch.resuming import check_resumable, finished_outcome
-from raytrain2p.launch.training import Prepared, train
-from raytrain2p.phases.dialogues import check_aligner
-from raytrain2p.tracking.files import read_json
-from raytrain2p.tracking.lookup import find_artifact
+from raytrain2p.launch.quiet import muted_stderr, quiet
+from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.phases.instruction.data import check_aligner
+from raytrain2p.phases.registry import read_inputs
+from raytrain2p.storage.files import read_json
+from raytrain2p.tracking.find import find_artifact
+from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.run import Run, launch_lock, recorded_run
-from raytrain2p.tracking.store import check_store_is_shared, prepare_store
+from raytrain2p.worker.job import Outcome
 
 
 def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, Any]:
-    """Everything that can be known before a cluster is asked: models, aligner, records, pictures, resources; and, for a
+    """Everything that can be known before a cluster is asked: models, aligner, records, images, resources; and, for a
     launch that has a run already, whether these settings can go on with it.
 
     Returns:
-        The settings with the aligner resolved to a path, and the phase's survey.
+        The settings with the aligner resolved to a path, and the phase's inputs.
 
     Raises:
         InputError: every problem at once.
@@ -41,16 +42,16 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
         settings = resolve_aligner(settings, console, run)
     with findings:
         findings.extend(check_before_connecting(settings.launch))
-    survey = None
-    console.show("reading records and decoding new pictures")
+    inputs = None
+    console.show("reading records and decoding new images")
     with findings:
-        survey = PHASES[phase].survey(settings)
+        inputs = read_inputs(settings, phase)
     console.clear()
     if run is not None:
         with findings:
-            check_resumable(run, settings, survey.records if survey is not None else None)
+            check_resumable(run, settings, inputs.records if inputs is not None else None)
     findings.raise_any()
-    return settings, survey
+    return settings, inputs
 
 
 def resolve_aligner(settings: Settings, console: Console, run: Run | None = None) -> Settings:
@@ -63,7 +64,7 @@ def resolve_aligner(settings: Settings, console: Console, run: Run | None = None
     wanted = settings.model.aligner
     if run is not None and wanted == "latest" and (config := read_json(run.path / "config.json")):
         wanted = config["model"]["aligner"]
-    path = find_artifact(settings.output.root, "alignment", "aligner.pt", wanted, "model.aligner", partial(fits, settings))
+    path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings))
     console.say(f"aligner: {path}")
     return with_aligner(settings, path)
 
@@ -102,8 +103,8 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
     run = recorded_run(settings.output.root, launch_id)
     if run is not None:
         check_phase_of_launch(run, phase)
-    settings, survey = check(settings, phase, console, run)
-    if run is not None and (outcome := finished_outcome(run, settings, survey.records)) is not None:
+    settings, inputs = check(settings, phase, console, run)
+    if run is not None and (outcome := finished_outcome(run, settings, inputs.records)) is not None:
         console.say(f"run {run.run_id} is finished already")
         return outcome
     with connected(settings.launch, verbose) as capacity, ExitStack() as stack:
@@ -115,13 +116,13 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
         with muted_stderr(verbose):
-            encode(survey, settings, max(cpus for cpus, _ in capacity.nodes), console)
+            encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
         threads = cpus_per_worker(settings.launch, capacity)
         count = settings.launch.num_workers
         each = f"{threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if settings.launch.use_gpu else ''} each"
         console.say(f"starting {count} worker{'s' if count > 1 else ''} with {each}")
         say_if_waiting(threads * settings.launch.num_workers, console)
-        return train(settings, prepared(survey), phase, launch_id, threads, console)
+        return train(settings, prepared(inputs), phase, launch_id, threads, console)
 
 
 def checked_launch_id(launch_id: str) -> str:
@@ -151,11 +152,11 @@ def check_phase_of_launch(run: Run, phase: int) -> None:
         )
 
 
-def encode(survey: Any, settings: Settings, most_cpus: float, console: Console) -> None:
+def encode(inputs: Any, settings: Settings, most_cpus: float, console: Console) -> None:
     """Run the frozen encoders over what the store does not have yet.
 
     Args:
-        survey: of the phase.
+        inputs: of the phase.
         settings: of the run.
         most_cpus: of one node.
         console: where progress goes.
@@ -163,7 +164,7 @@ def encode(survey: Any, settings: Settings, most_cpus: float, console: Console) 
     workers = settings.data.feature_workers
     free = min(ray.available_resources().get("CPU", 0.0), most_cpus)
     cpus = 1 if settings.launch.use_gpu else max(1, int(free // workers))
-    for job in survey.jobs:
+    for job in inputs.jobs:
 
         def progress(done: int, total: int, what: str = job.what) -> None:
             console.show(f"encoding {what}: {done}/{total}")
@@ -175,9 +176,9 @@ def encode(survey: Any, settings: Settings, most_cpus: float, console: Console) 
             console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
 
 
-def prepared(survey: Any) -> Prepared:
-    """What a survey found, once everything is encoded."""
-    return Prepared(ray.put(survey.prepare()), survey.records)
+def prepared(inputs: Any) -> PreparedSplits:
+    """What a inputs found, once everything is encoded."""
+    return PreparedSplits(ray.put(inputs.prepare()), inputs.records)
 
 
 def say_if_waiting(needed: int, console: Console) -> None:

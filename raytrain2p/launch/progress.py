@@ -1,103 +1,17 @@
 """What the user sees while a run is under way: one live line in a terminal, occasional lines elsewhere."""
 
-import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
 
-from raytrain2p.launch.chatter import own_stderr
+from raytrain2p.launch.quiet import own_stderr
 
 PLAIN_SECONDS = 15.0  # between two lines where nobody looks all the time
-POLL_SECONDS = 2.0  # the board answers sooner if there is news
-
-
-@ray.remote(num_cpus=0)
-class ProgressBoard:
-    """Where rank 0 and the driver leave word for each other. It knows nothing that is not on disk too."""
-
-    def __init__(self) -> None:
-        self.latest: dict[str, Any] = {}
-        self.lines: list[str] = []
-        self.points: list[Any] = []
-        self.changed, self.stop, self.listening = asyncio.Event(), asyncio.Event(), False
-        self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.may_go_on = asyncio.Event()
-        self.refusal = ""
-        self.places: dict[int, str] = {}
-
-    async def put(self, word: dict[str, Any]) -> None:
-        """Where things stand; replaces what was put before."""
-        self.latest = word
-        self.changed.set()
-
-    async def say(self, line: str) -> None:
-        """A line that the user must not miss."""
-        self.lines.append(line)
-        self.changed.set()
-
-    async def put_points(self, points: Sequence[Any]) -> None:
-        """Metric points from any worker, for rank 0 to note."""
-        self.points += points
-
-    async def take_points(self) -> list[Any]:
-        points, self.points = self.points, []
-        return points
-
-    async def next(self, seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """The latest word and the lines that were not told yet, when there is news or so much time has gone by."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.changed.wait(), seconds)
-        self.changed.clear()
-        lines, self.lines = self.lines, []
-        return self.latest, lines
-
-    async def report(self, word: dict[str, Any]) -> None:
-        """How a trial does; returns when the sweep lets it go on.
-
-        Raises:
-            RuntimeError: the report could not be passed on.
-        """
-        self.may_go_on.clear()
-        await self.reports.put(word)
-        await self.may_go_on.wait()
-        if self.refusal:
-            raise RuntimeError(self.refusal)
-
-    async def next_report(self) -> dict[str, Any]:
-        """The next one, whenever it comes."""
-        return await self.reports.get()
-
-    async def go_on(self, refusal: str = "") -> None:
-        """The sweep has heard the last report, and does not stop the trial; or could not hear it."""
-        self.refusal = refusal
-        self.may_go_on.set()
-
-    async def place(self, trial: int, group: str) -> None:
-        """The placement group, in hexadecimal, of a trial's workers."""
-        self.places[trial] = group
-
-    async def place_of(self, trial: int) -> str | None:
-        """The last placement group of a trial."""
-        return self.places.get(trial)
-
-    async def request_stop(self) -> bool:
-        """Ask the workers to stop; whether they are training, and will."""
-        self.stop.set()
-        return self.listening
-
-    async def wait_for_stop(self) -> None:
-        """Returns when the driver has been asked to stop."""
-        self.listening = True
-        await self.stop.wait()
-
-    async def stop_listening(self) -> None:
-        """Training is over: nobody looks for a request any more."""
-        self.listening = False
+POLL_SECONDS = 2.0  # the channel answers sooner if there is news
 
 
 def describe(word: dict[str, Any]) -> str:
@@ -144,17 +58,17 @@ class Console:
 
 
 @contextmanager
-def followed(board: Any, console: Console) -> Iterator[None]:
-    """Within, a thread shows what workers put on the board."""
+def followed(channel: Any, console: Console) -> Iterator[None]:
+    """Within, a thread shows what workers put on the channel."""
     done = threading.Event()
 
     def follow() -> None:
         stage = ""
         while not done.is_set():
             try:
-                word, lines = ray.get(board.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
+                word, lines = ray.get(channel.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
             except ray.exceptions.RayError:
-                done.wait(POLL_SECONDS)  # the board's node is gone or slow: training goes on without a picture of it
+                done.wait(POLL_SECONDS)  # the channel's node is gone or slow: training goes on without a image of it
                 continue
             for line in lines:
                 console.say(line)
@@ -172,12 +86,3 @@ def followed(board: Any, console: Console) -> Iterator[None]:
         done.set()
         thread.join(timeout=10)
         console.clear()
-
-
-def putter(board: Any) -> Callable[[dict[str, Any]], None]:
-    """Sends a word to the board without waiting for it."""
-
-    def put(word: dict[str, Any]) -> None:
-        board.put.remote(word)
-
-    return put

@@ -8,8 +8,7 @@ from rich.table import Table
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
-from raytrain2p.config.sweep import Sweep
-from raytrain2p.launch.plan import Outcome, SweepOutcome
+from raytrain2p.worker.job import Outcome
 
 
 def summary(outcome: Outcome, phase: int, settings: Settings) -> str:
@@ -31,18 +30,6 @@ def summary(outcome: Outcome, phase: int, settings: Settings) -> str:
         f"compare    mlflow ui --backend-store-uri {masked(settings.tracking.uri)}",
     ]
     return "\n".join(lines)
-
-
-def sweep_summary(outcome: SweepOutcome, sweep: Sweep) -> str:
-    """How many trials came to what, the best one, and the next commands."""
-    counts = f"{outcome.trials} trials: {outcome.finished} finished, {outcome.stopped_early} stopped early, {outcome.failed} failed"
-    counts += f", {outcome.unfinished} not finished: --resume goes on with them" if outcome.unfinished else ""
-    lines = ["", f"sweep      {outcome.run_id}", f"directory  {outcome.directory}", counts]
-    if (best := outcome.best) is not None:
-        lines.append(f"best       trial {best['trial']}: {sweep.options.metric} {best['objective']:.4f} at step {best['at_step']}")
-        lines += [f"             {setting} = {value}" for setting, value in best["settings"].items()]
-        lines.append(f"again      {best['command']}")
-    return "\n".join([*lines, f"compare    mlflow ui --backend-store-uri {masked(sweep.base.tracking.uri)}"])
 
 
 def metric_table(metrics: dict[str, float]) -> str:

@@ -20,12 +20,12 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from raytrain2p.config import Settings
 from raytrain2p.launch.cluster import started_here
-from raytrain2p.launch.plan import Plan
+from raytrain2p.worker.job import TrainJob
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def ray_trainer(plan: Plan) -> TorchTrainer:
+def ray_trainer(plan: TrainJob) -> TorchTrainer:
     """Its bookkeeping lies under the launch ID, apart from the run directories."""
     settings, storage = plan.settings, Path(plan.settings.output.root) / ".ray"
     forget_torn_bookkeeping(storage / plan.launch_id)
@@ -52,7 +52,7 @@ def ray_trainer(plan: Plan) -> TorchTrainer:
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training function that Ray runs on each worker."""
-    from raytrain2p.launch.worker import train  # heavy, and needed on the workers alone
+    from raytrain2p.worker.train_loop import train
 
     train(config["plan"])
 

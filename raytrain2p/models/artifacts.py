@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.phases import PHASES_BY_NAME
 
 FORMAT_VERSION = 1
-PHASES = {"alignment": "aligner.pt", "phase2": "model.pt"}
 
 
 def save_artifact(path: Path, phase: str, config: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], **content: Any) -> None:
@@ -45,18 +45,18 @@ def load_artifact(path: Path, phase: str) -> dict[str, Any]:
         InputError: no such file, torn, of another format version, or of the other phase.
     """
     if not path.is_file():
-        raise InputError(Problem(str(path), "no such file", f"give the path of {PHASES[phase]}, or a run ID"))
+        raise InputError(Problem(str(path), "no such file", f"give the path of {PHASES_BY_NAME[phase].artifact}, or a run ID"))
     try:
         artifact = torch.load(path, map_location="cpu", weights_only=True)
         version, found = artifact["format_version"], artifact["phase"]
     except Exception as error:  # torch raises many kinds for a torn or foreign file; all mean the same to the user
         raise InputError(
-            Problem(str(path), f"is no {PHASES[phase]} ({type(error).__name__}): torn, or not written by raytrain2p")
+            Problem(str(path), f"is no {PHASES_BY_NAME[phase].artifact} ({type(error).__name__}): torn, or not written by raytrain2p")
         ) from None
     if version != FORMAT_VERSION:
         raise InputError(Problem(str(path), f"has format version {version}; this raytrain2p reads {FORMAT_VERSION}"))
     if found != phase:
-        raise InputError(Problem(str(path), f"comes from phase `{found}`; required is `{phase}` ({PHASES[phase]})"))
+        raise InputError(Problem(str(path), f"comes from phase `{found}`; required is `{phase}` ({PHASES_BY_NAME[phase].artifact})"))
     return artifact
 
 

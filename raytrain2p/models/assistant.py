@@ -1,7 +1,7 @@
-"""The assistant: a causal language model that reads pictures as soft tokens through the aligner.
+"""The assistant: a causal language model that reads images as soft tokens through the aligner.
 
-Shape letters: B records, L tokens of the longest record, P pictures in the batch, T grid positions, D width of the
-vision encoder, S width of the shared space, K soft tokens per picture, E embedding width of the language model,
+Shape letters: B records, L tokens of the longest record, P images in the batch, T grid positions, D width of the
+vision encoder, S width of the shared space, K soft tokens per image, E embedding width of the language model,
 M supervised positions in the batch, V vocabulary.
 """
 
@@ -24,7 +24,7 @@ class AssistantBatch:
     """Token records of equal padded length.
 
     input_ids (B, L) has any valid ID at soft-token positions; attention (B, L) is 0 at padding; soft (B, L) is True at
-    the K positions of each picture, in the order of `features` (P, T, D); labels (B, L) is -100 where there is no loss.
+    the K positions of each image, in the order of `features` (P, T, D); labels (B, L) is -100 where there is no loss.
     """
 
     input_ids: torch.Tensor
@@ -69,7 +69,7 @@ class Assistant(nn.Module):
 
     Args:
         language_model: any causal language model of transformers, bare or wrapped by peft.
-        branch: the aligner's picture branch.
+        branch: the aligner's image branch.
         dimension: S.
         soft_tokens: K.
     """
@@ -85,7 +85,7 @@ class Assistant(nn.Module):
         self.soft_tokens = soft_tokens
 
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
-        """Token embeddings with the pictures' soft tokens in their places, (B, L, E)."""
+        """Token embeddings with the images' soft tokens in their places, (B, L, E)."""
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
         features = batch.features
         if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it

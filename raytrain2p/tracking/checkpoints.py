@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from raytrain2p.tracking.storage import storage_error
+from raytrain2p.storage.errors import storage_error
 
 BEST, LAST = "best-*.ckpt", "last.ckpt"
 
@@ -62,7 +62,7 @@ def _size(value: Any) -> int:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class CheckpointScore:
     """One checkpoint's value of the monitored metric."""
 
     epoch: int

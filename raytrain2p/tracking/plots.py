@@ -1,4 +1,4 @@
-"""Pictures of a run, made to be looked at."""
+"""Images of a run, made to be looked at."""
 
 import io
 import json
@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from raytrain2p.tracking.files import write_whole
+from raytrain2p.storage.files import write_file
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 SMOOTHING = 0.9
@@ -58,7 +58,7 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
 
 
 def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str, Any]], Any], target: Path, title: str) -> None:
-    """Pictures with what was asked, what the model answered, and what was expected where it was wrong."""
+    """Images with what was asked, what the model answered, and what was expected where it was wrong."""
     columns = 5
     lines = -(-len(rows) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(2.3 * columns, 2.75 * lines), squeeze=False, layout="constrained")
@@ -95,4 +95,4 @@ def save(figure: Figure, target: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    write_whole(target, buffer.getvalue())
+    write_file(target, buffer.getvalue())

@@ -18,10 +18,12 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
 from raytrain2p.config import Settings
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME
 from raytrain2p.config.secrets import masked, without_passwords
-from raytrain2p.tracking.files import Lock, read_json, write_json, write_whole
-from raytrain2p.tracking.storage import StorageError, is_there
-from raytrain2p.tracking.store import STORE_ERRORS, client_of, experiment_name
+from raytrain2p.storage.errors import StorageError, is_reachable
+from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.locks import Lock
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
@@ -29,7 +31,7 @@ RUN_ID_LENGTH = 32
 CHECKPOINTS = "lightning_checkpoints"
 # What goes to MLflow when a run has ended: path in the run directory, folder among the run's artifacts
 ARTIFACTS = {
-    **{"aligner.pt": "aligner", "model.pt": "model", "plots": "plots", "answers.jsonl": None},
+    **{ALIGNMENT.artifact: "aligner", INSTRUCTION.artifact: "model", "plots": "plots", "answers.jsonl": None},
     **{"trials.csv": None, "best.json": None},
 }
 SECONDS_TO_CREATE = 60.0  # the driver has just spoken to the store: if it is away now, it may be back in a moment
@@ -70,7 +72,7 @@ def launch_lock(root: str, launch_id: str) -> Lock:
 def disk_gone(root: str, launch_id: str) -> StorageError | None:
     """Whether the disk of a launch that is under way was taken away: the folder is gone in which its driver has its lock."""
     folder = launch_record(root, launch_id).parent
-    if is_there(folder):
+    if is_reachable(folder):
         return None
     reason = f"{folder} is gone, or on no storage that this node shares; what was whole stays as it is"
     return StorageError(f"{root} cannot be written: {reason}")
@@ -127,7 +129,7 @@ def get_or_create_run(
         if holder is not None:  # rank 0 of a launch that was killed just now was at it, and does not end
             raise RuntimeError(f"launch {launch_id} is being recorded by another process ({holder})")
         if (run := recorded_run(root, launch_id)) is not None:
-            if not is_there(run.path):
+            if not is_reachable(run.path):
                 raise _directory_gone(run.run_id, run.directory, launch_id)
             return run
         intent = read_json(record)
@@ -137,7 +139,7 @@ def get_or_create_run(
         name, begun = experiment_name(settings, default_experiment), f"{phase}_{intent['timestamp']}"
         run_id, timestamp, is_described = _patiently(lambda: _find_or_make(settings.tracking.uri, name, begun, intent, root, tags or {}))
         directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
-        if is_described and not is_there(Path(directory)):
+        if is_described and not is_reachable(Path(directory)):
             raise _directory_gone(run_id, directory, launch_id)
         run = Run(run_id, directory, name, timestamp, launch_id, phase, masked(settings.tracking.uri))
         _patiently(lambda: client_of(settings.tracking.uri).set_tag(run_id, DIRECTORY_TAG, directory))
@@ -210,7 +212,7 @@ def sole_writer(run: Run) -> Iterator[None]:
 
 
 def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str, Any], page: str | None = None) -> list[str]:
-    """Write what the run is into its directory: settings, identity, and a page for a person. The mirror sends it on.
+    """Write what the run is into its directory: settings, identity, and a page for a person. It is sent to MLflow from there.
 
     Args:
         run: the run.
@@ -229,18 +231,18 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
         with (run.path / "changes.jsonl").open("a") as stream:
             stream.write(json.dumps(row) + "\n")
     write_json(run.path / "config.json", config)
-    write_whole(
+    write_file(
         run.path / "MLFLOW_RUN_ID.txt",
         f"run_id: {run.run_id}\ndirectory: {run.directory}\nexperiment: {run.experiment}\ntimestamp: {run.timestamp}\n",
     )
-    write_whole(run.path / "README.md", page or _readme(run, masked(command)))
+    write_file(run.path / "README.md", page or _readme(run, masked(command)))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: masked(command)}
     write_json(run.path / "run.json", asdict(run) | facts | {"tags": run_tags(run.path) | tags, "described": time.time()})
     return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
 
 
 def add_tags(run: Run, tags: dict[str, str]) -> None:
-    """Say more of a run that is described already: in its directory, from where the mirror sends it."""
+    """Say more of a run that is described already: in its directory, from where it is sent to MLflow."""
     noted = read_json(run.path / "run.json") or asdict(run)
     write_json(run.path / "run.json", noted | {"tags": noted.get("tags", {}) | tags, "described": time.time()})
 
@@ -291,10 +293,10 @@ def read_status(directory: Path) -> dict[str, Any]:
 
 
 def _readme(run: Run, command: str) -> str:
-    artifact, number = {"alignment": ("aligner.pt", 1), "phase2": ("model.pt", 2)}[run.phase]
+    phase = PHASES_BY_NAME[run.phase]
     use = (
         f"python -m raytrain2p.train --phase 2 --aligner {run.run_id[:8]}"
-        if run.phase == "alignment"
+        if phase == ALIGNMENT
         else f'python -m raytrain2p.predict --run {run.run_id[:8]} --image FILE "What does the picture show?"'
     )
     return f"""# {run.phase} run {run.run_id}
@@ -303,11 +305,11 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
 
 | file | what it is |
 |---|---|
-| `{artifact}` | the deployable result |
+| `{phase.artifact}` | the deployable result |
 | `lightning_checkpoints/` | the best checkpoint and the last one: what was trained, and the optimizer |
 | `config.json` | every setting; `changes.jsonl`, if there is one: what a resumed run had otherwise |
 | `metrics.jsonl` | every metric point |
-| `plots/` | pictures |
+| `plots/` | images |
 | `status.json` | RUNNING, FINISHED, FAILED or KILLED |
 
 Trained with
@@ -320,5 +322,5 @@ Use it:
 
 Go on with it, if it did not finish:
 
-    python -m raytrain2p.train --phase {number} --resume {run.run_id[:8]}
+    python -m raytrain2p.train --phase {phase.number} --resume {run.run_id[:8]}
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.tracking.files import write_json
+from raytrain2p.storage.files import write_json
 from tests.chaos.killing import LONG, STEPS, Launch, Verdict, launch_in
 
 Judged = Callable[[Verdict], None]

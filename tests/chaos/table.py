@@ -24,7 +24,7 @@ Of three random kills the first and the third strike in training, after a random
 random time after the first, while things start. The seconds (median, longest, and of how many kills) are from a
 kill to the next step that was not noted before; they hold the start of what was killed, and the steps since the last checkpoint,
 which are done again. A kill that another one follows before that step has no such time. Where the disk failed or a checkpoint
-was damaged, they are from the next launch, once that was mended; where MLflow was stopped, from then: training does not notice.
+was damaged, they are from the next launch, once that was fixed; where MLflow was stopped, from then: training does not notice.
 A short form runs in `make test`.
 """
 

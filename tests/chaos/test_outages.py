@@ -14,7 +14,7 @@ from tests.chaos.conftest import Judged, Undisturbed
 from tests.chaos.killing import Launch, Stopwatch, keep_up, kill_driver, launch_in, only_long, verdict
 from tests.chaos.mlflow_server import Server
 from tests.launch.launching import Command, run_command
-from tests.launch.test_sweeping import SweepLaunch
+from tests.sweep.test_run import SweepLaunch
 
 MANY_STEPS = 1500  # some are left when something happens
 
@@ -73,7 +73,7 @@ def test_mlflow_away_at_the_start_is_bad_input_and_leaves_nothing(tmp_path: Path
 
 
 class Disk:
-    """A disk of 4 MB that can fail, and be mended."""
+    """A disk of 4 MB that can fail, and be fixed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.kept = folder / "disk", folder / "kept"
@@ -98,7 +98,7 @@ class Disk:
     def take_away(self) -> None:
         unmount(self.folder)
 
-    def mend(self) -> None:
+    def fix(self) -> None:
         """Let it be again as it was."""
         (self.kept / "filler").unlink(missing_ok=True)
         self.remove(self.folder)
@@ -165,7 +165,7 @@ def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_dis
     assert run.info.status == "FAILED"
     if disaster == "take_away":
         assert list(disk.folder.iterdir()) == []  # nothing is begun anew on the disk below
-    disk.mend()
+    disk.fix()
     if (launch.status() or {})["status"] == "RUNNING" and disaster != "take_away":  # a file that is removed makes room for a status
         assert f"raytrain2p.runs reconcile {run.info.run_id[:8]}" in launch.log
     checkpoints = launch.directories()[0] / "lightning_checkpoints"

@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from raytrain2p.config import AlignmentSettings, Findings, InputError, InstructionSettings, Problem, cache_directory, flatten, load_settings
-from raytrain2p.config.loading import packaged_config
+from raytrain2p.config.paths import packaged_config
 from raytrain2p.config.problems import MOST_SHOWN
-from raytrain2p.config.sweep_loading import load_sweep
+from raytrain2p.sweep.load import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -50,7 +50,7 @@ def test_an_unknown_key_suggests_the_nearest_valid_one() -> None:
     problem = only_problem("training.learnin_rate=3")
     assert problem.where == "training.learnin_rate=3"
     assert problem.what == "no such setting"
-    assert problem.mend == "did you mean training.learning_rate?"
+    assert problem.fix == "did you mean training.learning_rate?"
 
 
 @pytest.mark.parametrize(
@@ -63,11 +63,11 @@ def test_an_unknown_key_suggests_the_nearest_valid_one() -> None:
     ],
 )
 def test_a_key_in_the_wrong_group_suggests_where_it_belongs(override: str, meant: str) -> None:
-    assert only_problem(override).mend == f"did you mean {meant}?"
+    assert only_problem(override).fix == f"did you mean {meant}?"
 
 
 def test_a_key_like_no_other_points_to_the_help() -> None:
-    assert only_problem("zzqqxx=1").mend == "`--help` lists every setting"
+    assert only_problem("zzqqxx=1").fix == "`--help` lists every setting"
 
 
 def test_a_setting_of_the_other_phase_is_refused() -> None:
@@ -122,7 +122,7 @@ def test_a_wrong_type_does_not_hide_settings_that_contradict_each_other() -> Non
 def test_the_message_counts_the_problems_and_shows_what_where_and_how_to_mend() -> None:
     text = str(InputError([Problem("a=1", "is bad", "do b"), Problem("c=2", "is worse")]))
     assert text.startswith("2 problems; nothing was started\n")
-    assert "a=1\n    is bad\n    mend: do b" in text
+    assert "a=1\n    is bad\n    fix: do b" in text
     assert text.endswith("c=2\n    is worse")
     assert str(InputError(Problem("a", "b"))).startswith("1 problem;")
 
@@ -203,7 +203,7 @@ def test_a_malformed_override_is_refused_with_an_example(override: str) -> None:
     problem = only_problem(override)
     assert problem.where == override
     assert problem.what == "is not of the form key=value"
-    assert "training.max_steps=200" in problem.mend
+    assert "training.max_steps=200" in problem.fix
 
 
 def test_an_override_that_is_not_yaml_is_refused() -> None:
@@ -242,7 +242,7 @@ def test_a_missing_required_setting_is_told_with_its_meaning(tmp_path: Path) -> 
     problem = only_problem(config=config)
     assert problem.where == f"data.train in {config}"
     assert problem.what == "is missing"
-    assert "records to train on" in problem.mend
+    assert "records to train on" in problem.fix
 
 
 def test_ranking_checkpoints_by_validation_without_validation_records_is_refused() -> None:

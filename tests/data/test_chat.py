@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from raytrain2p.data.chat import PICTURE, SOFT, ChatFormat, load_chat_format
+from raytrain2p.data.chat import IMAGE_MARK, SOFT, ChatFormat, load_chat_format
 from tests.conftest import CHAT_TEMPLATE, byte_tokenizer
 
 SOFT_TOKENS = 5
@@ -84,17 +84,17 @@ def test_a_tokenizer_without_a_template_works() -> None:
 @pytest.mark.parametrize("with_image", [True, False])
 def test_an_object_replacement_character_in_the_instruction_adds_no_soft_tokens(template: str | None, with_image: bool) -> None:
     form = chat(template)
-    assert form.prompt(f"{PICTURE}Col{PICTURE}our?", with_image) == form.prompt("Colour?", with_image)
+    assert form.prompt(f"{IMAGE_MARK}Col{IMAGE_MARK}our?", with_image) == form.prompt("Colour?", with_image)
 
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, None, "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"])
 def test_an_object_replacement_character_in_the_response_adds_no_soft_tokens(template: str | None) -> None:
     form = chat(template)
-    assert SOFT not in form.response("Colour?", True, f"re{PICTURE}d")
+    assert SOFT not in form.response("Colour?", True, f"re{IMAGE_MARK}d")
 
 
 def test_an_object_replacement_character_in_the_system_prompt_does_not_move_the_picture() -> None:
-    form = chat(system_prompt=f"Look{PICTURE} well.")
+    form = chat(system_prompt=f"Look{IMAGE_MARK} well.")
     prompt = text_of(form, form.prompt("Colour?", True))
     assert "user\n#####Colour?" in prompt
     assert prompt.count("#") == SOFT_TOKENS

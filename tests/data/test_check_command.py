@@ -28,7 +28,7 @@ def test_good_data_passes_with_exit_code_0(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "good.jpg").write_bytes(jpeg())
     file = pairs(tmp_path, "good.jpg", "good.jpg")
     assert main(["check", file, "--phase", "1"]) == 0
-    assert capsys.readouterr().out == f"{file}: 2 good records with 1 distinct pictures, 0 problems\n"
+    assert capsys.readouterr().out == f"{file}: 2 good records with 1 distinct images, 0 problems\n"
 
 
 def test_a_truncated_jpeg_is_found_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +60,7 @@ def test_records_of_the_other_phase_do_not_pass(tmp_path: Path, capsys: pytest.C
 
 def test_the_embedded_set_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "emoji:test_concept", "--phase", "2"]) == 0
-    assert "1104 good records with 552 distinct pictures" in capsys.readouterr().out
+    assert "1104 good records with 552 distinct images" in capsys.readouterr().out
 
 
 def test_a_file_without_a_record_does_not_pass_since_training_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

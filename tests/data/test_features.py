@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from raytrain2p.data.features import ENCODE_ROWS, KEY_BYTES, FeatureStore, ShardWriter, write_shard
-from raytrain2p.data.images import content_key
+from raytrain2p.data.media import content_key
 
 
 def key(name: str) -> bytes:
@@ -125,7 +125,7 @@ def test_the_writer_encodes_pictures_and_texts_in_their_order(store: FeatureStor
 
     texts = [str(number) for number in range(100, 100 + ENCODE_ROWS)]
     batch = {
-        "key": np.array([key(name) for name in ["picture", *texts]], object),
+        "key": np.array([key(name) for name in ["image", *texts]], object),
         "source": np.array([str(tmp_path / "dark.png")] + [""] * len(texts), object),
         "row": np.full(1 + len(texts), -1),
         "text": np.array(["", *texts], object),
@@ -133,5 +133,5 @@ def test_the_writer_encodes_pictures_and_texts_in_their_order(store: FeatureStor
     counted = ShardWriter(lambda: encode, str(store.directory))(batch)
     assert counted["rows"].tolist() == [1 + ENCODE_ROWS]
     assert sizes == [ENCODE_ROWS, 1]
-    table = store.table([key("picture"), key("131"), key("100")])
+    table = store.table([key("image"), key("131"), key("100")])
     assert table.gather(range(3))[:, 1, 2].tolist() == [7, 131, 100]

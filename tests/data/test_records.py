@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.data.checks import image_problems, read_image_keys
+from raytrain2p.data.checks import image_problems, read_media_keys
 from raytrain2p.data.emoji import SPLITS
-from raytrain2p.data.images import ImageRef, content_key, decode_image, decoding_error
+from raytrain2p.data.media import ImageRef, content_key, decode_image, decoding_error
 from raytrain2p.data.records import ALL_TASKS, Record, read_records, scan_records
 
 
@@ -42,30 +42,30 @@ def problems_of(path: Path, phase: int) -> list[Problem]:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     (tmp_path / "red.png").write_bytes(encoded("red"))
     return "red.png"
 
 
-def test_phase_1_records_are_text_and_image(tmp_path: Path, picture: str) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", {"text": "a red square", "image": picture})
+def test_phase_1_records_are_text_and_image(tmp_path: Path, image: str) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", {"text": "a red square", "image": image})
     (record,) = read_records(str(path), 1)
-    assert record == Record(where=f"{path}:1", image=ImageRef(str(tmp_path / picture)), text="a red square")
+    assert record == Record(where=f"{path}:1", image=ImageRef(str(tmp_path / image)), text="a red square")
 
 
-def test_phase_2_records_may_go_without_image_and_task(tmp_path: Path, picture: str) -> None:
-    rows = [{"instruction": "Colour?", "response": "red", "image": picture, "task": "colour"}, {"instruction": "Hi", "response": "Hello"}]
+def test_phase_2_records_may_go_without_image_and_task(tmp_path: Path, image: str) -> None:
+    rows = [{"instruction": "Colour?", "response": "red", "image": image, "task": "colour"}, {"instruction": "Hi", "response": "Hello"}]
     seen, plain = read_records(str(write_lines(tmp_path / "chat.jsonl", *rows)), 2)
     assert (seen.instruction, seen.response, seen.task) == ("Colour?", "red", "colour")
-    assert seen.image == ImageRef(str(tmp_path / picture))
+    assert seen.image == ImageRef(str(tmp_path / image))
     assert (plain.image, plain.task) == (None, ALL_TASKS)
 
 
 def test_image_paths_are_relative_to_the_file_and_may_be_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "with: colon" / "pictures"
+    folder = tmp_path / "with: colon" / "images"
     folder.mkdir(parents=True)
     (folder / "blue.png").write_bytes(encoded("blue"))
-    rows = [{"text": "a", "image": "pictures/blue.png"}, {"text": "b", "image": str(folder / "blue.png")}]
+    rows = [{"text": "a", "image": "images/blue.png"}, {"text": "b", "image": str(folder / "blue.png")}]
     path = write_lines(folder.parent / "pairs.jsonl", *rows)
     monkeypatch.chdir("/")
     for record in read_records(str(path), 1):
@@ -73,20 +73,20 @@ def test_image_paths_are_relative_to_the_file_and_may_be_absolute(tmp_path: Path
         assert record.image.read() == encoded("blue")
 
 
-def test_blank_lines_are_skipped_but_counted(tmp_path: Path, picture: str) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", "", {"text": "a", "image": picture}, "   ", {"text": "b", "image": picture})
+def test_blank_lines_are_skipped_but_counted(tmp_path: Path, image: str) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", "", {"text": "a", "image": image}, "   ", {"text": "b", "image": image})
     assert [record.where for record in read_records(str(path), 1)] == [f"{path}:2", f"{path}:4"]
 
 
-def test_every_bad_record_is_told_at_once_with_its_line_and_cause(tmp_path: Path, picture: str) -> None:
+def test_every_bad_record_is_told_at_once_with_its_line_and_cause(tmp_path: Path, image: str) -> None:
     path = write_lines(
         tmp_path / "pairs.jsonl",
-        {"text": "good", "image": picture},
+        {"text": "good", "image": image},
         '{"text": "torn',
         [1, 2],
-        {"image": picture},
-        {"text": 7, "image": picture},
-        {"text": "  ", "image": picture},
+        {"image": image},
+        {"text": 7, "image": image},
+        {"text": "  ", "image": image},
         {"text": "lost", "image": "absent.png"},
         {"text": "two faults", "image": ["a"]} | {"text": None},
     )
@@ -132,8 +132,8 @@ def test_the_response_may_be_left_out_where_nothing_is_learnt(tmp_path: Path) ->
     assert "response" in problems_of(path, 2)[0].what
 
 
-def test_a_scan_gives_the_good_records_beside_the_problems(tmp_path: Path, picture: str) -> None:
-    path = write_lines(tmp_path / "pairs.jsonl", {"text": "a", "image": picture}, "{", {"text": "b", "image": picture})
+def test_a_scan_gives_the_good_records_beside_the_problems(tmp_path: Path, image: str) -> None:
+    path = write_lines(tmp_path / "pairs.jsonl", {"text": "a", "image": image}, "{", {"text": "b", "image": image})
     records, problems = scan_records(str(path), 1)
     assert [record.text for record in records] == ["a", "b"]
     assert [problem.where for problem in problems] == [f"{path}:2"]
@@ -153,7 +153,7 @@ def test_an_unknown_suffix_names_those_that_are_read(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.where == f"data.val={path}"
     assert "`.csv`" in problem.what
-    assert ".jsonl or .parquet" in problem.mend
+    assert ".jsonl or .parquet" in problem.fix
 
 
 def test_a_missing_file_is_told_with_the_setting_it_came_from(tmp_path: Path) -> None:
@@ -161,16 +161,16 @@ def test_a_missing_file_is_told_with_the_setting_it_came_from(tmp_path: Path) ->
         read_records(str(tmp_path / "absent.jsonl"), 1, "data.train")
 
 
-def test_parquet_images_are_read_from_bytes_or_from_a_path(tmp_path: Path, picture: str) -> None:
+def test_parquet_images_are_read_from_bytes_or_from_a_path(tmp_path: Path, image: str) -> None:
     colours = ["green", "blue", "white", "black", "yellow"]
     rows: list[dict[str, Any]] = [{"text": colour, "image": {"bytes": encoded(colour), "path": f"{colour}.png"}} for colour in colours]
-    rows.insert(2, {"text": "red", "image": {"bytes": None, "path": picture}})
+    rows.insert(2, {"text": "red", "image": {"bytes": None, "path": image}})
     records = read_records(str(write_parquet(tmp_path / "pairs.parquet", rows)), 1)
     assert [record.text for record in records] == [row["text"] for row in rows]
     for record in records:
         assert record.image is not None
         assert record.image.read() == encoded(record.text)
-    assert records[2].image == ImageRef(str(tmp_path / picture))
+    assert records[2].image == ImageRef(str(tmp_path / image))
 
 
 def test_bad_parquet_rows_are_told_by_number(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_an_unknown_split_of_the_embedded_set_names_the_valid_ones() -> None:
         read_records("emoji:test", 1, "data.test")
     (problem,) = caught.value.problems
     assert problem.where == "data.test=emoji:test"
-    assert all(split in problem.mend for split in SPLITS)
+    assert all(split in problem.fix for split in SPLITS)
 
 
 def test_transparent_parts_become_white() -> None:
@@ -245,13 +245,13 @@ def test_torn_pictures_and_other_files_have_a_cause_and_whole_ones_none() -> Non
     whole = encoded("red", "JPEG", size=64)
     assert decoding_error(whole) is None
     assert "truncated" in (decoding_error(whole[:-40]) or "")
-    assert decoding_error(b"no picture at all")
+    assert decoding_error(b"no image at all")
     assert decoding_error(b"")
 
 
-def test_a_picture_that_does_not_decode_is_told_for_every_record_that_shows_it(tmp_path: Path, picture: str) -> None:
+def test_a_picture_that_does_not_decode_is_told_for_every_record_that_shows_it(tmp_path: Path, image: str) -> None:
     (tmp_path / "torn.jpg").write_bytes(encoded("red", "JPEG", size=64)[:-40])
-    rows = [{"text": str(number), "image": name} for number, name in enumerate(["torn.jpg", picture, "torn.jpg"])]
+    rows = [{"text": str(number), "image": name} for number, name in enumerate(["torn.jpg", image, "torn.jpg"])]
     path = write_lines(tmp_path / "pairs.jsonl", *rows)
     records = read_records(str(path), 1)
     problems = image_problems(records)
@@ -260,7 +260,7 @@ def test_a_picture_that_does_not_decode_is_told_for_every_record_that_shows_it(t
     assert image_problems(records, known=lambda image: True) == []
 
 
-def test_equal_pictures_have_one_key_wherever_they_lie(tmp_path: Path, picture: str) -> None:
+def test_equal_pictures_have_one_key_wherever_they_lie(tmp_path: Path, image: str) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", [{"text": "a", "image": {"bytes": encoded("red"), "path": None}}])
-    refs = [ImageRef(str(tmp_path / picture)), ImageRef(str(path), 0)]
-    assert read_image_keys([*refs, refs[0]]) == dict.fromkeys(refs, content_key(encoded("red")))
+    refs = [ImageRef(str(tmp_path / image)), ImageRef(str(path), 0)]
+    assert read_media_keys([*refs, refs[0]]) == dict.fromkeys(refs, content_key(encoded("red")))

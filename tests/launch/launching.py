@@ -32,7 +32,7 @@ SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3
 
 @pytest.fixture(scope="session")
 def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A feature store for the embedded set, whose pictures take a minute to encode: once for all tests that take it."""
+    """A feature store for the embedded set, whose images take a minute to encode: once for all tests that take it."""
     return str(tmp_path_factory.mktemp("embedded_features"))
 
 
@@ -209,7 +209,7 @@ def submit(command: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of coloured shapes, as records of both phases: phase1.jsonl and phase2.jsonl (with a text-only record)."""
+    """Images of coloured shapes, as records of both phases: phase1.jsonl and phase2.jsonl (with a text-only record)."""
     folder = tmp_path_factory.mktemp("shapes")
     pairs, dialogues = [], []
     for number in range(48):

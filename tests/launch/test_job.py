@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from raytrain2p.data.emoji import EMOJI_FILE
-from raytrain2p.data.images import ImageRef
+from raytrain2p.data.media import ImageRef
 from tests.launch.launching import points, run_command, submit
 
 FEW = "evaluation.max_records=16 evaluation.samples=4 --json"
@@ -25,8 +25,8 @@ def test_both_phases_run_as_submitted_jobs_the_losses_fall_and_the_result_answer
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) / 1.5
     assert len((Path(second["directory"]) / "answers.jsonl").read_text().splitlines()) == 8
 
-    picture = tmp_path / "picture.png"
-    picture.write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
-    said = run_command(tmp_path, "raytrain2p.predict", "--run", second["directory"], "--image", str(picture), "What does it show?")
+    image = tmp_path / "image.png"
+    image.write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
+    said = run_command(tmp_path, "raytrain2p.predict", "--run", second["directory"], "--image", str(image), "What does it show?")
     assert said.code == 0, said.err
     assert said.out.strip()

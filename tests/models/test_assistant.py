@@ -57,14 +57,14 @@ def built(directory: Path, tuning: str = "lora", dtype: torch.dtype = torch.floa
     return build_assistant(AssistantShape(str(directory), K, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def images(count: int = 2) -> torch.Tensor:
     """Grids of 16 positions, as they come out of the store."""
     return torch.randn(count, 16, WIDTH, generator=torch.Generator().manual_seed(8)).half()
 
 
 def batch_of(*records: int) -> AssistantBatch:
     shown = [record for record in records if SOFT in PROMPTS[record]]
-    return AssistantBatch(features=pictures()[shown], **right_padded(TOKENS, np.array(records)))
+    return AssistantBatch(features=images()[shown], **right_padded(TOKENS, np.array(records)))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
@@ -128,7 +128,7 @@ def test_a_frozen_language_model_lets_the_gradient_through_to_the_projector(fami
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_text_only_batch_gives_the_projector_and_the_aligner_gradients_of_zero(dtype: torch.dtype, families: dict[str, Path]) -> None:
-    """Else a worker whose share has no picture would keep the others waiting for its gradients."""
+    """Else a worker whose share has no image would keep the others waiting for its gradients."""
     assistant = built(families["llama"], "lora", dtype)
     loss = assistant(batch_of(2))
     loss.backward()
@@ -150,7 +150,7 @@ def test_soft_tokens_stand_in_their_places_in_the_order_of_the_pictures(families
     assistant = built(families["llama"])
     with torch.inference_mode():
         embeddings = assistant.embed(batch_of(0, 2, 1))
-        soft = assistant.projector(pool_grid(assistant.branch.grid(pictures().float()), K))
+        soft = assistant.projector(pool_grid(assistant.branch.grid(images().float()), K))
         words = assistant.language_model.get_input_embeddings()(torch.tensor([40, 60, 50]))
     torch.testing.assert_close(embeddings[0, :K], soft[0])
     torch.testing.assert_close(embeddings[2, 1 : 1 + K], soft[1])
@@ -207,7 +207,7 @@ def test_more_soft_tokens_than_positions_are_refused_with_both_numbers() -> None
 def answers(assistant: Assistant, records: list[int], stop: list[int] = [2]) -> list[list[int]]:  # noqa: B006 - never changed
     """Generated answers up to the stop token."""
     shown = [record for record in records if SOFT in PROMPTS[record]]
-    batch = AssistantBatch(features=pictures()[shown], **left_padded(TOKENS, np.array(records)))
+    batch = AssistantBatch(features=images()[shown], **left_padded(TOKENS, np.array(records)))
     rows = assistant.generate(batch, 8, stop, stop[0]).tolist()
     ends = [next((place + 1 for place, token in enumerate(row) if token in stop), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
@@ -224,7 +224,7 @@ def test_a_record_in_a_padded_batch_is_answered_as_it_is_alone(family: str, fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_is_what_the_full_forward_finds_most_likely_token_by_token(family: str, families: dict[str, Path]) -> None:
     assistant = built(families[family])
-    batch = AssistantBatch(features=pictures()[:1], **left_padded(TOKENS, np.array([0])))
+    batch = AssistantBatch(features=images()[:1], **left_padded(TOKENS, np.array([0])))
     said: list[int] = []
     with torch.inference_mode():
         embeddings = assistant.embed(batch)

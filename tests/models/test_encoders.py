@@ -89,7 +89,7 @@ KINDS = {
 }
 
 
-def pictures(count: int = 2) -> list[Image.Image]:
+def images(count: int = 2) -> list[Image.Image]:
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(count)]
 
@@ -111,7 +111,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_vision_model_gives_a_grid_of_its_width(kind: str, saved: Callable[[str], str]) -> None:
-    features = ImageEncoder(saved(kind))(pictures())
+    features = ImageEncoder(saved(kind))(images())
     assert features.shape == (2, 16, 24)
     assert features.dtype == torch.float16
     assert features.isfinite().all()
@@ -120,38 +120,38 @@ def test_every_kind_of_vision_model_gives_a_grid_of_its_width(kind: str, saved: 
 
 @pytest.mark.parametrize("kind", ["clip_vision", "clip", "siglip_vision", "siglip", "dinov2_with_registers"])
 def test_a_grid_twice_as_fine_comes_of_an_image_twice_as_large(kind: str, saved: Callable[[str], str]) -> None:
-    assert ImageEncoder(saved(kind), image_size=64)(pictures()).shape == (2, 64, 24)
+    assert ImageEncoder(saved(kind), image_size=64)(images()).shape == (2, 64, 24)
 
 
 @pytest.mark.parametrize("kind", ["convnext", "resnet"])
 def test_a_convolutional_network_takes_another_image_size(kind: str, saved: Callable[[str], str]) -> None:
     encoder = ImageEncoder(saved(kind), image_size=64)
-    assert encoder.preprocess(pictures()).shape == (2, 3, 64, 64)
-    assert encoder(pictures()).shape == (2, 4, 24)
+    assert encoder.preprocess(images()).shape == (2, 3, 64, 64)
+    assert encoder(images()).shape == (2, 4, 24)
 
 
 def test_a_vit_gives_its_patches_without_the_class_token(tiny_vit: Path) -> None:
     encoder = ImageEncoder(str(tiny_vit))
-    features = encoder(pictures())
+    features = encoder(images())
     assert features.shape == (2, 16, 32)
     with torch.inference_mode():
-        whole = ViTModel.from_pretrained(tiny_vit).eval()(encoder.preprocess(pictures())).last_hidden_state
+        whole = ViTModel.from_pretrained(tiny_vit).eval()(encoder.preprocess(images())).last_hidden_state
     torch.testing.assert_close(features.float(), whole[:, 1:], atol=2e-3, rtol=2e-3)
 
 
 def test_a_vit_takes_another_image_size(tiny_vit: Path) -> None:
     encoder = ImageEncoder(str(tiny_vit), image_size=48)
-    assert encoder.preprocess(pictures()).shape == (2, 3, 48, 48)
-    assert encoder(pictures()).shape == (2, 36, 32)
+    assert encoder.preprocess(images()).shape == (2, 3, 48, 48)
+    assert encoder(images()).shape == (2, 36, 32)
 
 
 def test_the_vits_own_image_size_given_by_hand_changes_nothing(tiny_vit: Path) -> None:
-    own, given = ImageEncoder(str(tiny_vit))(pictures()), ImageEncoder(str(tiny_vit), image_size=32)(pictures())
+    own, given = ImageEncoder(str(tiny_vit))(images()), ImageEncoder(str(tiny_vit), image_size=32)(images())
     torch.testing.assert_close(own, given, atol=2e-3, rtol=2e-3)
 
 
 def test_the_halves_of_a_clip_are_encoders_of_their_own(saved: Callable[[str], str], tmp_path: Path) -> None:
-    """The picture half of a whole CLIP gives what the same half saved alone gives."""
+    """The image half of a whole CLIP gives what the same half saved alone gives."""
     whole = CLIPModel.from_pretrained(saved("clip"))
     alone = CLIPVisionModel(CLIPVisionConfig(**VISION))
     states = {key.removeprefix("vision_model."): value for key, value in whole.state_dict().items() if key.startswith("vision_model.")}
@@ -159,15 +159,15 @@ def test_the_halves_of_a_clip_are_encoders_of_their_own(saved: Callable[[str], s
     alone.load_state_dict({prefix + key: value for key, value in states.items()})
     alone.save_pretrained(tmp_path)
     CLIPImageProcessorPil(**CROP).save_pretrained(tmp_path)
-    torch.testing.assert_close(ImageEncoder(saved("clip"))(pictures()), ImageEncoder(str(tmp_path))(pictures()))
+    torch.testing.assert_close(ImageEncoder(saved("clip"))(images()), ImageEncoder(str(tmp_path))(images()))
 
 
 def test_encoding_does_not_depend_on_the_precision_of_the_step(tiny_vit: Path) -> None:
     """Stored and online features are the same, though online encoding happens under autocast."""
     encoder = ImageEncoder(str(tiny_vit))
     with torch.autocast("cpu", torch.bfloat16):
-        inside = encoder(pictures())
-    assert torch.equal(inside, encoder(pictures()))
+        inside = encoder(images())
+    assert torch.equal(inside, encoder(images()))
 
 
 def test_an_encoder_has_nothing_that_trains(tiny_vit: Path, tiny_bert: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import Settings, load_settings
-from raytrain2p.tracking.journal import Journal, Point
+from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
+from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import Run, get_or_create_run, launch_record
-from raytrain2p.tracking.store import client_of
 
 EXPERIMENT = "phase2_training"
 STORES = {"sqlite": "sqlite:///{}/mlflow.db", "file": "file:{}/mlruns"}
@@ -56,14 +56,14 @@ def history(settings: Settings, run: Run, name: str = "train_loss") -> list[tupl
     return sorted((point.step, point.value) for point in client_of(settings.tracking.uri).get_metric_history(run.run_id, name))
 
 
-def points(*steps: int, name: str = "train_loss") -> list[Point]:
+def points(*steps: int, name: str = "train_loss") -> list[MetricPoint]:
     """One point at each of these steps, with half the step as its value."""
-    return [Point(name, step / 2, step, 1_700_000_000.0 + step) for step in steps]
+    return [MetricPoint(name, step / 2, step, 1_700_000_000.0 + step) for step in steps]
 
 
 def note(run: Run, *steps: int) -> None:
     """Append points to a run's metrics.jsonl."""
-    Journal(run.path / "metrics.jsonl").append(points(*steps))
+    MetricsFile(run.path / "metrics.jsonl").append(points(*steps))
 
 
 def fill(folder: Path) -> None:
@@ -95,7 +95,7 @@ def away(settings: Settings) -> Iterator[None]:
 @contextmanager
 def lock_holder(path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds a lock, until it is ended."""
-    code = f"import sys\nfrom pathlib import Path\nfrom raytrain2p.tracking.files import Lock\n{HOLD}"
+    code = f"import sys\nfrom pathlib import Path\nfrom raytrain2p.storage.locks import Lock\n{HOLD}"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     process = subprocess.Popen(
         [sys.executable, "-c", code, path], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 
 from raytrain2p.config import InputError, load_settings
-from raytrain2p.tracking import reconcile as reconcile_module
+from raytrain2p.runs.sync import is_alive, runs_to_look_at, sync
+from raytrain2p.storage.errors import StorageError
+from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.tracking import run as run_module
 from raytrain2p.tracking.checkpoints import write_checkpoint
-from raytrain2p.tracking.files import read_json, write_json, write_whole
-from raytrain2p.tracking.reconcile import is_alive, sync
-from raytrain2p.tracking.recorder import end_run, recording
+from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.run import describe_run, launch_record, resolved_config, run_lock, write_status
-from raytrain2p.tracking.storage import StorageError
-from raytrain2p.tracking.store import check_store_is_shared, prepare_store
+from raytrain2p.tracking.run_writer import end_run, open_run_writer
 from tests.tracking.stores import create, fill, mlflow_run, note, settings_in
 
 
@@ -42,10 +41,10 @@ def test_a_run_that_died_while_it_described_itself_can_be_sent(settings: Any, mo
     def die(path: Path, content: Any) -> None:
         if path.name == dies_at:
             raise KeyboardInterrupt
-        (write_whole if isinstance(content, str) else write_json)(path, content)
+        (write_file if isinstance(content, str) else write_json)(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_whole", die)
+        patch.setattr(run_module, "write_file", die)
         patch.setattr(run_module, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             describe_run(run, resolved_config(settings, {}), "command", {})
@@ -67,8 +66,8 @@ def test_training_needs_no_mlflow_even_if_it_is_a_database(settings: Any, tmp_pa
     run = create(settings)
     (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
     description = {"config": resolved_config(settings, {}), "command": "command", "facts": {}}
-    with recording(run, f"sqlite:///{tmp_path}/broken.db", description, lambda line: None) as recorder:
-        assert not recorder.mirror.close(0)
+    with open_run_writer(run, f"sqlite:///{tmp_path}/broken.db", description, lambda line: None) as writer:
+        assert not writer.mlflow_sync.close(0)
 
 
 def test_a_database_that_cannot_be_opened_is_away(settings: Any, tmp_path: Path) -> None:
@@ -83,7 +82,7 @@ def test_a_disk_that_is_full_before_the_lock_is_told_as_such(small_disk: Path, s
     run = create(settings)
     fill(small_disk)
     description = {"config": resolved_config(settings, {}), "command": "command", "facts": {}}
-    with pytest.raises(StorageError), recording(run, settings.tracking.uri, description, lambda line: None):
+    with pytest.raises(StorageError), open_run_writer(run, settings.tracking.uri, description, lambda line: None):
         pass
 
 
@@ -141,12 +140,12 @@ def test_a_run_directory_that_was_moved_is_looked_at_where_it_is(settings: Any, 
     run = create(settings)
     moved = tmp_path / "moved" / run.path.name
     shutil.copytree(run.path, moved)
-    (found,) = reconcile_module.runs_to_look_at(settings.output.root, [str(moved)])
+    (found,) = runs_to_look_at(settings.output.root, [str(moved)])
     assert found.path == moved
 
 
 def test_a_run_whose_password_is_not_recorded_does_not_keep_the_others_from_being_sent(settings: Any, capsys: Any) -> None:
-    from raytrain2p import runs
+    from raytrain2p.runs import __main__ as runs
 
     first, second = create(settings, "launch-1"), create(settings, "launch-2")
     for run in (first, second):

@@ -1,4 +1,4 @@
-"""Pictures of a run: whole PNG files of a size to be looked at, whatever is in the numbers and the answers."""
+"""Images of a run: whole PNG files of a size to be looked at, whatever is in the numbers and the answers."""
 
 import json
 import math

@@ -14,10 +14,13 @@ import mlflow
 import pytest
 
 from raytrain2p.config import Settings, flatten, load_settings
+from raytrain2p.storage.errors import StorageError
+from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking import run as run_module
-from raytrain2p.tracking.files import Lock, read_json, write_json
-from raytrain2p.tracking.lookup import RUN_DIRECTORY
-from raytrain2p.tracking.mirror import Mirror
+from raytrain2p.tracking.find import RUN_DIRECTORY
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, prepare_store
+from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import (
     DIRECTORY_TAG,
     LAUNCH_TAG,
@@ -40,8 +43,6 @@ from raytrain2p.tracking.run import (
     sole_writer,
     write_status,
 )
-from raytrain2p.tracking.storage import StorageError
-from raytrain2p.tracking.store import STORE_ERRORS, client_of, prepare_store
 from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, lock_holder, mlflow_run, mlflow_runs, settings_in
 
 
@@ -96,7 +97,7 @@ def test_a_run_whose_directory_is_gone_is_not_begun_anew(settings: Settings) -> 
 def test_a_launch_that_is_repeated_before_its_disk_is_back_does_not_begin_its_run_anew(settings: Settings) -> None:
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "command", {})
-    Mirror(run, settings.tracking.uri).send()
+    MlflowSync(run, settings.tracking.uri).send()
     shutil.rmtree(settings.output.root)  # what a driver finds, and makes its lock in the place of
     with pytest.raises(StorageError, match="is gone"):
         create(settings)

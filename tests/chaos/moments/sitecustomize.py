@@ -14,14 +14,14 @@ from typing import Any
 MOMENTS = {
     "before the run exists": ("raytrain2p.tracking.run", "_find_or_make", "before", 1),
     "between making the run and recording it": ("raytrain2p.tracking.run", "_find_or_make", "after", 1),
-    "after recording it, before its settings are written": ("raytrain2p.tracking.recorder", "describe_run", "before", 1),
-    "before the first report": ("raytrain2p.launch.reporting", "RayReports._report", "before", 1),
+    "after recording it, before its settings are written": ("raytrain2p.tracking.run_writer", "describe_run", "before", 1),
+    "before the first report": ("raytrain2p.worker.ray_reports", "RayReports._report", "before", 1),
     "between two checkpoints": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "after", 2),
     "while a checkpoint is written": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "half", 2),
     "between the last checkpoint and the best": ("raytrain2p.tracking.checkpoints", "make_best", "before", 2),
-    "between sending points and noting it": ("raytrain2p.tracking.mirror", "Mirror._note_sent", "before", 2),
+    "between sending points and noting it": ("raytrain2p.tracking.mlflow_sync", "MlflowSync._note_sent", "before", 2),
     "while the artifact is written": ("raytrain2p.models.artifacts", "save_artifact", "half", 1),
-    "between the artifact and the outcome": ("raytrain2p.launch.finishing", "last_values", "before", 1),
+    "between the artifact and the outcome": ("raytrain2p.worker.finalize", "last_values", "before", 1),
 }
 
 

@@ -1,0 +1,60 @@
+"""What all commands share: the settings as `--help` shows them, exit codes, and no traceback for what the user can fix."""
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from raytrain2p.config.loading import known_keys, type_name
+from raytrain2p.config.problems import InputError
+from raytrain2p.config.settings import SETTINGS_OF_PHASE
+
+WIDTH = 110
+
+
+def describe_settings(groups: Mapping[str, type[BaseModel]] | None = None) -> str:
+    """Every setting with its type, default and meaning; those of one phase alone are marked.
+
+    Args:
+        groups: settings beside those of a phase, listed before them, by the name of their group.
+    """
+    lines = ["settings (key=value, or the same keys in a YAML file):"]
+    for name, kind in (groups or {}).items():
+        for key, field in known_keys(kind, f"{name}.").items():
+            lines += _described(key, field, "")
+    first, second = (known_keys(kind) for kind in SETTINGS_OF_PHASE.values())
+    for key in dict.fromkeys([*first, *second]):
+        phase = "" if key in first and key in second else " [phase 1]" if key in first else " [phase 2]"
+        lines += _described(key, first.get(key) or second[key], phase)
+    return "\n".join(lines)
+
+
+def _described(key: str, field: FieldInfo, phase: str) -> list[str]:
+    head = f"  {key} ({type_name(field.annotation)}{_default(field)}){phase}"
+    return [head, *textwrap.wrap(field.description or "", WIDTH, initial_indent="      ", subsequent_indent="      ")]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return ", required"
+    value: Any = field.default
+    return f", default {value if isinstance(value, str) else json.dumps(value)}"
+
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def exit_code(command: Callable[[], int]) -> int:
+    """Run a command: what it returns, or BAD_INPUT with every problem on stderr, or INTERRUPTED after Ctrl-C."""
+    try:
+        return command()
+    except InputError as error:
+        print(f"raytrain2p: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("raytrain2p: stopped", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,82 @@
+"""What Ray Tune calls while a sweep is under way: when to stop, and news of trials."""
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import PlacementGroupID
+from ray.tune import Callback, Stopper
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from raytrain2p.config.secrets import one_line
+from raytrain2p.sweep.live_table import LiveTable
+from raytrain2p.sweep.results import FAILED, FINISHED, RUNNING, WAITING
+
+
+class StopRequest(Stopper):
+    """Ends the sweep between two results: on request, or when its time is up.
+
+    Args:
+        seconds: how long it may take; None for no limit.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.deadline = time.monotonic() + seconds if seconds is not None else float("inf")
+        self.reason = ""
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if not self.reason and time.monotonic() >= self.deadline:
+            self.reason = "time budget"
+        return bool(self.reason)
+
+
+def free_place(channel: Any, number: int) -> None:
+    """End what is left of a trial's workers, and give back their CPUs."""
+    with suppress(ray.exceptions.RayError, ValueError):
+        if (group := ray.get(channel.place_of.remote(number), timeout=10)) is not None:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+
+
+class Watch(Callback):
+    """Tune's news, for the table and for the trials that it stops.
+
+    Args:
+        table: shows the state of each trial.
+        channel: of the sweep, which knows where a trial's workers are placed.
+        on_over: called with the number of a trial that Tune is done with.
+        on_failed: called with the number of a trial that Tune does not try again, and the reason.
+    """
+
+    def __init__(self, table: LiveTable, channel: Any, on_over: Callable[[int], None], on_failed: Callable[[int, str], None]) -> None:
+        self.table, self.channel, self.on_over, self.on_failed = table, channel, on_over, on_failed
+        self.placed: set[int] = set()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.table.changed(trial.config["trial"], RUNNING)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        self.table.changed(trial.config["trial"], RUNNING)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        for trial in trials:
+            number = trial.config["trial"]
+            if trial.status == "RUNNING":
+                self.placed.add(number)
+            elif number in self.placed:
+                self.placed.discard(number)
+                self.table.changed(number, WAITING)
+                free_place(self.channel, number)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_over(trial.config["trial"])
+        self.table.changed(trial.config["trial"], FINISHED)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        lines = [line for line in str(trial.get_error() or "no error was reported").splitlines() if line.strip()]
+        self.on_failed(trial.config["trial"], one_line(lines[-1]))
+        self.table.changed(trial.config["trial"], FAILED)

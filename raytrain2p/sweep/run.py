@@ -1,0 +1,96 @@
+"""The driver's side of a sweep: check it, prepare once what its trials share, and let them run."""
+
+import uuid
+from contextlib import ExitStack
+
+from raytrain2p.config import InputError, Problem
+from raytrain2p.config.phases import PHASES, SWEEPS
+from raytrain2p.config.secrets import one_line
+from raytrain2p.launch.cluster import connected
+from raytrain2p.launch.driver import checked_launch_id, encode, prepared
+from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
+from raytrain2p.launch.progress import Console
+from raytrain2p.launch.quiet import muted_stderr, quiet
+from raytrain2p.storage.errors import FAILED_DISK, StorageError
+from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
+from raytrain2p.sweep.results import PARENT_TAG, TRIALS, SweepOutcome, TrialRecords, sweep_config, sweep_page
+from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.trial import SweepJob
+from raytrain2p.sweep.tuner import SweepTuner
+from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
+from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, get_or_create_run, launch_lock
+from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
+from raytrain2p.worker.channel import RunChannel
+
+
+class SweepFailedError(RuntimeError):
+    """The disk of a sweep failed. Its text is one line for the user."""
+
+
+def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
+    """Run a sweep, or go on with one.
+
+    Args:
+        sweep: checked.
+        resumed: the sweep's run, if there is one already.
+        verbose: let Ray's own output through.
+        console: where progress goes.
+
+    Raises:
+        InputError: bad input; nothing was started.
+        StoppedError: a signal ended it; `--resume` goes on.
+        SweepFailedError: its disk is full, read-only or gone.
+    """
+    if not verbose:
+        quiet()
+    launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
+    sweep, inputs_by_key = check_sweep(sweep, console)
+    root, options = sweep.base.output.root, sweep.options
+    with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
+        if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
+            raise InputError(problems)
+        experiment = PHASES[options.phase].experiment
+        prepare_store(sweep.base, experiment)
+        holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
+        if holder is not None:
+            raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
+        if resumed is not None:
+            check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key)
+        splits: dict[str, PreparedSplits] = {}
+        for key, inputs in inputs_by_key.items():
+            if not splits or any(job.store.missing(job.items) for job in inputs.jobs):  # most share their features: said once
+                with muted_stderr(verbose):
+                    encode(inputs, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+            splits[key] = prepared(inputs)
+        try:
+            return run_trials(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
+        except (OSError, StorageError) as error:
+            gone = disk_gone(root, launch_id)
+            if gone is None and isinstance(error, OSError) and error.errno not in FAILED_DISK:
+                raise
+            end_unrecorded(sweep.base.tracking.uri, launch_id, "FAILED")
+            raise SweepFailedError(one_line(gone or error, 1000)) from error
+
+
+def run_trials(
+    sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
+) -> SweepOutcome:
+    """Make the sweep's run, or find it, and let the trials run."""
+    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, folder=TRIALS)
+    command = typed_command("raytrain2p.tune")
+    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
+    with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
+        plan = SweepJob(
+            sweep,
+            launch_id,
+            command,
+            run,
+            {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id},
+            splits,
+            sweep_launch(sweep).cpus_per_worker or 1,
+            RunChannel.remote(),  # type: ignore[attr-defined]
+            mlflow_environment(),
+            verbose,
+        )
+        console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
+        return SweepTuner(plan, writer, at_once, console).run()

@@ -1,0 +1,141 @@
+"""What is wrong with a sweep: with the settings that vary, their values, and what does not go with its search or scheduler."""
+
+import math
+from collections.abc import Sequence
+
+from raytrain2p.config.loading import known_keys, nearest_key
+from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.settings import SETTINGS_OF_PHASE
+from raytrain2p.sweep.settings import Sweep
+
+# These belong to the sweep as a whole: what a trial is compared by, where it goes, and what it may use.
+SHARED = ("output.", "tracking.", "launch.", "checkpoint.", "evaluation.", "data.feature_store", "data.val", "data.test")
+# What may change while weights stay: everything else is built into them, or into the position in the data.
+CHANGEABLE = (
+    "training.learning_rate",
+    "training.weight_decay",
+    "training.gradient_clip",
+    "model.dropout",
+    "model.soft_token_dropout",
+    "model.lora.dropout",
+)
+
+
+def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
+    """Overrides of settings that vary: they would reach the first trial alone, if any."""
+    varying = {axis.setting for axis in sweep.axes}
+    return [
+        Problem(override, "varies: it is in sweep.space", f"to fix it, sweep.space.{setting}='{{choice: [{value}]}}'")
+        for override in overrides
+        for setting, _, value in [override.partition("=")]
+        if setting in varying
+    ]
+
+
+def space_problems(sweep: Sweep) -> list[Problem]:
+    """What is wrong with the settings that vary, and with the values that they may take."""
+    options = sweep.options
+    findings = Findings()
+    if not sweep.axes:
+        findings.add(Problem("sweep.space", "is empty: nothing varies", "name at least one setting, such as training.learning_rate"))
+    known = known_keys(SETTINGS_OF_PHASE[options.phase])
+    for axis in sweep.axes:
+        where = f"sweep.space.{axis.setting}"
+        if axis.setting not in known:
+            nearest = nearest_key(SETTINGS_OF_PHASE[options.phase], axis.setting)
+            findings.add(Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else ""))
+        elif axis.setting.startswith(SHARED):
+            findings.add(Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}"))
+        elif len(options.space[axis.setting]) != 1:
+            findings.add(Problem(where, "has more than one distribution, or none", "give one"))
+        elif found := axis.problem():
+            findings.add(Problem(f"{where} = {{{axis.distribution}: {list(axis.arguments)}}}", found))
+        else:
+            for value in axis.probes():
+                try:
+                    sweep.settings({axis.setting: value})
+                except InputError as error:
+                    what = "; ".join(problem.what for problem in error.problems)
+                    findings.add(Problem(f"{where}, value {value!r}", what))
+    grids = [axis.setting for axis in sweep.axes if axis.distribution == "grid"]
+    if options.search == "grid" and (rest := [axis.setting for axis in sweep.axes if axis.values is None]):
+        findings.add(
+            Problem("sweep.search=grid", f"{', '.join(rest)} has no list of values", "give it `grid: [VALUE, ...]`, or search at random")
+        )
+    if options.search != "grid" and grids:
+        findings.add(Problem(f"sweep.search={options.search}", f"{', '.join(grids)} is a grid", "set sweep.search=grid, or write `choice`"))
+    if options.search != "grid" and options.num_trials is None:
+        findings.add(Problem("sweep.num_trials", "is missing", "set it: only a grid has an end of its own"))
+    return findings.problems
+
+
+def schedule_problems(sweep: Sweep) -> list[Problem]:
+    """What does not go with the scheduler."""
+    options, base = sweep.options, sweep.base
+    findings = Findings()
+    if options.metric == "val/loss" and base.data.val is None:
+        findings.add(
+            Problem("sweep.metric=val/loss", "is measured on validation records, but data.val is not set", "set it, or take train_loss")
+        )
+    every = base.checkpoint.every_steps
+    by_step = options.scheduler == "pbt" or (options.scheduler == "asha" and options.asha.time_attr == "step")
+    if by_step and (base.checkpoint.best_of != "saves" or every is None):
+        findings.add(
+            Problem(
+                f"sweep.scheduler={options.scheduler}",
+                "compares trials by step, but they are measured at epochs' ends alone",
+                "set checkpoint.best_of=saves and checkpoint.every_steps",
+            )
+        )
+    if options.scheduler == "asha" and options.asha.time_attr == "step" and every is not None and options.asha.grace_period % every:
+        findings.add(
+            Problem(
+                f"sweep.asha.grace_period={options.asha.grace_period}",
+                f"must be a multiple of checkpoint.every_steps={every}: trials are measured when they save",
+                f"set it to {math.ceil(options.asha.grace_period / every) * every}",
+            )
+        )
+    if options.scheduler == "pbt":
+        findings.extend(pbt_problems(sweep))
+    return findings.problems
+
+
+def retry_problems(sweep: Sweep) -> list[Problem]:
+    """Workers that were started again while the sweep stops or pauses their trial would keep CPUs that nobody knows of."""
+    restarts = sweep.base.launch.max_failures
+    if not restarts:
+        return []
+    fix = f"set launch.max_failures=0 and sweep.max_failures={restarts}"
+    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a trial that fails is started again by the sweep", fix)]
+
+
+def pbt_problems(sweep: Sweep) -> list[Problem]:
+    """Population-based training changes settings while weights stay."""
+    options, every = sweep.options, sweep.base.checkpoint.every_steps
+    findings = Findings()
+    if every is not None and options.pbt.interval % every:
+        findings.add(
+            Problem(
+                f"sweep.pbt.interval={options.pbt.interval}",
+                f"must be a multiple of checkpoint.every_steps={every}: weights are taken over from a checkpoint",
+                f"set it to {math.ceil(options.pbt.interval / every) * every}",
+            )
+        )
+    for axis in sweep.axes:
+        if axis.setting not in CHANGEABLE:
+            findings.add(
+                Problem(
+                    f"sweep.space.{axis.setting}",
+                    f"cannot change while weights stay; with sweep.scheduler=pbt these can: {', '.join(CHANGEABLE)}",
+                    "leave it out, or take another scheduler",
+                )
+            )
+    if options.search != "random":
+        findings.add(Problem(f"sweep.search={options.search}", "population-based training searches by itself", "set sweep.search=random"))
+    if options.try_defaults and (unset := [key for key, value in sweep.default_values().items() if value is None]):
+        findings.add(
+            Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to be changed a little", "set it, or leave that out")
+        )
+    if (options.num_trials or 2) < 2:
+        findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is no population", "set 2 or more"))
+    return findings.problems

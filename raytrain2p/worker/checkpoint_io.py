@@ -1,0 +1,63 @@
+"""Lightning's part in the two checkpoints, really the best and really the latest, written while training goes on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from raytrain2p.tracking.checkpoints import write_checkpoint
+
+
+class AsyncCheckpointIO(CheckpointIO):
+    """Lightning's checkpoints as whole files: copied in memory at once, written by a thread aside, renamed when on disk.
+
+    `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` makes what is being saved the best one as well: the same
+    file under a second name, and no second time written.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self.pending: Future[None] | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: str | None = None) -> None:
+        """Returns when the copy is made. What went wrong with the one before is raised here.
+
+        Raises:
+            StorageError: the last checkpoint could not be written.
+        """
+        self.wait()
+        self.pending = self.thread.submit(write_checkpoint, _copied(checkpoint), Path(path), storage_options)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        found: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return found
+
+    def remove_checkpoint(self, path: Any) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        self.wait()
+        self.thread.shutdown()
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own, on the CPU: training goes on to change the originals."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value

@@ -1,0 +1,64 @@
+"""Why a training failed, as the user reads it: a traceback for a bug, one line for a disk."""
+
+import errno
+import os
+import traceback
+from pathlib import Path
+
+import pytest
+from ray.train import TrainingFailedError
+
+from raytrain2p.launch.monitor import cause_of
+from raytrain2p.storage.errors import StorageError
+from raytrain2p.tracking.run import disk_gone
+
+
+class WorkersFailed(TrainingFailedError):
+    """As Ray's own for failed workers."""
+
+    def __init__(self, first: Exception) -> None:
+        snippet = "".join(traceback.format_exception(raised(first)))
+        super().__init__(f"Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{snippet}")
+        self.worker_failures = {0: first, 1: RuntimeError("another worker's")}
+
+
+def raised(error: Exception) -> Exception:
+    """An error with a traceback."""
+    try:
+        raise error
+    except Exception as caught:
+        return caught
+
+
+def test_a_bug_has_the_workers_traceback_without_passwords() -> None:
+    text = cause_of(WorkersFailed(KeyError("http://me:secret@server")), None)  # Ray takes the traceback from the error itself
+    assert text.startswith("[Rank 0 Error Snippet]:\nTraceback (most recent call last):\n  File")
+    assert "KeyError" in text
+    assert "secret" not in text
+
+
+def test_an_error_of_rays_own_has_its_traceback() -> None:
+    assert cause_of(raised(KeyError("key")), None).startswith("Traceback (most recent call last):\n  File")
+
+
+@pytest.mark.parametrize("line", ["last.ckpt cannot be written: no space left", "run.json cannot be written: gone"])
+def test_a_disk_that_failed_has_one_line(line: str) -> None:
+    assert cause_of(WorkersFailed(raised(StorageError(line))), None) == line
+    assert cause_of(WorkersFailed(raised(StorageError(line))), StorageError("another line")) == line
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_disk_that_failed_where_nothing_of_ours_looked_has_one_line(number: int) -> None:
+    text = cause_of(WorkersFailed(OSError(number, os.strerror(number), "/disk/file")), None)
+    assert text == f"[Errno {number}] {os.strerror(number)}: '/disk/file'"
+    assert "Traceback" in cause_of(WorkersFailed(FileNotFoundError(errno.ENOENT, "No such file", "/a/bug")), None)
+
+
+def test_whoever_finds_the_disk_gone_it_is_told_in_one_line(tmp_path: Path) -> None:
+    of_rays = RuntimeError("Unable to set up cluster storage with the following settings: StorageContext<...>")
+    (tmp_path / "there" / ".launches").mkdir(parents=True)
+    assert disk_gone(str(tmp_path / "there"), "launch-1") is None
+    gone = disk_gone(str(tmp_path / "gone"), "launch-1")
+    for error in (of_rays, WorkersFailed(of_rays)):
+        assert cause_of(error, gone).startswith(f"{tmp_path / 'gone'} cannot be written: {tmp_path / 'gone' / '.launches'} is gone, ")
+        assert "StorageContext" in cause_of(error, None)

@@ -1,0 +1,208 @@
+"""Going on with a run: after a death, after a request to stop, with other settings, or when there is nothing left to do."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+
+from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
+from tests.launch.launching import Command, ray_job, run_command
+
+pytestmark = only_long  # tests/phases/test_base.py goes on from every step, in seconds
+STEPS = 60
+
+
+def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, workers: int = 1) -> Launch:
+    """60 steps of phase 2 with several passes a step and dropout: what a resume must restore."""
+    arguments = [
+        "--phase=2",
+        f"--config={tiny_config}/phase2.yaml",
+        f"training.max_steps={STEPS}",
+        f"training.batch_size={4 // workers}",
+        "training.accumulate=2",
+        "training.log_every=3",
+        "checkpoint.every_steps=4",
+        "checkpoint.monitor=val/loss",
+        "model.lora.dropout=0.2",
+        "model.soft_token_dropout=0.3",
+        f"launch.num_workers={workers}",
+        *more,
+    ]
+    return Launch(folder, arguments, {"RAY_ADDRESS": ray_head})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> Launch:
+    launch = phase2_in(workshop / "undisturbed", tiny_config, ray_head, f"model.aligner={untrained_aligner}")
+    launch.start()
+    assert launch.wait() == 0, launch.log
+    return launch
+
+
+def status(launch: Launch) -> str:
+    """What MLflow says of the launch's one run."""
+    (run,) = launch.mlflow_runs()
+    return str(run.info.status)
+
+
+def assert_equal(launch: Launch, other: Launch) -> None:
+    assert sorted(launch.steps()) == list(range(1, STEPS + 1))
+    assert losses(launch) == losses(other)
+    mine, theirs = last(launch), last(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def resume(launch: Launch, *arguments: str) -> Command:
+    """`--resume latest` in the launch's directory."""
+    command = ["raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments]
+    return run_command(launch.folder, *command, **launch.variables)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
+def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbed_run(
+    strategy: str, workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path, undisturbed: Launch
+) -> None:
+    more = (f"model.aligner={untrained_aligner}", f"launch.strategy={'fsdp' if strategy == 'fsdp' else 'ddp'}")
+    launch = phase2_in(workshop / f"stopped_{strategy}", tiny_config, ray_head, *more, workers=1 if strategy == "single" else 2)
+    if strategy != "single":  # dropout differs from worker to worker: two of them have losses of their own
+        undisturbed = phase2_in(workshop / f"undisturbed_{strategy}", tiny_config, ray_head, *more, workers=2)
+        undisturbed.start()
+        assert undisturbed.wait() == 0, undisturbed.log
+    launch.start()
+    launch.wait_for_steps(8)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM, launch.log
+    assert "stopping after this step" in launch.log
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
+    assert 8 <= stopped_at < STEPS
+
+    done = resume(launch)
+    assert done.code == 0, done.err
+    assert f"at step {stopped_at}" in done.err
+    assert status(launch) == "FINISHED"
+    assert_equal(launch, undisturbed)
+    assert len(launch.directories()) == 1
+
+
+def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    more = (f"model.aligner={untrained_aligner}", "training.batch_size=12", "training.max_steps=5000")  # 2 workers, 2 passes: 48 records
+    launch = phase2_in(workshop / "short_epochs", tiny_config, ray_head, *more, workers=2)
+    launch.start()
+    launch.wait_for_steps(8)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM, launch.log
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
+
+
+def test_a_job_that_is_stopped_keeps_a_checkpoint_and_its_run_is_killed(
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    folder = workshop / "stopped_job"
+    launch = phase2_in(folder, tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=5000")
+    where = f"output.root={folder}/checkpoints tracking.uri=sqlite:///{folder}/mlflow.db"
+    command = f"python -m raytrain2p.train {' '.join(launch.arguments)} {where}"
+    assert ray_job(f"submit --no-wait --submission-id to-be-stopped --working-dir . -- {command}").returncode == 0
+    deadline = time.monotonic() + 120
+    while len(launch.steps()) < 8:
+        assert time.monotonic() < deadline, ray_job("logs to-be-stopped").stdout[-3000:]
+        time.sleep(0.1)
+    assert ray_job("stop to-be-stopped").returncode == 0
+    while "stopped" not in ray_job("status to-be-stopped").stdout.lower():
+        assert time.monotonic() < deadline + 90
+        time.sleep(0.5)
+    assert status(launch) == "KILLED"
+    (directory,) = launch.directories()
+    stopped_at = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
+
+
+def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> None:
+    launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=2000")
+    launch.start()
+    launch.wait_for_steps(4)
+    second = Launch(launch.folder, launch.arguments, launch.environment, starts=1)
+    second.start()
+    assert second.wait() == 2, second.log
+    assert "--launch-id chaos" in second.log
+    assert "is under way: pid" in second.log
+    kill_driver(launch)
+    launch.wait()
+
+
+def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undisturbed: Launch) -> None:
+    before = undisturbed.steps()
+    done = resume(undisturbed)
+    assert done.code == 0, done.err
+    assert "is finished already" in done.err
+    assert json.loads(done.out.splitlines()[-1])["directory"] == str(undisturbed.directories()[0])
+    assert undisturbed.steps() == before
+    assert len(undisturbed.directories()) == 1
+
+
+def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed: Launch) -> None:
+    changes = ("model.soft_tokens=2", "training.batch_size=8", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
+    done = resume(undisturbed, *changes)
+    assert done.code == 2
+    for line in (
+        "model.soft_tokens=2",
+        "began with 4",
+        "training.batch_size=8 x training.accumulate=2 x launch.num_workers=1",
+        "is a step of 16 records",
+        "training.learning_rate=0.0001",
+        "seed=7",
+        "launch.strategy=fsdp",
+    ):
+        assert line in done.err, done.err
+
+
+def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Path) -> None:
+    done = resume(undisturbed, f"training.max_steps={STEPS + 4}", "training.log_every=2")
+    assert done.code == 0, done.err
+    assert f"changed since the run began: training.max_steps: {STEPS} -> {STEPS + 4}" in done.err
+    (directory,) = undisturbed.directories()
+    assert json.loads((directory / "changes.jsonl").read_text())["changes"]["training.max_steps"] == [STEPS, STEPS + 4]
+    assert sorted(undisturbed.steps()) == list(range(1, STEPS + 5))
+    client = mlflow.MlflowClient(f"sqlite:///{undisturbed.folder}/mlflow.db")
+    tags = client.get_run(directory.name[:32]).data.tags
+    assert tags["raytrain2p.changed.training.max_steps"] == str(STEPS + 4)
+
+
+def test_a_run_that_is_not_there_is_bad_input(undisturbed: Launch) -> None:
+    done = run_command(undisturbed.folder, "raytrain2p.train", "--phase=2", "--resume", "ffff", **undisturbed.environment)
+    assert done.code == 2
+    assert "--resume ffff" in done.err
+    assert "there is no such run" in done.err
+
+
+def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
+    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=4000")
+    launch.start()
+    launch.wait_for_steps(4)
+    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert "under way" in looked.out
+    kill_driver(launch)
+    launch.wait()
+    time.sleep(5)  # until Ray has ended the dead driver's workers
+    assert status(launch) == "RUNNING"
+    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert looked.code == 0, looked.err
+    assert "died without a word: FAILED" in looked.out
+    assert status(launch) == "FAILED"
+    assert len(launch.directories()) == 1

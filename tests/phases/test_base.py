@@ -1,0 +1,122 @@
+"""What both phase modules share: a run that goes on from any step is the run that was never interrupted."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from raytrain2p.config.settings import TrainingSettings
+from raytrain2p.data.batches import MicroBatch, StepSampler
+from raytrain2p.phases.base import PhaseModule
+from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
+from tests.training import trainer_in
+
+RECORDS, BATCH, STEPS = 23, 2, 17
+
+
+class Numbers(Dataset[dict[str, Any]]):
+    def __len__(self) -> int:
+        return RECORDS
+
+    def __getitem__(self, share: MicroBatch) -> dict[str, Any]:
+        return {"x": torch.tensor(share.records, dtype=torch.float32), "step_tokens": 1}
+
+
+class Small(PhaseModule):
+    """A weight behind dropout, which notes what it has seen and what it lost."""
+
+    def __init__(self, accumulate: int, stop: int | None) -> None:
+        super().__init__(TrainingSettings(max_steps=STEPS, batch_size=BATCH, accumulate=accumulate, learning_rate=0.1), 5, STEPS)
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.stop, self.noted = stop, list[tuple[int, int, list[float], float]]()
+
+    def shardable(self) -> list[nn.Module]:
+        return []
+
+    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        loss = (self.net(batch["x"][:, None] / RECORDS) - 1).square().mean()
+        self.noted.append((self.trainer.global_step, self.trainer.current_epoch, batch["x"].tolist(), float(loss)))
+        return loss
+
+    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+        return self.total_loss(batch), 1
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        if self.stop is not None and self.trainer.global_step == self.stop and self.passes_end_a_step(index):
+            raise SIGTERMException
+
+    def passes_end_a_step(self, index: int) -> bool:
+        return (index + 1) % self.training_settings.accumulate == 0
+
+
+def train(folder: Path, accumulate: int, stop: int | None = None, first: int = 0, steps: int = STEPS) -> Small:
+    """As a worker does it; `stop` after so many steps, go on after the `first`."""
+    torch.manual_seed(0)
+    module = Small(accumulate, stop)
+    even = np.ones(RECORDS, int)
+    sampler = StepSampler(even, even, BATCH, accumulate, 0, 1, seed=3, first_step=first)
+    loader: Any = DataLoader(Numbers(), sampler=sampler, batch_size=None)
+    saving = BestAndLastCheckpoints(
+        folder, "train_loss", "min", None, "epochs", sampler.steps, lambda *_: {"train_loss": 1.0}, lambda _: None
+    )
+    trainer = trainer_in(
+        folder,
+        [saving],
+        max_steps=steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+    )
+    checkpoint = str(folder / "last.ckpt") if first else None
+    if stop is None:
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=first > 0)
+    else:
+        with pytest.raises(SIGTERMException):
+            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=first > 0)
+    return module
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_goes_on_from_any_step_is_the_undisturbed_one(tmp_path: Path, accumulate: int) -> None:
+    whole = train(tmp_path / "whole", accumulate)
+    assert len(whole.noted) == STEPS * accumulate
+    for stop in range(1, STEPS):
+        folder = tmp_path / str(stop)
+        begun = train(folder, accumulate, stop=stop)
+        rest = train(folder, accumulate, first=stop)
+        assert begun.noted + rest.noted == whole.noted, f"stopped after step {stop}"
+        assert all(torch.equal(a, b) for a, b in zip(rest.parameters(), whole.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("first", [5, 11])
+def test_a_run_that_is_made_longer_goes_on_where_it_was_in_the_data(tmp_path: Path, accumulate: int, first: int) -> None:
+    """It ended by itself, within an epoch or at the end of one, and its checkpoint was saved in another of Lightning's hooks."""
+    whole = train(tmp_path / "whole", accumulate)
+    begun = train(tmp_path / "part", accumulate, steps=first)
+    rest = train(tmp_path / "part", accumulate, first=first)
+    assert begun.noted + rest.noted == whole.noted
+
+
+def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(tmp_path: Path) -> None:
+    """Population-based training goes on from another trial's weights with a rate of its own."""
+    train(tmp_path, 1, stop=4)
+    before = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    before["lr_schedulers"][0]["base_lrs"] = [7.0, 7.0]
+    for group in before["optimizer_states"][0]["param_groups"]:
+        group |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 7.0}
+    torch.save(before, tmp_path / "last.ckpt")
+    train(tmp_path, 1, first=4)
+    undisturbed = tmp_path / "undisturbed"
+    train(undisturbed, 1)
+    mine, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (tmp_path, undisturbed))
+    assert all(torch.equal(mine["state_dict"][name], theirs["state_dict"][name]) for name in theirs["state_dict"])
+    assert [group["lr"] for group in mine["optimizer_states"][0]["param_groups"]] == [
+        group["lr"] for group in theirs["optimizer_states"][0]["param_groups"]
+    ]

@@ -1,0 +1,194 @@
+"""A sweep on disk: the table says what the runs say."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raytrain2p.config import InputError
+from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.sweep.load import load_sweep
+from raytrain2p.sweep.plots import draw_sweep, rank_correlation
+from raytrain2p.sweep.results import (
+    EARLY_TAG,
+    Inheritance,
+    Trial,
+    TrialRecords,
+    best_row,
+    check_unchanged,
+    note_inheritance,
+    sweep_config,
+    table_of,
+    write_results,
+    write_table,
+)
+from raytrain2p.tracking.run import Run, add_tags, launch_record, run_tags, write_status
+
+SETTINGS = ["training.learning_rate", "model.lora.rank"]
+
+
+def book_in(root: Path) -> TrialRecords:
+    """Of a sweep whose run has its directory, where a driver has its lock."""
+    (root / "sweep").mkdir(exist_ok=True)
+    launch_record(str(root), "any").parent.mkdir(exist_ok=True)
+    return TrialRecords(root / "sweep", str(root))
+
+
+def begun(root: Path, trial_records: TrialRecords, number: int, status: str, reports: list[tuple[int, float]], early: str = "") -> Trial:
+    """A trial with a run directory, as a worker leaves it."""
+    trial = Trial(number, {"training.learning_rate": 0.001 * (number + 1), "model.lora.rank": 4 * (number + 1)}, f"sweep-{number}")
+    trial_records.begin(trial)
+    directory = root / "phase2" / f"{number:032x}_20260101_000000"
+    directory.mkdir(parents=True)
+    run = Run(directory.name[:32], str(directory), "e", "20260101_000000", trial.launch_id, "phase2", "sqlite:///x")
+    write_json(launch_record(str(root), trial.launch_id), vars(run))
+    write_json(directory / "run.json", vars(run))
+    write_status(directory, status)
+    lines = [{"step": step, "name": name, "value": value, "time": 0.0} for step, value in reports for name in ("train_loss", "objective")]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if early:
+        add_tags(run, {EARLY_TAG: early})
+    return trial
+
+
+@pytest.fixture
+def trial_records(tmp_path: Path) -> TrialRecords:
+    trial_records = book_in(tmp_path)
+    begun(tmp_path, trial_records, 0, "FINISHED", [(10, 2.0), (20, 1.0), (30, 1.5)])
+    begun(tmp_path, trial_records, 1, "FINISHED", [(10, 3.0)], early="asha at step 10")
+    begun(tmp_path, trial_records, 2, "FAILED", [(10, float("nan"))])
+    trial_records.give_up(2, "the reason")
+    begun(tmp_path, trial_records, 3, "RUNNING", [])
+    trial_records.begin(Trial(4, {"training.learning_rate": 0.1}, "sweep-4"))
+    return trial_records
+
+
+def test_states_come_from_the_runs(trial_records: TrialRecords) -> None:
+    assert [row.state for row in trial_records.rows()] == ["finished", "stopped early", "failed", "running", "waiting"]
+    assert [row.steps for row in trial_records.rows()] == [30, 10, 10, 0, 0]
+
+
+def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path: Path) -> None:
+    trial_records = book_in(tmp_path)
+    trial = begun(tmp_path, trial_records, 0, "FAILED", [(10, 2.0)])
+    assert trial_records.row(trial).state == "killed", "a driver that goes on tries it again"
+    trial_records.give_up(0, "the reason")
+    assert trial_records.row(trial).state == "failed"
+
+
+def test_a_trial_that_failed_before_it_had_a_run_is_failed(tmp_path: Path) -> None:
+    trial_records = book_in(tmp_path)
+    trial_records.begin(Trial(0, {}, "sweep-0"))
+    trial_records.give_up(0, "the reason")
+    assert [row.state for row in trial_records.rows()] == ["failed"]
+
+
+def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path) -> None:
+    trial_records = book_in(tmp_path)
+    for number in (1000, 101, 7):
+        trial_records.begin(Trial(number, {}, f"sweep-{number}"))
+    assert [trial.number for trial in trial_records.trials()] == [7, 101, 1000]
+    assert trial_records.trial(1000).launch_id == "sweep-1000"
+
+
+def test_the_best_report_counts_not_the_last_and_nan_never(trial_records: TrialRecords) -> None:
+    rows = trial_records.rows()
+    assert rows[0].best("min") == (20, 1.0)
+    assert rows[0].best("max") == (10, 2.0)
+    assert rows[2].best("min") is None
+    assert best_row(rows, "min") == rows[0]
+    assert best_row(rows, "max") == rows[0], "one that was stopped early has no result"
+    assert best_row(rows[1:], "max") == rows[1]
+    assert best_row(rows[3:], "min") is None
+
+
+def test_the_csv_has_a_line_for_each_trial(trial_records: TrialRecords, tmp_path: Path) -> None:
+    write_results(tmp_path / "sweep", trial_records.rows(), SETTINGS, "min", 2)
+    with (tmp_path / "sweep" / "trials.csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    assert [(line["trial"], line["objective"], line["at_step"]) for line in lines] == [
+        ("0", "1.0", "20"),
+        ("1", "3.0", "10"),
+        ("2", "", ""),
+        ("3", "", ""),
+        ("4", "", ""),
+    ]
+    assert lines[1]["stopped_early"] == "asha at step 10"
+    assert lines[0]["model.lora.rank"] == "4"
+    assert lines[4]["run_id"] == ""
+    best = read_json(tmp_path / "sweep" / "best.json")
+    assert best["trial"] == 0
+    assert best["command"] == f"python -m raytrain2p.train --phase 2 --config {best['directory']}/config.json launch.cpus_per_worker=null"
+
+
+def test_values_are_written_as_mlflow_has_them(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"a": [1, 2], "b": True, "c": "text, with a comma"}])
+    with (tmp_path / "t.csv").open(newline="") as stream:
+        assert list(csv.DictReader(stream)) == [{"a": "[1, 2]", "b": "True", "c": "text, with a comma"}]
+
+
+def test_an_empty_sweep_has_an_empty_table_and_no_best(tmp_path: Path) -> None:
+    assert write_results(tmp_path, [], SETTINGS, "min", 2) is None
+    assert (tmp_path / "trials.csv").is_file()
+    assert not (tmp_path / "best.json").exists()
+
+
+def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(trial_records: TrialRecords, tmp_path: Path) -> None:
+    run = trial_records.rows()[0].run
+    assert run is not None
+    note_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
+    note_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
+    (row, *_) = book_in(tmp_path).rows()
+    assert row.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
+    assert [one.from_trial for one in row.lineage] == [1, 3]
+    assert table_of([row], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
+
+
+def test_tags_that_are_added_stay_beside_those_that_are_there(trial_records: TrialRecords) -> None:
+    run = trial_records.rows()[0].run
+    assert run is not None
+    add_tags(run, {"one": "1"})
+    first = read_json(run.path / "run.json")["described"]
+    add_tags(run, {"two": "2"})
+    assert run_tags(run.path) == {"one": "1", "two": "2"}
+    assert read_json(run.path / "run.json")["described"] > first, "or MLflow would not get them: sync would not send them"
+
+
+def test_a_sweep_that_goes_on_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
+    sweep = load_sweep(None, ["tracking.uri=sqlite:////x/m.db"])
+    run = Run("a" * 32, str(tmp_path), "e", "t", "sweep-1", "sweeps", "u")
+    path = tmp_path / "config.json"
+    write_json(path, sweep_config(sweep))
+    check_unchanged(run, load_sweep(path, ["sweep.num_trials=20", "sweep.max_concurrent=1"]), read_json(path))
+    with pytest.raises(InputError) as caught:
+        check_unchanged(run, load_sweep(path, ["sweep.seed=3", "training.max_steps=70"]), read_json(path))
+    assert "sweep.seed=3\n    cannot change: sweep aaaaaaaa began with 0" in str(caught.value)
+    assert "training.max_steps=70" in str(caught.value)
+
+
+def test_a_password_is_not_in_a_sweeps_settings() -> None:
+    sweep = load_sweep(None, ["tracking.uri=postgresql://me:secret@host/db"])
+    assert "secret" not in json.dumps(sweep_config(sweep))
+
+
+def test_pictures_are_drawn_of_every_kind_of_setting(trial_records: TrialRecords, tmp_path: Path) -> None:
+    draw_sweep(tmp_path / "sweep", trial_records.rows(), load_sweep(None).axes, "min", "val/loss")
+    made = {path.name: path.stat().st_size for path in (tmp_path / "sweep" / "plots").iterdir()}
+    assert set(made) == {"objective_by_trial.png", "learning_curves.png", "parallel_coordinates.png", "each_setting.png"}
+    assert min(made.values()) > 5000
+
+
+def test_nothing_is_drawn_where_nothing_was_reported(trial_records: TrialRecords, tmp_path: Path) -> None:
+    draw_sweep(tmp_path / "sweep", trial_records.rows()[2:], load_sweep(None).axes, "min", "val/loss")
+    assert not (tmp_path / "sweep" / "plots").exists()
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
+
+    draw = np.random.default_rng(0)
+    first, second = draw.integers(0, 4, 30).astype(float), draw.normal(size=30)
+    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
+    assert rank_correlation(np.ones(4), second[:4]) == 0.0

@@ -1,0 +1,258 @@
+"""Finding a run or its artifact again: by path, by run ID or the start of one, or the latest."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.config import InputError
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
+from raytrain2p.storage.files import write_json
+from raytrain2p.tracking.find import check_in_place, find_artifact, find_run, run_directories
+from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_record
+
+FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
+
+
+def make_run(root: Path, run_id: str, timestamp: str, artifact: str | None = "aligner.pt", phase: str = "alignment") -> Path:
+    folder = root / phase / f"{run_id}_{timestamp}"
+    folder.mkdir(parents=True)
+    if artifact is not None:
+        (folder / artifact).write_bytes(b"tensors")
+    return folder
+
+
+def find(root: Path, wanted: str, phase: Phase = ALIGNMENT) -> Path:
+    return find_artifact(str(root), phase, wanted, "model.aligner")
+
+
+def message(root: Path, wanted: str) -> str:
+    with pytest.raises(InputError) as caught:
+        find(root, wanted)
+    (problem,) = caught.value.problems
+    assert problem.where == f"model.aligner={wanted}"
+    return f"{problem.what}\n{problem.fix}"
+
+
+def test_a_path_of_a_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.pt").write_bytes(b"")
+    assert find(tmp_path, str(tmp_path / "mine.pt")) == tmp_path / "mine.pt"
+    monkeypatch.chdir(tmp_path)
+    assert find(tmp_path, "mine.pt") == tmp_path / "mine.pt"
+
+
+def test_a_path_of_a_run_directory_means_the_artifact_in_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path / "elsewhere", str(run)) == run / "aligner.pt"
+
+
+@pytest.mark.parametrize("length", [1, 8, 32])
+def test_a_run_id_or_its_unambiguous_start_finds_the_run(tmp_path: Path, length: int) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    run = make_run(tmp_path, THIRD, "20250101_120000")
+    assert find(tmp_path, THIRD[:length]) == run / "aligner.pt"
+
+
+def test_the_name_of_a_run_directory_finds_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path, run.name) == run / "aligner.pt"
+
+
+def test_an_ambiguous_start_is_refused_with_the_runs_that_fit(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260102_120000")
+    make_run(tmp_path, THIRD, "20260103_120000")
+    told = message(tmp_path, "a1")
+    assert "fits 2 runs" in told
+    assert "more of the run ID" in told
+    assert find(tmp_path, SECOND[:18]).parent.name.startswith(SECOND)
+
+
+def test_runs_that_an_ambiguous_start_fits_can_be_told_apart_in_the_message(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260102_120000")
+    listed = message(tmp_path, "a1").splitlines()[0].rpartition(": ")[2].split(", ")
+    assert len(set(listed)) == 2
+
+
+def test_what_fits_nothing_is_refused_with_the_place_that_was_searched(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    told = message(tmp_path, "ffff")
+    assert "neither a file nor the start of a run ID" in told
+    assert str(tmp_path / "alignment") in told
+
+
+def test_a_run_that_did_not_finish_is_refused_by_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000", artifact=None)
+    told = message(tmp_path, FIRST[:8])
+    assert str(run) in told
+    assert "did not finish" in told
+
+
+def test_latest_is_the_newest_by_timestamp_and_not_by_run_id(tmp_path: Path) -> None:
+    make_run(tmp_path, THIRD, "20260101_235959")
+    newest = make_run(tmp_path, FIRST, "20260102_000000")
+    make_run(tmp_path, SECOND, "20251231_235959")
+    assert find(tmp_path, "latest") == newest / "aligner.pt"
+
+
+def test_of_two_runs_of_one_second_the_later_changed_is_latest(tmp_path: Path) -> None:
+    newest = make_run(tmp_path, FIRST, "20260102_000000")
+    other = make_run(tmp_path, THIRD, "20260102_000000")
+    os.utime(other, (1, 1))
+    assert find(tmp_path, "latest") == newest / "aligner.pt"
+
+
+def test_latest_passes_over_runs_without_an_artifact_and_other_directories(tmp_path: Path) -> None:
+    finished = make_run(tmp_path, FIRST, "20260101_120000")
+    make_run(tmp_path, SECOND, "20260301_120000", artifact=None)
+    make_run(tmp_path, "notes", "20260401_120000")
+    assert find(tmp_path, "latest") == finished / "aligner.pt"
+
+
+def test_latest_looks_at_its_own_phase_only(tmp_path: Path) -> None:
+    aligned = make_run(tmp_path, FIRST, "20260101_120000")
+    tuned = make_run(tmp_path, SECOND, "20260102_120000", "model.pt", "phase2")
+    assert find(tmp_path, "latest") == aligned / "aligner.pt"
+    assert find(tmp_path, "latest", INSTRUCTION) == tuned / "model.pt"
+
+
+def make_trial(root: Path, run_id: str, timestamp: str) -> Path:
+    folder = make_run(root, run_id, timestamp)
+    run = Run(run_id, str(folder), "e", timestamp, "launch", "alignment", "sqlite:///x")
+    write_json(folder / "run.json", asdict(run) | {"tags": {SWEEP_TAG: "d4" * 16}})
+    return folder
+
+
+def test_latest_is_no_trial_of_a_sweep(tmp_path: Path) -> None:
+    trial = make_trial(tmp_path, THIRD, "20260301_120000")
+    told = message(tmp_path, "latest")
+    assert "only trials of a sweep" in told
+    assert "best.json" in told
+    with pytest.raises(InputError, match="no such run"):
+        find_run(str(tmp_path), ["alignment"], "latest", "--resume")
+    own = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find(tmp_path, "latest") == own / "aligner.pt"
+    assert find(tmp_path, THIRD[:8]) == trial / "aligner.pt", "by its name it is found"
+
+
+def test_a_run_that_was_moved_is_refused(tmp_path: Path) -> None:
+    folder = make_trial(tmp_path, FIRST, "20260101_120000")
+    run = find_run(str(tmp_path), ["alignment"], str(folder), "--resume")
+    with pytest.raises(InputError, match="it was moved"):
+        check_in_place(run, str(tmp_path), "--resume")
+    write_json(launch_record(str(tmp_path), "launch"), asdict(run))
+    check_in_place(run, str(tmp_path), "--resume")
+
+
+def test_latest_without_any_finished_run_says_what_to_do_first(tmp_path: Path) -> None:
+    told = message(tmp_path, "latest")
+    assert "no finished run with aligner.pt" in told
+    assert "--phase 1" in told
+
+
+def test_latest_prefers_what_fits_and_is_the_newest_of_all_if_nothing_does(tmp_path: Path) -> None:
+    first = make_run(tmp_path, FIRST, "20260101_120000") / "aligner.pt"
+    second = make_run(tmp_path, SECOND, "20260102_120000") / "aligner.pt"
+    third = make_run(tmp_path, THIRD, "20260103_120000") / "aligner.pt"
+
+    def latest(*fitting: Path) -> Path:
+        return find_artifact(str(tmp_path), ALIGNMENT, "latest", "model.aligner", lambda path: path in fitting)
+
+    assert latest(first, second, third) == third
+    assert latest(first, second) == second
+    assert latest(first) == first
+    assert latest() == third
+
+
+def test_a_run_that_is_asked_for_by_name_is_found_whether_it_fits_or_not(tmp_path: Path) -> None:
+    run = make_run(tmp_path, FIRST, "20260101_120000")
+    assert find_artifact(str(tmp_path), ALIGNMENT, FIRST[:4], "model.aligner", lambda path: False) == run / "aligner.pt"
+
+
+# whole runs
+
+BOTH = ("alignment", "phase2")
+
+
+def noted_run(root: Path, run_id: str, timestamp: str, phase: str = "phase2") -> Run:
+    folder = make_run(root, run_id, timestamp, None, phase)
+    run = Run(run_id, str(folder), "experiment", timestamp, f"launch-{run_id[:2]}", phase, "sqlite:///mlflow.db")
+    write_json(folder / "run.json", asdict(run) | {"train_records": 60, "tags": {}})
+    return run
+
+
+def no_run(root: Path, wanted: str, *phases: str) -> str:
+    with pytest.raises(InputError) as caught:
+        find_run(str(root), phases or BOTH, wanted, "--resume")
+    (problem,) = caught.value.problems
+    assert problem.where == f"--resume {wanted}"
+    return f"{problem.what}\n{problem.fix}"
+
+
+@pytest.mark.parametrize("length", [1, 8, 32])
+def test_a_run_is_found_by_its_id_or_an_unambiguous_start(tmp_path: Path, length: int) -> None:
+    noted_run(tmp_path, FIRST, "20260103_120000")
+    run = noted_run(tmp_path, THIRD, "20260102_120000", "alignment")
+    assert find_run(str(tmp_path), BOTH, THIRD[:length], "--resume") == run
+
+
+def test_a_run_is_found_by_its_directory_and_the_name_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = noted_run(tmp_path, FIRST, "20260101_120000")
+    assert find_run(str(tmp_path), BOTH, run.path.name, "--resume") == run
+    assert find_run(str(tmp_path / "elsewhere"), BOTH, run.directory, "--resume") == run
+    monkeypatch.chdir(run.path.parent)
+    assert find_run("elsewhere", BOTH, run.path.name, "--resume") == run
+
+
+def test_the_latest_run_is_the_newest_whether_it_has_finished_or_not(tmp_path: Path) -> None:
+    noted_run(tmp_path, THIRD, "20260101_235959")
+    newest = noted_run(tmp_path, FIRST, "20260102_000000", "alignment")
+    older = noted_run(tmp_path, SECOND, "20251231_235959", "alignment")
+    assert find_run(str(tmp_path), BOTH, "latest", "--resume") == newest
+    assert find_run(str(tmp_path), ["alignment"], "latest", "--resume") == newest
+    (newest.path / "run.json").unlink()
+    newest.path.rmdir()
+    assert find_run(str(tmp_path), ["alignment"], "latest", "--resume") == older
+
+
+def test_a_start_that_fits_several_runs_is_refused_with_all_of_them(tmp_path: Path) -> None:
+    noted_run(tmp_path, FIRST, "20260101_120000")
+    noted_run(tmp_path, SECOND, "20260102_120000", "alignment")
+    told = no_run(tmp_path, "a1")
+    assert "fits 2 runs" in told
+    assert FIRST in told
+    assert SECOND in told
+    assert find_run(str(tmp_path), ["phase2"], "a1", "--resume").run_id == FIRST
+
+
+@pytest.mark.parametrize("wanted", ["latest", "ffff", "no/such/directory"])
+def test_a_run_that_is_not_there_is_refused_with_the_place_that_was_searched(tmp_path: Path, wanted: str) -> None:
+    assert f"there is no such run in {tmp_path}" in no_run(tmp_path, wanted)
+
+
+def test_a_run_of_the_other_phase_is_no_run_of_this_one(tmp_path: Path) -> None:
+    run = noted_run(tmp_path, FIRST, "20260101_120000", "alignment")
+    assert "there is no such run" in no_run(tmp_path, FIRST, "phase2")
+    told = no_run(tmp_path, run.directory, "phase2")
+    assert "is a run of alignment; required is one of phase2" in told
+
+
+def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
+    make_run(tmp_path, FIRST, "20260101_120000")
+    assert "has no run.json" in no_run(tmp_path, FIRST, "alignment")
+
+
+def test_run_directories_come_in_the_order_of_their_time_and_nothing_else_comes(tmp_path: Path) -> None:
+    runs = [
+        make_run(tmp_path, THIRD, "20260101_120000", None, "phase2"),
+        make_run(tmp_path, FIRST, "20260102_120000"),
+        make_run(tmp_path, SECOND, "20260103_120000", None, "phase2"),
+    ]
+    make_run(tmp_path, "notes", "20260101_120000")
+    make_run(tmp_path, FIRST, "20260101_130000", None, ".ray")
+    (tmp_path / "phase2" / f"{FIRST}_20260101_140000_copy").mkdir()
+    assert run_directories(str(tmp_path), BOTH) == runs
+    assert run_directories(str(tmp_path), ["alignment"]) == runs[1:2]
+    assert run_directories(str(tmp_path / "nowhere"), BOTH) == []

@@ -1,0 +1,191 @@
+"""The MLflow store is made, or refused in a few seconds, before anything starts."""
+
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.config import InputError, Settings
+from raytrain2p.tracking import mlflow_store as store_module
+from raytrain2p.tracking.mlflow_store import check_server, check_store_is_shared, client_of, local_folder, prepare_store
+from tests.tracking.stores import EXPERIMENT, NOBODY, settings_in
+
+
+def refused(settings: Settings) -> str:
+    with pytest.raises(InputError) as caught:
+        prepare_store(settings, EXPERIMENT)
+    (problem,) = caught.value.problems
+    return f"{problem.where}\n{problem.what}\n{problem.fix}"
+
+
+def test_the_store_and_its_experiment_are_made_where_the_settings_say(made_store: Path) -> None:
+    settings = settings_in(made_store)
+    experiment = client_of(settings.tracking.uri).get_experiment_by_name(EXPERIMENT)
+    assert experiment.artifact_location == (made_store / "mlruns" / EXPERIMENT).as_uri()
+    assert (made_store / "mlflow.db").is_file()
+    working = made_store.parents[1] / "working"
+    assert list(working.iterdir()) == []
+
+
+def test_a_plain_file_store_is_made_where_the_settings_say(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path / "new", store="file")
+    prepare_store(settings, EXPERIMENT)
+    experiment = client_of(settings.tracking.uri).get_experiment_by_name(EXPERIMENT)
+    assert str(tmp_path / "new" / "mlruns" / experiment.experiment_id) in experiment.artifact_location
+
+
+def test_preparing_a_store_twice_changes_nothing(each_store: Settings) -> None:
+    client = client_of(each_store.tracking.uri)
+    before = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    prepare_store(each_store, EXPERIMENT)
+    assert client.get_experiment_by_name(EXPERIMENT).experiment_id == before
+    assert len(client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")) == 1
+
+
+def test_a_store_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
+    told = refused(settings_in(tmp_path))
+    assert told.startswith(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db\nMLflow cannot use it: ")
+    assert "not a database" in told
+
+
+def test_a_store_of_an_unknown_driver_is_bad_input_and_its_password_is_not_shown(tmp_path: Path) -> None:
+    told = refused(settings_in(tmp_path, "tracking.uri=mysql+nosuchdriver://me:hunter2@127.0.0.1:1/db"))
+    assert "mysql+nosuchdriver://me:***@127.0.0.1:1/db" in told
+    assert "hunter2" not in told
+
+
+def test_an_experiment_in_the_bin_is_refused_before_any_worker_starts(settings: Settings) -> None:
+    client = client_of(settings.tracking.uri)
+    number = client.get_experiment_by_name(EXPERIMENT).experiment_id
+    client.delete_experiment(number)
+    told = refused(settings)
+    assert told.startswith(f"tracking.experiment={EXPERIMENT}\n")
+    assert f"mlflow experiments restore -x {number}" in told
+    client.restore_experiment(number)
+    prepare_store(settings, EXPERIMENT)
+
+
+# servers
+
+
+@contextmanager
+def listening() -> Iterator[str]:
+    """A server that takes a connection and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def answering(status: int, asked: list[str]) -> Iterator[str]:
+    """A server that answers every request with this status, and notes what was asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_a_server_where_nobody_listens_is_an_error() -> None:
+    with pytest.raises(OSError, match="refused"):
+        check_server(NOBODY)
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_takes_the_connection_and_never_answers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SECONDS_TO_ANSWER", 0.3)
+    with listening() as uri, pytest.raises(OSError, match="timed out"):
+        check_server(uri)
+
+
+@pytest.mark.timeout(60)
+def test_a_server_that_does_not_answer_is_bad_input_and_its_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SECONDS_TO_ANSWER", 0.3)
+    with listening() as uri:
+        for away in (uri, NOBODY):
+            told = refused(settings_in(tmp_path, f"tracking.uri={away.replace('//', '//me:hunter2@')}"))
+            assert "me:***@127.0.0.1" in told
+            assert "MLflow cannot use it" in told
+            assert "hunter2" not in told
+
+
+@pytest.mark.parametrize("status", [200, 404, 401])
+def test_a_server_that_answers_anything_lives(status: int) -> None:
+    asked: list[str] = []
+    with answering(status, asked) as uri:
+        check_server(uri)
+        check_server(f"{uri}/mlflow/")
+        check_server(uri.replace("//", "//me:hunter2@"))
+    assert asked == ["/health", "/mlflow/health", "/health"]
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////nowhere/mlflow.db", "file:///nowhere", "databricks"])
+def test_a_store_that_is_no_server_is_not_asked_as_one(uri: str) -> None:
+    check_server(uri)
+
+
+# on whose disk
+
+
+@pytest.mark.parametrize(
+    ("uri", "folder"),
+    [
+        ("sqlite:////data/runs/mlflow.db", "/data/runs"),
+        ("sqlite:///mlflow.db", "."),
+        ("sqlite:///here/mlflow.db", "here"),
+        ("file:///data/mlruns", "/data/mlruns"),
+        ("file:/data/mlruns", "/data/mlruns"),
+        ("file:///data/my%20runs", "/data/my runs"),
+        ("/data/mlruns", "/data/mlruns"),
+        ("./mlruns", "mlruns"),
+    ],
+)
+def test_a_store_in_files_has_a_folder(uri: str, folder: str) -> None:
+    assert local_folder(uri) == Path(folder)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://server:5000", "https://server/mlflow", "postgresql://me:secret@db:5432/mlflow", "mysql://db/mlflow"]
+)
+def test_a_server_has_none_and_serves_many_machines(uri: str) -> None:
+    assert local_folder(uri) is None
+    assert check_store_is_shared(uri, 2) == []
+
+
+@pytest.mark.parametrize("uri", ["sqlite:////data/mlflow.db", "file:///data/mlruns", "./mlruns"])
+def test_a_store_in_files_serves_one_machine_alone(uri: str) -> None:
+    assert check_store_is_shared(uri, 1) == []
+    (problem,) = check_store_is_shared(uri, 2)
+    assert problem.where == f"tracking.uri={uri}"
+    assert "2 machines" in problem.what
+    assert "mlflow server" in problem.fix
+
+
+def test_a_slash_at_the_end_of_a_servers_uri_does_not_double_in_requests() -> None:
+    asked: list[str] = []
+    with answering(404, asked) as uri, pytest.raises(store_module.STORE_ERRORS):
+        client_of(f"{uri}/").get_experiment_by_name(EXPERIMENT)
+    assert len(asked) == 1
+    assert asked[0].startswith("/api/")
+
+
+def test_a_database_that_nobody_serves_is_found_out_at_once() -> None:
+    with pytest.raises(OSError, match="refused"):
+        check_server("postgresql+psycopg2://me:hunter2@127.0.0.1:1/mlflow")

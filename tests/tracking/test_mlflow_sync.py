@@ -1,0 +1,569 @@
+"""MLflow's copy of a run directory, in a real SQLite store and in real plain files: everything arrives, and each point once."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from raytrain2p.config import Settings, flatten_tree
+from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.tracking import mlflow_sync as sync_module
+from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of
+from raytrain2p.tracking.mlflow_sync import PARAM_LENGTH, POINTS_PER_BATCH, MlflowSync, MlflowSyncThread, RunDirectoryError
+from raytrain2p.tracking.run import Run, describe_run, resolved_config, sole_writer, write_status
+from tests.tracking.stores import NOBODY, away, begin, create, fill, history, mlflow_run, note, points, settings_in
+
+
+def mirror_of(settings: Settings, run: Run) -> MlflowSync:
+    return MlflowSync(run, settings.tracking.uri)
+
+
+def describe(run: Run, settings: Settings, command: str = "python -m raytrain2p.train --phase 2") -> dict[str, Any]:
+    config = resolved_config(settings, {})
+    describe_run(run, config, command, {"train_records": 3})
+    return config
+
+
+def values(*steps: int) -> list[tuple[int, float]]:
+    """What `history` says once the `points` of these steps have arrived."""
+    return [(point.step, point.value) for point in points(*steps)]
+
+
+def artifacts(settings: Settings, run: Run, folder: str | None = None) -> list[str]:
+    """Paths of all files among the run's artifacts."""
+    client = client_of(settings.tracking.uri)
+    found = client.list_artifacts(run.run_id, folder)
+    return sorted(path for entry in found for path in (artifacts(settings, run, entry.path) if entry.is_dir else [entry.path]))
+
+
+# points
+
+
+def test_every_point_arrives_once_however_often_it_is_sent(each_store: Settings) -> None:
+    run = create(each_store)
+    note(run, 1, 2, 3)
+    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync.send()
+    mlflow_sync.send()
+    note(run, 4, 5)
+    mlflow_sync.send()
+    mirror_of(each_store, run).send()
+    assert history(each_store, run) == values(1, 2, 3, 4, 5)
+
+
+def test_points_of_all_names_arrive_with_their_time(each_store: Settings) -> None:
+    run = create(each_store)
+    MetricsFile(run.path / "metrics.jsonl").append([MetricPoint("val/loss", 0.25, 7, 1_700_000_000.1234), *points(7, name="learning_rate")])
+    mirror_of(each_store, run).send()
+    (point,) = client_of(each_store.tracking.uri).get_metric_history(run.run_id, "val/loss")
+    assert (point.step, point.value, point.timestamp) == (7, 0.25, 1_700_000_000_123)
+    assert history(each_store, run, "learning_rate") == values(7)
+
+
+def test_more_points_than_one_request_takes_all_arrive_in_one_call(each_store: Settings) -> None:
+    run = create(each_store)
+    steps = range(1, POINTS_PER_BATCH + 2)
+    note(run, *steps)
+    mirror_of(each_store, run).send()
+    assert history(each_store, run) == values(*steps)
+
+
+def test_what_is_no_number_arrives_once(each_store: Settings) -> None:
+    run = create(each_store)
+    MetricsFile(run.path / "metrics.jsonl").append(
+        [MetricPoint("train_loss", math.nan, 1, 1.0), MetricPoint("train_loss", math.nan, 2, 2.0)]
+    )
+    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync.send()
+    write_json(mlflow_sync.state_path, mlflow_sync.state | {"sent": 0, "sending": mlflow_sync.state["sent"]})
+    mirror_of(each_store, run).send()
+    assert [(step, math.isnan(value)) for step, value in history(each_store, run)] == [(1, True), (2, True)]
+
+
+def test_a_line_that_is_still_being_written_is_sent_when_it_is_whole(each_store: Settings) -> None:
+    run = create(each_store)
+    note(run, 1)
+    whole = (run.path / "metrics.jsonl").read_bytes()
+    note(run, 2)
+    both = (run.path / "metrics.jsonl").read_bytes()
+    (run.path / "metrics.jsonl").write_bytes(both[:-5])
+    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync.send()
+    assert history(each_store, run) == values(1)
+    assert mlflow_sync.state["sent"] == len(whole)
+    (run.path / "metrics.jsonl").write_bytes(both)
+    mlflow_sync.send()
+    assert history(each_store, run) == values(1, 2)
+
+
+@pytest.mark.parametrize("arrived", [0, 3, 5], ids=["nothing", "a part", "all"])
+def test_a_kill_in_the_middle_of_a_batch_leaves_each_point_once(
+    each_store: Settings, monkeypatch: pytest.MonkeyPatch, arrived: int
+) -> None:
+    run = create(each_store)
+    note(run, 1, 2)
+    mirror_of(each_store, run).send()
+    note(run, 3, 4, 5, 6, 7)
+    whole = mlflow.MlflowClient.log_batch
+
+    def die(client: mlflow.MlflowClient, run_id: str, metrics: list[Any]) -> None:
+        if arrived:
+            whole(client, run_id, metrics=metrics[:arrived])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            mirror_of(each_store, run).send()
+    assert history(each_store, run) == values(*range(1, 3 + arrived))
+    note(run, 8, 9)  # the next one trains on before it sends
+    successor = mirror_of(each_store, run)
+    assert successor.state["sending"] is not None
+    successor.send()
+    assert history(each_store, run) == values(*range(1, 10))
+    assert successor.state["sending"] is None
+
+
+def test_a_kill_between_two_batches_leaves_each_point_once(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(each_store)
+    monkeypatch.setattr(sync_module, "POINTS_PER_BATCH", 2)
+    note(run, *range(1, 8))
+    whole, batches = mlflow.MlflowClient.log_batch, []
+
+    def die(client: mlflow.MlflowClient, run_id: str, metrics: list[Any]) -> None:
+        batches.append(len(metrics))
+        whole(client, run_id, metrics=metrics)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            mirror_of(each_store, run).send()
+    mirror_of(each_store, run).send()
+    assert batches == [2, 2]
+    assert history(each_store, run) == values(*range(1, 8))
+
+
+def test_a_request_that_arrives_though_its_answer_is_lost_leaves_each_point_once(
+    each_store: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(each_store)
+    note(run, 1, 2)
+    mlflow_sync = mirror_of(each_store, run)
+    whole = mlflow.MlflowClient.log_batch
+
+    def lose(client: mlflow.MlflowClient, run_id: str, metrics: list[Any]) -> None:
+        whole(client, run_id, metrics=metrics)
+        raise MlflowException("API request failed: timed out")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", lose)
+        with pytest.raises(STORE_ERRORS):
+            mlflow_sync.send()
+    note(run, 3)
+    mlflow_sync.send()
+    assert history(each_store, run) == values(1, 2, 3)
+
+
+def test_a_request_that_fails_is_sent_again(settings: Settings) -> None:
+    run = create(settings)
+    mlflow_sync = mirror_of(settings, run)
+    note(run, 1, 2)
+    with away(settings), pytest.raises(STORE_ERRORS):
+        mlflow_sync.send()
+    mlflow_sync.send()
+    assert history(settings, run) == values(1, 2)
+
+
+# what the run is
+
+
+def test_every_setting_is_a_parameter_whole_and_flat(each_store: Settings) -> None:
+    run = create(each_store)
+    config = describe(run, each_store)
+    mirror_of(each_store, run).send()
+    found = mlflow_run(each_store, run).data.params
+    assert found == {key: str(value) for key, value in flatten_tree(config).items()}
+    assert found["model.lora.rank"] == "16"
+    assert found["data.train"] == each_store.data.train
+
+
+def test_a_value_longer_than_mlflow_takes_is_cut_and_no_change_for_that(each_store: Settings) -> None:
+    run = create(each_store)
+    config = resolved_config(each_store, {"model.system_prompt": "long " * 2000})
+    for _ in range(2):
+        describe_run(run, config, "command", {})
+        mirror_of(each_store, run).send()
+    data = mlflow_run(each_store, run).data
+    assert data.params["model.system_prompt"] == ("long " * 2000)[:PARAM_LENGTH]
+    assert not any(key.startswith("raytrain2p.changed.") for key in data.tags)
+
+
+def test_tags_and_the_config_file_go_with_the_parameters(each_store: Settings) -> None:
+    run = create(each_store)
+    describe(run, each_store, "python -m raytrain2p.train --phase 2 seed=3")
+    mirror_of(each_store, run).send()
+    tags = mlflow_run(each_store, run).data.tags
+    assert tags["raytrain2p.command"] == "python -m raytrain2p.train --phase 2 seed=3"
+    assert tags["raytrain2p.directory"] == run.directory
+    assert artifacts(each_store, run) == ["config/config.json"]
+    sent = Path(client_of(each_store.tracking.uri).download_artifacts(run.run_id, "config/config.json"))
+    assert sent.read_bytes() == (run.path / "config.json").read_bytes()
+
+
+def test_no_password_reaches_mlflow(settings: Settings) -> None:
+    run = create(settings)
+    secret = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": "postgresql://me:hunter2@db/mlflow"})})
+    describe(run, secret, "python -m raytrain2p.train tracking.uri=postgresql://me:hunter2@db/mlflow")
+    mirror_of(settings, run).send()
+    data = mlflow_run(settings, run).data
+    assert data.params["tracking.uri"] == "postgresql://me:***@db/mlflow"
+    assert data.tags["raytrain2p.command"].endswith("postgresql://me:***@db/mlflow")
+    assert "hunter2" not in json.dumps(data.to_dictionary())
+
+
+def test_a_setting_that_a_resumed_run_has_otherwise_is_a_tag_beside_its_parameter(each_store: Settings) -> None:
+    run = create(each_store)
+    describe(run, each_store)
+    mirror_of(each_store, run).send()
+    config = resolved_config(each_store, {"training.batch_size": 7, "launch.num_workers": 3})
+    describe_run(run, config, "command", {})
+    mirror_of(each_store, run).send()
+    data = mlflow_run(each_store, run).data
+    assert data.params["training.batch_size"] == str(each_store.training.batch_size)
+    changed = {key: value for key, value in data.tags.items() if key.startswith("raytrain2p.changed.")}
+    assert changed == {"raytrain2p.changed.training.batch_size": "7", "raytrain2p.changed.launch.num_workers": "3"}
+    assert data.tags["raytrain2p.command"] == "command"
+
+
+def test_a_kill_between_the_parameters_and_the_tags_leaves_both_whole(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(each_store)
+    config = describe(run, each_store)
+    whole = mlflow.MlflowClient.log_batch
+
+    def die(client: mlflow.MlflowClient, run_id: str, params: list[Any]) -> None:
+        whole(client, run_id, params=params[: len(params) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", die)
+        with pytest.raises(KeyboardInterrupt):
+            mirror_of(each_store, run).send()
+    mirror_of(each_store, run).send()
+    data = mlflow_run(each_store, run).data
+    assert len(data.params) == len(flatten_tree(config))
+    assert "raytrain2p.command" in data.tags
+    assert not any(key.startswith("raytrain2p.changed.") for key in data.tags)
+
+
+def test_a_run_that_is_not_described_yet_sends_its_points_all_the_same(each_store: Settings) -> None:
+    run = create(each_store)
+    note(run, 1)
+    mirror_of(each_store, run).send()
+    assert history(each_store, run) == values(1)
+    assert mlflow_run(each_store, run).data.params == {}
+
+
+# how it ends
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
+def test_the_status_on_disk_is_mlflows(each_store: Settings, status: str) -> None:
+    run = create(each_store)
+    mlflow_sync = mirror_of(each_store, run)
+    for step in (status, "RUNNING", status):
+        write_status(run.path, step)
+        mlflow_sync.send()
+        assert mlflow_run(each_store, run).info.status == step
+    at = read_json(run.path / "status.json")["at"]
+    assert mlflow_run(each_store, run).info.end_time == round(at * 1000)
+
+
+def test_a_run_that_somebody_ended_in_mlflow_is_running_when_it_goes_on(each_store: Settings) -> None:
+    run = create(each_store)
+    client_of(each_store.tracking.uri).set_terminated(run.run_id, "FAILED")
+    write_status(run.path, "RUNNING")
+    mirror_of(each_store, run).send()
+    assert mlflow_run(each_store, run).info.status == "RUNNING"
+
+
+def test_results_are_sent_when_the_run_has_ended_and_checkpoints_never(each_store: Settings) -> None:
+    run = create(each_store)
+    (run.path / "plots").mkdir()
+    files = {"model.pt": b"weights", "plots/training_curve.png": b"image", "answers.jsonl": b"{}\n"}
+    for name, content in files.items():
+        (run.path / name).write_bytes(content)
+    (run.checkpoints / "last.ckpt").write_bytes(b"checkpoint")
+    write_status(run.path, "RUNNING")
+    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync.send()
+    assert artifacts(each_store, run) == []
+    write_status(run.path, "FINISHED")
+    mlflow_sync.send()
+    sent = {"model/model.pt": b"weights", "plots/training_curve.png": b"image", "answers.jsonl": b"{}\n"}
+    assert artifacts(each_store, run) == sorted(sent)
+    client = client_of(each_store.tracking.uri)
+    assert {path: Path(client.download_artifacts(run.run_id, path)).read_bytes() for path in sent} == sent
+
+
+def test_only_what_has_ended_and_arrived_is_complete(each_store: Settings) -> None:
+    run = create(each_store)
+    mlflow_sync = mirror_of(each_store, run)
+    note(run, 1)
+    mlflow_sync.send()
+    assert not mlflow_sync.complete()  # it is RUNNING
+    write_status(run.path, "FINISHED")
+    assert not mlflow_sync.complete()
+    mlflow_sync.send()
+    assert mlflow_sync.complete()
+    assert mirror_of(each_store, run).complete()
+    note(run, 2)
+    assert not mlflow_sync.complete()
+    mlflow_sync.send()
+    write_status(run.path, "FAILED")
+    assert not mlflow_sync.complete()
+
+
+def test_a_run_whose_last_line_a_kill_has_torn_is_complete_without_it(settings: Settings) -> None:
+    run = create(settings)
+    mlflow_sync = mirror_of(settings, run)
+    note(run, 1)
+    with (run.path / "metrics.jsonl").open("ab") as stream:
+        stream.write(b'{"step": 2, "na')
+    write_status(run.path, "FAILED")
+    mlflow_sync.send()
+    assert mlflow_sync.complete()
+    assert history(settings, run) == values(1)
+
+
+def test_a_run_whose_journal_has_lost_what_was_sent_is_not_complete(settings: Settings) -> None:
+    run = create(settings)
+    mlflow_sync = mirror_of(settings, run)
+    note(run, 1, 2)
+    write_status(run.path, "FAILED")
+    mlflow_sync.send()
+    assert mlflow_sync.complete()
+    (run.path / "metrics.jsonl").write_bytes(b"")
+    assert not mlflow_sync.complete()
+
+
+# while training goes on
+
+
+class Counted(MlflowSync):
+    """Counts how often it has tried."""
+
+    tries = 0
+
+    def send(self) -> None:
+        self.tries += 1
+        super().send()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mirrors do not wait for seconds."""
+    monkeypatch.setattr(sync_module, "SEND_SECONDS", 0.02)
+    monkeypatch.setattr(sync_module, "LONGEST_WAIT", 0.05)
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def started(told: list[str]) -> Iterator[Callable[[MlflowSync], MlflowSyncThread]]:
+    """Starts mirrors, and ends those that a failed test leaves."""
+    threads: list[MlflowSyncThread] = []
+
+    def start(mlflow_sync: MlflowSync) -> MlflowSyncThread:
+        threads.append(MlflowSyncThread(mlflow_sync, told.append))
+        return threads[-1]
+
+    yield start
+    for thread in threads:
+        thread.close(0)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+Start = Callable[[MlflowSync], MlflowSyncThread]
+
+
+@pytest.mark.usefixtures("hasty")
+def test_points_arrive_while_training_goes_on(each_store: Settings, started: Start, told: list[str]) -> None:
+    run = create(each_store)
+    with sole_writer(run):
+        thread = started(mirror_of(each_store, run))
+        for steps in ([1, 2], [3], [4, 5]):
+            note(run, *steps)
+            until(lambda: history(each_store, run)[-1:] == values(steps[-1]))  # noqa: B023
+        write_status(run.path, "FINISHED")
+        assert thread.close(60)
+    assert history(each_store, run) == values(1, 2, 3, 4, 5)
+    assert mlflow_run(each_store, run).info.status == "FINISHED"
+    assert told == []
+
+
+def test_closing_sends_the_rest_at_once(each_store: Settings, started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_module, "SEND_SECONDS", 1000.0)
+    run = create(each_store)
+    with sole_writer(run):
+        thread = started(mirror_of(each_store, run))
+        note(run, *range(1, POINTS_PER_BATCH + 2))
+        write_status(run.path, "FINISHED")
+        assert thread.close(60)
+    assert history(each_store, run) == values(*range(1, POINTS_PER_BATCH + 2))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("hasty")
+def test_a_store_that_is_away_is_told_once_and_training_goes_on(settings: Settings, started: Start, told: list[str]) -> None:
+    run = create(settings)
+    with sole_writer(run):
+        mlflow_sync = Counted(run, NOBODY.replace("//", "//me:hunter2@"))
+        thread = started(mlflow_sync)
+        note(run, 1)
+        until(lambda: mlflow_sync.tries > 3)
+        write_status(run.path, "FINISHED")
+        assert not thread.close(0)
+    (line,) = told
+    assert "training goes on" in line
+    assert "hunter2" not in line
+    assert not mlflow_sync.complete()
+    assert mirror_of(settings, run).state["sent"] == 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("hasty")
+def test_a_store_that_stays_away_is_given_up_at_the_end_though_there_is_time(
+    settings: Settings, started: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_module, "TRIES_AT_THE_END", 1)
+    run = create(settings)
+    with sole_writer(run):
+        note(run, 1)
+        assert not started(MlflowSync(run, NOBODY)).close(100_000)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_an_error_that_mlflow_does_not_name_ends_nothing(
+    settings: Settings, started: Start, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(settings)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("of a plugin")
+
+    with sole_writer(run):
+        note(run, 1)
+        mlflow_sync = Counted(run, settings.tracking.uri)
+        with monkeypatch.context() as patch:
+            patch.setattr(mlflow.MlflowClient, "log_batch", fail)
+            thread = started(mlflow_sync)
+            until(lambda: mlflow_sync.tries > 2)
+        write_status(run.path, "FINISHED")
+        assert thread.close(60)
+    assert history(settings, run) == values(1)
+    assert len(told) == 2
+
+
+@pytest.mark.usefixtures("hasty")
+def test_when_a_store_is_back_everything_arrives(settings: Settings, started: Start, told: list[str]) -> None:
+    run = create(settings)
+    describe(run, settings)
+    with sole_writer(run):
+        mlflow_sync = Counted(run, settings.tracking.uri)
+        thread = started(mlflow_sync)
+        note(run, 1, 2)
+        until(lambda: len(history(settings, run)) == 2)
+        with away(settings):
+            tries = mlflow_sync.tries
+            note(run, 3, 4)
+            until(lambda: mlflow_sync.tries > tries + 3)
+            note(run, 5)
+        until(lambda: len(history(settings, run)) == 5)
+        write_status(run.path, "FINISHED")
+        assert thread.close(60)
+    assert history(settings, run) == values(1, 2, 3, 4, 5)
+    away_line, back_line = told
+    assert "training goes on" in away_line
+    assert "MLflow is back" in back_line
+    assert mlflow_run(settings, run).info.status == "FINISHED"
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("disaster", ["full", "gone"])
+def test_a_disk_that_fails_is_not_told_as_mlflows_fault(
+    disaster: str, small_disk: Path, settings: Settings, started: Start, told: list[str], tmp_path: Path
+) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}/checkpoints")
+    run = create(begin(settings))
+    note(run, 1)
+    mlflow_sync = Counted(run, settings.tracking.uri)
+    mlflow_sync.send()
+    note(run, 2)
+    if disaster == "full":
+        fill(small_disk)
+    else:
+        shutil.rmtree(run.path)
+    with pytest.raises(RunDirectoryError, match="no space left" if disaster == "full" else "is gone"):
+        mlflow_sync.send()
+    thread = started(mlflow_sync)
+    until(lambda: mlflow_sync.tries > 4)
+    assert not thread.close(1)
+    assert told == []
+
+
+@pytest.mark.usefixtures("hasty")
+def test_what_was_not_sent_at_the_end_is_sent_by_the_next_mirror(settings: Settings, started: Start) -> None:
+    run = create(settings)
+    with sole_writer(run), away(settings):
+        thread = started(Counted(run, settings.tracking.uri))
+        note(run, 1, 2)
+        write_status(run.path, "FAILED")
+        assert not thread.close(0.5)
+        until(lambda: not thread.thread.is_alive())
+    mirror_of(settings, run).send()
+    assert history(settings, run) == values(1, 2)
+    assert mlflow_run(settings, run).info.status == "FAILED"
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_working_mirror_gives_signs_of_life(settings: Settings, started: Start) -> None:
+    run = create(settings)
+    with sole_writer(run):
+        lock = run.path / ".lock"
+        before = lock.stat().st_mtime_ns
+        thread = started(mirror_of(settings, run))
+        until(lambda: lock.stat().st_mtime_ns > before)
+        thread.close(0)
+
+
+def test_a_tree_is_flattened_by_dotted_paths() -> None:
+    assert flatten_tree({"a": {"b": {"c": 1}, "d": [2]}, "e": {}}) == {"a.b.c": 1, "a.d": [2], "e": {}}
+
+
+def test_two_runs_of_one_store_do_not_mix(each_store: Settings) -> None:
+    first, second = create(each_store), create(each_store, "launch-2")
+    note(first, 1)
+    note(second, 2)
+    for run in (first, second):
+        mirror_of(each_store, replace(run)).send()
+    assert (history(each_store, first), history(each_store, second)) == (values(1), values(2))
