@@ -25,7 +25,7 @@ import psutil
 
 SETTLING_SECONDS = 2.0  # at the beginning of a slice: caches are cold, and what was stopped catches up
 WARM_UP_STEPS = 10
-BATCH = 16  # training.batch_size of configs/phase2.yaml
+BATCH = 16  # training.global_batch_size of configs/phase2.yaml
 
 
 def bare_loop(steps: int, aligner: str, times: Path) -> None:
@@ -49,7 +49,8 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.training.learning_rate, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))
-    sampler = StepSampler(data.lengths, data.supervised, settings.training.batch_size, 1, 0, 1, settings.seed)
+    size = settings.training.global_batch_size
+    sampler = StepSampler(data.lengths, data.supervised, size, size, 0, 1, settings.seed)
     module.train()
     done = 0
     with times.open("a", buffering=1) as stream:

@@ -23,7 +23,7 @@ SWEEP = [
     "sweep.asha.grace_period=2",
     "evaluation.max_records=4",
 ]
-SHORT = {1: ["training.max_epochs=1", "training.batch_size=16"], 2: ["training.max_steps=2"]}
+SHORT = {1: ["training.max_epochs=1", "training.global_batch_size=16"], 2: ["training.max_steps=2"]}
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
 

@@ -1,4 +1,4 @@
-"""Typed settings and what can be wrong with them. Imports nothing else of the package."""
+"""Typed settings and their checks. Imports nothing else of the package."""
 
 from raytrain2p.config.loading import load_settings
 from raytrain2p.config.paths import base_directory, cache_directory

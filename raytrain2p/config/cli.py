@@ -1,4 +1,4 @@
-"""What all commands share: the settings as `--help` shows them, exit codes, and no traceback for what the user can fix."""
+"""Shared by all commands: `--help` texts of settings, exit codes, and errors of the user without a traceback."""
 
 import json
 import sys
@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from raytrain2p.config.loading import known_keys, type_name
+from raytrain2p.config.loading import type_name
+from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.problems import InputError
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 
@@ -17,10 +18,10 @@ WIDTH = 110
 
 
 def describe_settings(groups: Mapping[str, type[BaseModel]] | None = None) -> str:
-    """Every setting with its type, default and meaning; those of one phase alone are marked.
+    """Every setting with its type, default and meaning; those of one phase only are marked.
 
     Args:
-        groups: settings beside those of a phase, listed before them, by the name of their group.
+        groups: further groups of settings by name, listed first.
     """
     lines = ["settings (key=value, or the same keys in a YAML file):"]
     for name, kind in (groups or {}).items():
@@ -49,7 +50,7 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command: what it returns, or BAD_INPUT with every problem on stderr, or INTERRUPTED after Ctrl-C."""
+    """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; or INTERRUPTED after Ctrl-C."""
     try:
         return command()
     except InputError as error:

@@ -1,20 +1,23 @@
-"""From a YAML file and `key=value` overrides to checked, frozen settings; every problem is told at once."""
+"""From a YAML file and `key=value` overrides to checked, frozen settings; all problems are reported at once."""
 
 import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.settings import SETTINGS_OF_PHASE, Settings, monitor_problem
+from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, cross_field_problems, flatten_tree
 
+# Names that settings had before, for the hint in the message.
+RENAMED = {"training.batch_size": "training.global_batch_size", "training.accumulate": "training.micro_batch_size"}
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -38,7 +41,7 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
         overrides: `dotted.key=value` pairs, each value read as YAML; later ones win.
 
     Raises:
-        InputError: the file cannot be read, or a key or a value is wrong; all problems at once.
+        InputError: the file cannot be read, or keys or values are wrong.
     """
     path = Path(config) if config is not None else packaged_config(f"phase{phase}")
     tree = read_yaml(path)
@@ -57,33 +60,35 @@ def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequenc
 
     Args:
         phase: 1 or 2.
-        tree: settings as nested groups.
+        tree: settings as nested groups, with the overrides merged in.
         path: file that they came from, for messages.
-        overrides: `key=value` pairs that are merged into the tree already, for messages.
+        overrides: for messages.
 
     Raises:
-        InputError: every key and every value that is wrong.
+        InputError: every wrong key and value, and settings that contradict each other.
     """
-    settings = checked(SETTINGS_OF_PHASE[phase], tree, path, overrides, lambda: _cross_field_problems(tree, path))
+    kind = SETTINGS_OF_PHASE[phase]
+    settings = checked(kind, tree, path, overrides, lambda: _cross_field_problems(kind, tree))
     if "://" in settings.output.root:
-        raise InputError(Problem(f"output.root={settings.output.root}", "is no directory", "give one on storage that all nodes share"))
+        raise InputError(Problem(f"output.root={settings.output.root}", "is not a directory", "give one on storage that all nodes share"))
     return absolute_paths(settings)
 
 
 def checked(kind: type[Kind], tree: dict[str, Any], path: Path, overrides: Sequence[str], more: Callable[[], list[Problem]] = list) -> Kind:
-    """A tree as typed settings.
+    """Validate a tree as typed settings.
 
     Raises:
-        InputError: what pydantic found, in the user's words, and what `more` finds then.
+        InputError: each problem that pydantic found, named as the user wrote it, and those that `more` then finds.
     """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError([*(_problem(kind, detail, path, overrides) for detail in error.errors()), *more()]) from None
+        found = [problem for detail in error.errors() for problem in _problems(kind, detail, path, overrides)]
+        raise InputError(list(dict.fromkeys([*found, *more()]))) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """One YAML mapping.
+    """Read a YAML mapping.
 
     Raises:
         InputError: no such file, not YAML, or not a mapping.
@@ -95,7 +100,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(Problem(f"--config {path}", f"is not YAML: {' '.join(str(error).split())}")) from None
     if not isinstance(tree, dict):
-        raise InputError(Problem(f"--config {path}", "holds no settings", "write `group:` lines with `  key: value` under them"))
+        raise InputError(Problem(f"--config {path}", "contains no settings", "write `group:` lines with `  key: value` under them"))
     return tree
 
 
@@ -103,7 +108,7 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
     """Write each `dotted.key=value` into the tree.
 
     Raises:
-        InputError: an override is not of that form; the well-formed ones are merged all the same.
+        InputError: overrides are not of that form; the others are merged nevertheless.
     """
     findings = Findings()
     for override in overrides:
@@ -114,7 +119,7 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         try:
             value = yaml.load(text, Loader=NumberLoader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError:
-            findings.add(Problem(override, "its value is not YAML", "quote it"))
+            findings.add(Problem(override, "the value is not YAML", "quote it"))
             continue
         *groups, last = key.split(".")
         node = tree
@@ -126,21 +131,11 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
     findings.raise_any()
 
 
-def known_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """Every setting's dotted path and its pydantic field."""
-    keys: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        path = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= known_keys(field.annotation, f"{path}.")
-        else:
-            keys[path] = field
-    return keys
-
-
 def nearest_key(kind: type[BaseModel], key: str) -> str | None:
-    """The valid setting whose path, or else whose last part, looks most like `key`."""
+    """The valid setting whose path, or else whose last part, is most similar to `key`."""
     keys = list(known_keys(kind))
+    if RENAMED.get(key) in keys:
+        return RENAMED[key]
     if close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75):
         return close[0]
     by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
@@ -170,19 +165,22 @@ def _setting(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:
     return next((path for path in paths if path in known and type(known[path].annotation) is not dict), paths[0] if paths else "")
 
 
-def _cross_field_problems(tree: dict[str, Any], path: Path) -> list[Problem]:
-    """What pydantic's validators over several fields would say, which it leaves out once a single field is wrong."""
+def _cross_field_problems(kind: type[RunSettings], tree: dict[str, Any]) -> list[Problem]:
+    """The checks over several fields, which pydantic skips once a single field is wrong."""
+    defaults = {key: field.default for key, field in known_keys(kind).items()}
+    return cross_field_problems(defaults | flatten_tree(tree), kind.accumulates)
 
-    def group(name: str) -> dict[str, Any]:
-        found = tree.get(name)
-        return found if isinstance(found, dict) else {}
 
-    found = monitor_problem(group("checkpoint").get("monitor", "train_loss"), group("data").get("val"))
-    return [Problem(f"settings in {path}", found)] if found else []
+def _problems(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence[str]) -> Iterator[Problem]:
+    """One pydantic error, named as the user wrote the setting."""
+    raised = detail["ctx"]["error"] if detail["type"] == "value_error" else None
+    if isinstance(raised, InputError):
+        yield from raised.problems
+    else:
+        yield _problem(kind, detail, path, overrides)
 
 
 def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence[str]) -> Problem:
-    """One pydantic error in the user's own words."""
     key = _setting(kind, detail["loc"])
     origin = next((override for override in reversed(overrides) if override.partition("=")[0] == key), None)
     where = origin or (f"{key} = {detail['input']!r} in {path}" if key else str(path))
@@ -196,6 +194,6 @@ def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence
     field = known_keys(kind).get(key)
     in_union = field is not None and typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
     if field is not None and in_union and len(detail["loc"]) > key.count(".") + 1:
-        return Problem(where, f"required: {type_name(field.annotation)}")  # the same for each branch of the union, so told once
+        return Problem(where, f"required: {type_name(field.annotation)}")  # the same for each branch of the union: duplicates are dropped
     required = f" (required: {type_name(field.annotation)})" if field is not None else ""
     return Problem(where, f"{detail['msg']}{required}")

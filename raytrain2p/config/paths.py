@@ -1,28 +1,27 @@
-"""What paths are relative to: output, records, models, caches, and the settings files that come with the package."""
+"""Resolves the paths of outputs, records, models and caches, and finds the packaged settings files."""
 
 import os
 from pathlib import Path
 
-from raytrain2p.config.settings import Settings
+from raytrain2p.config.settings import NAMES_A_MODEL, Settings
 
-MODEL_KEYS = ("language_model", "image_encoder", "text_encoder")
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def packaged_config(stem: str) -> Path:
-    """The YAML file that a command uses without `--config`: inside an installed package, or beside it in a checkout."""
+    """The YAML file that a command uses without `--config`: inside the installed package, or beside it in a checkout."""
     name = f"{stem}.yaml"
     for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"{name} is neither in {PACKAGE} nor beside it: the installation is incomplete")
+    raise FileNotFoundError(f"{name} is not in {PACKAGE} or beside it: the installation is incomplete")
 
 
 def base_directory() -> Path:
-    """What relative paths are relative to: `$RAYTRAIN2P_HOME` if set, else the working directory.
+    """The base of relative paths: `$RAYTRAIN2P_HOME` if set, else the working directory.
 
-    A job submitted with `--working-dir` runs in a copy that Ray deletes later: results would be lost with it. There,
-    without the variable, relative paths lie under `~/raytrain2p`.
+    A job submitted with `--working-dir` runs in a copy that Ray deletes later, with everything in it. There, without
+    the variable, the base is `~/raytrain2p`.
     """
     if home := os.environ.get("RAYTRAIN2P_HOME"):
         return Path(home).expanduser().absolute()
@@ -31,7 +30,7 @@ def base_directory() -> Path:
 
 
 def absolute_paths(settings: Settings) -> Settings:
-    """Resolve every path here, in the driver: a worker's working directory is Ray's, not the user's."""
+    """Make every path absolute, in the driver: a worker has another working directory."""
     base = base_directory()
 
     def resolve(text: str) -> str:
@@ -40,14 +39,15 @@ def absolute_paths(settings: Settings) -> Settings:
         return str(base / Path(text).expanduser())
 
     def resolve_records(text: str) -> str:
-        """Records are input: they are looked for where the command was typed, not where results are kept."""
+        """Records are input: relative to the working directory, not to the base of outputs."""
         return text if "://" in text or text.startswith("emoji:") else str(Path(text).expanduser().absolute())
 
     def resolve_model(name: str) -> str:
-        """A local directory by its whole path; hub IDs and packaged names as they are."""
+        """A local directory becomes absolute; hub IDs and packaged names stay."""
         return str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
 
-    models = {key: resolve_model(value) for key, value in settings.model if key in MODEL_KEYS}
+    fields = type(settings.model).model_fields
+    models = {key: resolve_model(value) for key, value in settings.model if NAMES_A_MODEL in fields[key].metadata}
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
     uri = settings.tracking.uri
@@ -72,7 +72,7 @@ def absolute_paths(settings: Settings) -> Settings:
 
 
 def cache_directory() -> Path:
-    """Where models and features are kept between runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
+    """The directory of models and features, shared by all runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
     if explicit := os.environ.get("RAYTRAIN2P_CACHE"):
         return Path(explicit).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrain2p"

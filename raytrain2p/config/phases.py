@@ -1,4 +1,4 @@
-"""The facts of each phase, written once: its number, what it is called, what it makes, and which fields its records have."""
+"""The facts of each phase, in one place: number, name, artifact, MLflow experiment, fields of its records."""
 
 from dataclasses import dataclass
 

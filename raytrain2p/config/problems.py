@@ -1,4 +1,4 @@
-"""What is wrong with a user's input, told all at once and before anything starts."""
+"""Problems in the user's input, reported all at once and before anything starts."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ MOST_SHOWN = 40  # a file of a million bad records has one cause, not a million
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: `where` in the user's own words, `what` is found against what is required, how to `fix` it."""
+    """One problem: `where`, as the user wrote it; `what` was found and what is required; how to `fix` it."""
 
     where: str
     what: str
@@ -23,11 +23,11 @@ class InputError(ValueError):
 
     def __init__(self, problems: Sequence[Problem] | Problem) -> None:
         self.problems = [problems] if isinstance(problems, Problem) else list(problems)
-        assert self.problems, "an InputError without a problem tells nobody anything"
+        assert self.problems, "an InputError needs at least one problem"
         super().__init__(str(self))
 
     def __reduce__(self) -> tuple[type["InputError"], tuple[list[Problem]]]:
-        return type(self), (self.problems,)  # it may cross a process boundary: rebuild it from what it was made of
+        return type(self), (self.problems,)  # pickled when it crosses a process boundary
 
     def __str__(self) -> str:
         count = len(self.problems)
@@ -38,7 +38,7 @@ class InputError(ValueError):
 
 
 class Findings:
-    """Collects problems from checks that each raise on their own, so that all of them are told together."""
+    """Collects the problems of several checks, each of which raises its own, so that they are reported together."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -53,14 +53,14 @@ class Findings:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
-        """Swallow an InputError into the collection; let every other exception, which is a bug, go on."""
+        """Collect an InputError; any other exception is a bug and propagates."""
         if isinstance(error, InputError):
             self.problems += error.problems
             return True
         return False
 
     def raise_any(self) -> None:
-        """Raise what was collected, each problem once.
+        """Raise the collected problems, each once.
 
         Raises:
             InputError: at least one problem was found.

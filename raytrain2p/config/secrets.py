@@ -1,11 +1,11 @@
-"""Passwords do not belong where many can read them: parameters, pages, logs, recorded commands."""
+"""Masks passwords in what others can read: parameters, pages, logs, recorded commands."""
 
 import re
 from typing import Any
 
 # scheme://user:password@host, but not scheme://host:port
 PASSWORD = re.compile(r"(\b[\w.+-]+://[^\s:/@]*:)(?!\d+(?:[/?\s\"',]|$))[^\s]*(?=@)")
-# a token or key that is given as a value: `token=...`, `api_key: ...`
+# a token or key with its value: `token=...`, `api_key: ...`
 TOKEN = re.compile(r"(?i)\b([\w-]*(?:token|password|secret|api_key|apikey))(\s*[=:]\s*)(['\"]?)[^\s'\"&]{4,}")
 # https://token@host
 USER = re.compile(r"(\bhttps?://)[^\s:/@]+(?=@)")
@@ -22,12 +22,12 @@ def masked(text: str) -> str:
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """What an error says, for a message of one line: without line breaks, without passwords, not too long."""
+    """An error as one line of at most `most` characters, without passwords."""
     return masked(" ".join(str(error).split()))[:most]
 
 
 def without_passwords(value: Any) -> Any:
-    """Settings with their URIs masked, and nothing else: what a resumed run reads must be what was set."""
+    """Settings with passwords in URIs masked. All else stays: a resumed run reads these settings."""
     if isinstance(value, dict):
         return {key: without_passwords(inner) for key, inner in value.items()}
     return masked(value) if isinstance(value, str) and "://" in value else value

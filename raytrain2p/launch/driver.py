@@ -49,7 +49,7 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
     console.clear()
     if run is not None:
         with findings:
-            check_resumable(run, settings, inputs.records if inputs is not None else None)
+            check_resumable(run, settings, inputs.digests if inputs is not None else None)
     findings.raise_any()
     return settings, inputs
 
@@ -178,7 +178,7 @@ def encode(inputs: Any, settings: Settings, most_cpus: float, console: Console) 
 
 def prepared(inputs: Any) -> PreparedSplits:
     """What a inputs found, once everything is encoded."""
-    return PreparedSplits(ray.put(inputs.prepare()), inputs.records)
+    return PreparedSplits(ray.put(inputs.prepare()), inputs.digests)
 
 
 def say_if_waiting(needed: int, console: Console) -> None:

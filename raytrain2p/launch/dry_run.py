@@ -20,7 +20,7 @@ def dry_run(settings: Settings, inputs: Any) -> str:
     resolved = json.loads(settings.model_dump_json())
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
     counts = count_parameters(inputs.parts())
-    steps = planned_steps(settings.training, inputs.records, settings.launch.num_workers)
+    steps = planned_steps(settings.training, inputs.records)
     # encoders are in the worker's memory only where they run in the step
     held = sum(count["frozen"] for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
     frozen = sum(count["frozen"] for count in counts.values())
@@ -44,5 +44,5 @@ def memory_mb(settings: Settings, inputs: Any, frozen: int, trained: int) -> flo
     on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
     width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.use_gpu else 4
     positions, activations = inputs.widest()
-    kept = settings.training.batch_size * positions * activations * width
+    kept = settings.training.micro_batch(settings.launch.num_workers) * positions * activations * width
     return PROCESS_MB + (frozen * width + trained * (4 + GRADIENT_AND_ADAM) + kept) / 1e6

@@ -9,7 +9,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.launch.progress import Console, followed
 from raytrain2p.launch.signals import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
+from raytrain2p.phases.inputs import InputDigests
 from raytrain2p.storage.errors import FAILED_DISK, StorageError, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
@@ -38,10 +39,10 @@ class LetGoError(RuntimeError):
 
 @dataclass(frozen=True)
 class PreparedSplits:
-    """The splits in Ray's object store, and how many training records there are. Several launches may share them."""
+    """The splits in Ray's object store, and the digests of what they were made from. Several launches may share them."""
 
     data: Any
-    records: int
+    digests: InputDigests
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def train(
         threads=threads,
         data=splits.data,
         channel=channel,
-        facts={"train_records": splits.records},
+        facts=asdict(splits.digests),
         environment=mlflow_environment(),
         membership=trial.membership if trial else None,
         tags=trial.tags if trial else {},

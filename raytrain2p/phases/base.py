@@ -23,6 +23,10 @@ class PhaseModule(pl.LightningModule):
         self.strict_loading = False  # the frozen weights are not in the checkpoint
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
 
+    @property
+    def passes_per_step(self) -> int:
+        return self.training_settings.gradient_accumulation_steps(self.trainer.world_size)
+
     def shardable(self) -> list[nn.Module]:
         """Submodules that FSDP shards one by one, innermost first."""
         raise NotImplementedError
@@ -55,13 +59,13 @@ class PhaseModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, index: int) -> None:
         """Dropout depends on the worker and the pass alone: a run that goes on draws what it would have drawn."""
-        accumulate = self.training_settings.accumulate
-        place = [self.seed, self.trainer.global_rank, self.trainer.global_step * accumulate + index % accumulate]
+        passes = self.passes_per_step
+        place = [self.seed, self.trainer.global_rank, self.trainer.global_step * passes + index % passes]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
         loss = self.total_loss(batch)
-        self.pass_loss = loss.detach() / self.training_settings.accumulate
+        self.pass_loss = loss.detach() / self.passes_per_step
         return loss
 
     @torch.no_grad()
@@ -83,8 +87,15 @@ class PhaseModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in trained}
-        accumulate = self.training_settings.accumulate
-        set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], int(self.trainer.num_training_batches), accumulate)
+        steps_per_epoch = int(self.trainer.num_training_batches) // self.passes_per_step
+        set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], steps_per_epoch, self.passes_per_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning counts passes. A resumed run may take its steps in another number of passes than before."""
+        loops = checkpoint["loops"]["fit_loop"]
+        batches, steps = loops["epoch_loop.batch_progress"], loops["epoch_loop.scheduler_progress"]
+        for span in ("total", "current"):
+            batches[span] = dict.fromkeys(batches[span], steps[span]["completed"] * self.passes_per_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""
@@ -107,7 +118,7 @@ class PhaseModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def set_progress(loops: dict[str, Any], step: int, passes: int, accumulate: int) -> None:
+def set_progress(loops: dict[str, Any], step: int, steps_per_epoch: int, passes_per_step: int) -> None:
     """Write into Lightning's loop counters that `step` optimizer steps are done, and nothing is half done.
 
     What Lightning counts differs between its hooks: saved in the one at an epoch's end, it would go on one step into the
@@ -116,14 +127,12 @@ def set_progress(loops: dict[str, Any], step: int, passes: int, accumulate: int)
     Args:
         loops: state of the fit loop, as in a checkpoint.
         step: optimizer steps that are done.
-        passes: forward passes of an epoch.
-        accumulate: passes of a step.
     """
-    epoch, done = divmod(step, passes // accumulate)
+    epoch, done = divmod(step, steps_per_epoch)
     begun = epoch + (1 if done else 0)
     epochs = {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
     loops["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
-    for name, unit in (("batch_progress", accumulate), ("scheduler_progress", 1)):
+    for name, unit in (("batch_progress", passes_per_step), ("scheduler_progress", 1)):
         progress = loops[f"epoch_loop.{name}"]
         progress["total"] = dict.fromkeys(progress["total"], step * unit)
         progress["current"] = dict.fromkeys(progress["current"], done * unit)

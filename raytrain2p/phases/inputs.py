@@ -1,5 +1,7 @@
-"""What a phase finds out in the driver, before any worker starts: its records, and what must be encoded."""
+"""The inputs of a phase, read and checked in the driver before any worker starts: records, their digests, what to encode."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +22,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class EncoderJob:
-    """Items that one frozen encoder has to have seen: images or texts by content key."""
+    """Images or texts, by content key, whose features one frozen encoder computes."""
 
     what: str
     store: FeatureStore
@@ -28,14 +30,36 @@ class EncoderJob:
     build: Callable[[], Encoder]
 
 
+@dataclass(frozen=True)
+class InputDigests:
+    """The inputs of a run by content. run.json contains the fields under these names; a resumed run must have equal ones.
+
+    Args:
+        train_records: number of training records.
+        train_digest: sha256 of their content, see `digest_records`.
+    """
+
+    train_records: int
+    train_digest: str
+
+
+def digest_records(records: Iterable[Record], image_keys: Mapping[ImageRef, bytes]) -> str:
+    """The sha256 of the records in order: their texts, and the content keys of their images, wherever the files are."""
+    digest = hashlib.sha256()
+    for record in records:
+        image = image_keys[record.image].hex() if record.image is not None else None
+        digest.update(json.dumps([record.text, record.instruction, record.response, record.task, image]).encode())
+    return digest.hexdigest()
+
+
 class Split(Protocol):
-    """Records of one split, ready to be batched: what loaders and samplers need of it."""
+    """Records of one split, ready for samplers and loaders."""
 
     def __len__(self) -> int: ...
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per record, (N,); all equal where length does not matter."""
+        """Tokens per record, (N,); all equal if length does not matter."""
 
     @property
     def supervised(self) -> np.ndarray:
@@ -46,21 +70,25 @@ class Split(Protocol):
 
 
 class PhaseInputs(Protocol):
-    """Everything that a phase trains on, read and checked in the driver."""
+    """Everything that a phase trains on."""
 
     @property
     def records(self) -> int:
-        """Training records."""
+        """Number of training records."""
+
+    @property
+    def digests(self) -> InputDigests:
+        """What a resumed run must have equal."""
 
     @property
     def jobs(self) -> tuple[EncoderJob, ...]:
-        """What must be encoded before `prepare`."""
+        """What to encode before `prepare`."""
 
     def prepare(self) -> Mapping[str, Split]:
-        """Splits by name, once everything is encoded."""
+        """Splits by name; everything must be encoded."""
 
     def parts(self) -> dict[str, nn.Module]:
-        """The model's parts, for counting."""
+        """The model's parts, without weights, to count parameters."""
 
     def tokens_per_step(self) -> int:
         """Expected tokens of a step, over all workers."""
@@ -70,13 +98,13 @@ class PhaseInputs(Protocol):
 
 
 def read_splits(settings: Settings, phase: int, findings: Findings) -> dict[str, list[Record]]:
-    """The records of `train`, `val` and each test split; what is wrong with one goes into `findings`."""
+    """The records of `train`, `val` and each test split. Problems are added to `findings`."""
     sources = {TRAIN: ("data.train", settings.data.train)}
     if settings.data.val is not None:
         sources[VAL] = ("data.val", settings.data.val)
     for name, source in settings.data.test.items():
         if name in sources or not name.replace("_", "").isalnum():
-            findings.add(Problem(f"data.test.{name}", "is no name for a test split", "take letters, digits and _, but not train or val"))
+            findings.add(Problem(f"data.test.{name}", "is not a valid name of a test split", "use letters, digits, _; not train or val"))
         sources[name] = (f"data.test.{name}", source)
     splits: dict[str, list[Record]] = {}
     for name, (setting, source) in sources.items():
@@ -86,22 +114,20 @@ def read_splits(settings: Settings, phase: int, findings: Findings) -> dict[str,
 
 
 def check_global_batch(settings: Settings, records: int, findings: Findings) -> None:
-    """At least one step must fit into an epoch."""
-    training, workers = settings.training, settings.launch.num_workers
-    needed = training.batch_size * training.accumulate * workers
-    if 0 < records < needed:
+    """An epoch must have at least one step."""
+    size = settings.training.global_batch_size
+    if 0 < records < size:
         findings.add(
             Problem(
                 f"data.train={settings.data.train}",
-                f"has {records} records, but a step takes {needed} "
-                f"(training.batch_size {training.batch_size} x training.accumulate {training.accumulate} x {workers} workers)",
-                "lower training.batch_size, or give more records",
+                f"has {records} records, but a step takes training.global_batch_size={size}",
+                f"set training.global_batch_size={records} or less, or give more records",
             )
         )
 
 
 def check_images(records: Iterable[Record], store: FeatureStore | None, findings: Findings) -> dict[ImageRef, bytes]:
-    """Content keys of all images. Those whose features are stored were decoded before, and are not again."""
+    """Content keys of all images. Each is decoded as a check, except those whose features are stored."""
     records = list(records)
     try:
         keys = read_media_keys(record.image for record in records if record.image is not None)
@@ -113,15 +139,14 @@ def check_images(records: Iterable[Record], store: FeatureStore | None, findings
     return keys
 
 
-def planned_steps(training: TrainingSettings, records: int, world_size: int) -> int:
+def planned_steps(training: TrainingSettings, records: int) -> int:
     """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
-    per_epoch = records // (training.batch_size * training.accumulate * world_size)
-    by_epochs = per_epoch * training.max_epochs if training.max_epochs is not None else None
+    by_epochs = records // training.global_batch_size * training.max_epochs if training.max_epochs is not None else None
     return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
 
 
 def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Frozen and trained parameters of each part, shared weights counted once."""
+    """Number of frozen and trained parameters of each part. Shared weights count once."""
     counts, seen = {}, set()
     for name, part in parts.items():
         count = {"frozen": 0, "trained": 0}

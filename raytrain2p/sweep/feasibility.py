@@ -101,7 +101,7 @@ def check_trials(trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[
             with findings:
                 settings = sweep.settings(row.values)
                 inputs = inputs_by_key.get(splits_key(settings))
-                check_resumable(row.run, settings, inputs.records if inputs is not None else None)
+                check_resumable(row.run, settings, inputs.digests if inputs is not None else None)
     findings.raise_any()
 
 

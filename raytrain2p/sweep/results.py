@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import InputError, Problem, flatten_tree
+from raytrain2p.config.metadata import FREE, belongs_to, settings_where
 from raytrain2p.config.secrets import masked, without_passwords
+from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.storage.files import read_json, write_file, write_json
-from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
 from raytrain2p.worker.job import OBJECTIVE
@@ -26,11 +28,6 @@ EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
 OVER = (FINISHED, EARLY, FAILED)
-# What a sweep that goes on may have otherwise.
-MAY_CHANGE = (
-    *("sweep.num_trials", "sweep.max_concurrent", "sweep.time_budget_s", "sweep.max_failures", "data.feature_workers"),
-    *("launch.cpus_per_worker", "launch.object_store_mb"),
-)
 
 
 @dataclass(frozen=True)
@@ -243,6 +240,11 @@ def sweep_config(sweep: Sweep) -> dict[str, Any]:
     return {"sweep": json.loads(sweep.options.model_dump_json()) | {"base": None}} | config
 
 
+def may_change(kind: type[SettingsGroup], prefix: str = "") -> tuple[str, ...]:
+    """Settings that a resumed sweep may have otherwise."""
+    return settings_where(kind, lambda metadata: metadata.sweep_resume == FREE, prefix)
+
+
 def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
     """Whether a sweep can go on with these settings.
 
@@ -255,12 +257,13 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
         InputError: every setting that differs and must not.
     """
     old, new = flatten_tree(before), flatten_tree(sweep_config(sweep))
+    free = (*may_change(SweepSettings, "sweep."), *may_change(type(sweep.base)))
     problems = [
         Problem(
             f"{key}={new.get(key)}", f"cannot change: sweep {run.run_id[:8]} began with {old.get(key)}", "leave it, or begin a new sweep"
         )
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+        if old.get(key) != new.get(key) and not belongs_to(key, free)
     ]
     if problems:
         raise InputError(problems)

@@ -42,13 +42,12 @@ def scheduler_of(sweep: Sweep, known: list[TrialResult], records: int) -> TrialS
 
 def steps_per_epoch(sweep: Sweep, values: dict[str, Any], records: int) -> int:
     """Of a trial with these values."""
-    settings = sweep.settings(values)
-    return max(1, records // (settings.training.batch_size * settings.training.accumulate * settings.launch.num_workers))
+    return max(1, records // sweep.settings(values).training.global_batch_size)
 
 
 def longest(sweep: Sweep, records: int) -> int:
     """Steps or epochs, whichever rungs are counted in, of a whole trial with the base's settings."""
-    steps = planned_steps(sweep.base.training, records, sweep.base.launch.num_workers)
+    steps = planned_steps(sweep.base.training, records)
     by_step = sweep.options.scheduler == "pbt" or sweep.options.asha.time_attr == "step"
     return steps if by_step else -(-steps // steps_per_epoch(sweep, {}, records))
 

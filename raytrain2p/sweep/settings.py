@@ -8,45 +8,56 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from raytrain2p.config.loading import Settings, settings_of
+from raytrain2p.config.metadata import FIXED, FREE, SHARED, Metadata, setting
 from raytrain2p.config.settings import PositiveFloat, PositiveInt, SettingsGroup
 from raytrain2p.sweep.space import Axis
+
+_SEARCH = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED)  # no trial has these settings, only the sweep
 
 
 class AshaSettings(SettingsGroup):
     """Asynchronous successive halving (arXiv:1810.05934): at each rung, only the best share of the trials goes on."""
 
-    time_attr: Literal["step", "epoch"] = Field("step", description="what rungs are counted in")
-    grace_period: PositiveInt = Field(1, description="first rung: no trial is stopped before it")
-    reduction_factor: Annotated[float, Field(gt=1)] = Field(
-        3, description="the best 1/FACTOR of a rung goes on to the next, FACTOR times as far"
+    time_attr: Literal["step", "epoch"] = setting("step", "what rungs are counted in", _SEARCH)
+    grace_period: PositiveInt = setting(1, "first rung: no trial is stopped before it", _SEARCH)
+    reduction_factor: Annotated[float, Field(gt=1)] = setting(
+        3, "the best 1/FACTOR of a rung goes on to the next, FACTOR times as far", _SEARCH
     )
 
 
 class PbtSettings(SettingsGroup):
     """Population-based training (arXiv:1711.09846): now and then the worst take over weights and settings of the best."""
 
-    interval: PositiveInt = Field(50, description="steps between two comparisons; all trials wait for each other there")
-    quantile: Annotated[float, Field(gt=0, le=0.5)] = Field(0.25, description="share of the trials that is replaced, and that replaces")
+    interval: PositiveInt = setting(50, "steps between two comparisons; all trials wait for each other there", _SEARCH)
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = setting(0.25, "share of the trials that is replaced, and that replaces", _SEARCH)
 
 
 class SweepSettings(SettingsGroup):
     """How a sweep searches."""
 
-    phase: Literal[1, 2] = Field(2, description="phase to sweep")
-    base: str | None = Field(None, description="YAML file of the trials' settings (default: that of the phase)")
-    num_trials: PositiveInt | None = Field(None, description="trials; with search=grid, at most so many (null: every combination)")
-    max_concurrent: PositiveInt | None = Field(None, description="trials at once (default: as many as the cluster has room for)")
-    time_budget_s: PositiveFloat | None = Field(None, description="seconds after which no trial goes on; null for no limit")
-    metric: Literal["val/loss", "train_loss"] = Field("val/loss", description="metric that trials are compared by")
-    mode: Literal["min", "max"] = Field("min", description="whether a smaller or a larger metric is better")
-    search: Literal["random", "grid", "optuna"] = Field("random", description="where the next trial's settings come from (optuna: TPE)")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="seeds the search")
-    try_defaults: bool = Field(False, description="the first trial has the settings as they are, with nothing varied")
-    scheduler: Literal["none", "asha", "pbt"] = Field("none", description="how bad trials are dealt with before their end")
+    phase: Literal[1, 2] = setting(2, "phase to sweep", _SEARCH)
+    base: str | None = setting(None, "YAML file of the trials' settings (default: that of the phase)", _SEARCH)
+    num_trials: PositiveInt | None = setting(
+        None, "trials; with search=grid, at most so many (null: every combination)", _SEARCH.but(sweep_resume=FREE)
+    )
+    max_concurrent: PositiveInt | None = setting(
+        None, "trials at once (default: as many as the cluster has room for)", _SEARCH.but(sweep_resume=FREE)
+    )
+    time_budget_s: PositiveFloat | None = setting(
+        None, "seconds after which no trial goes on; null for no limit", _SEARCH.but(sweep_resume=FREE)
+    )
+    metric: Literal["val/loss", "train_loss"] = setting("val/loss", "metric that trials are compared by", _SEARCH)
+    mode: Literal["min", "max"] = setting("min", "whether a smaller or a larger metric is better", _SEARCH)
+    search: Literal["random", "grid", "optuna"] = setting("random", "where the next trial's settings come from (optuna: TPE)", _SEARCH)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "seeds the search", _SEARCH)
+    try_defaults: bool = setting(False, "the first trial has the settings as they are, with nothing varied", _SEARCH)
+    scheduler: Literal["none", "asha", "pbt"] = setting("none", "how bad trials are dealt with before their end", _SEARCH)
     asha: AshaSettings = AshaSettings()
     pbt: PbtSettings = PbtSettings()
-    max_failures: Annotated[int, Field(ge=0)] = Field(1, description="restarts of a trial that fails; the others go on meanwhile")
-    space: dict[str, dict[str, list[Any]]] = Field(description="setting: {distribution: arguments}, for each setting that varies")
+    max_failures: Annotated[int, Field(ge=0)] = setting(
+        1, "restarts of a trial that fails; the others go on meanwhile", _SEARCH.but(sweep_resume=FREE)
+    )
+    space: dict[str, dict[str, list[Any]]] = setting(..., "setting: {distribution: arguments}, for each setting that varies", _SEARCH)
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ class Sweep:
             InputError: they do not go together.
         """
         tree = copy.deepcopy(self.base.model_dump())
-        for setting, value in values.items():
-            put(tree, setting, value)
+        for key, value in values.items():
+            put(tree, key, value)
         return settings_of(self.options.phase, tree, self.path)
 
     def default_values(self) -> dict[str, Any]:

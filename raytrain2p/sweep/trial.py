@@ -19,6 +19,7 @@ import torch
 from ray import tune
 
 from raytrain2p.config import Settings, flatten
+from raytrain2p.config.metadata import belongs_to, settings_where
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, TrialLaunch, train
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import quiet
@@ -32,25 +33,12 @@ from raytrain2p.worker.ray_reports import comparable
 
 SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
 SECONDS_BETWEEN_WORDS = 2.0
-# What the prepared splits depend on: trials that share these share them.
-SPLIT_SETTINGS = (
-    "data.",
-    "seed",
-    "evaluation.max_records",
-    "model.language_model",
-    "model.image_encoder",
-    "model.text_encoder",
-    "model.image_size",
-    "model.soft_tokens",
-    "model.system_prompt",
-    "model.max_length",
-    "model.aligner",
-)
 
 
 def splits_key(settings: Settings) -> str:
     """Equal for settings with equal splits."""
-    return repr({key: value for key, value in flatten(settings).items() if key.startswith(SPLIT_SETTINGS)})
+    names = settings_where(type(settings), lambda metadata: metadata.splits)
+    return repr({key: value for key, value in flatten(settings).items() if belongs_to(key, names)})
 
 
 @dataclass(frozen=True)

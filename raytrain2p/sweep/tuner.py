@@ -131,7 +131,7 @@ class SweepTuner:
             "num_samples": count,
             "storage_path": str(Path(self.root) / ".ray"),
             "search_alg": search,
-            "scheduler": scheduler_of(self.sweep, known, next(iter(self.plan.splits.values())).records),
+            "scheduler": scheduler_of(self.sweep, known, next(iter(self.plan.splits.values())).digests.train_records),
             "verbose": 0,
             "checkpoint_config": tune.CheckpointConfig(num_to_keep=4),  # of population-based training alone
             "max_failures": options.max_failures,

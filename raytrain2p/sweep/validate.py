@@ -3,22 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from raytrain2p.config.loading import known_keys, nearest_key
+from raytrain2p.config.loading import nearest_key
+from raytrain2p.config.metadata import LIVE, SHARED, known_keys, metadata_of, settings_where
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.sweep.settings import Sweep
-
-# These belong to the sweep as a whole: what a trial is compared by, where it goes, and what it may use.
-SHARED = ("output.", "tracking.", "launch.", "checkpoint.", "evaluation.", "data.feature_store", "data.val", "data.test")
-# What may change while weights stay: everything else is built into them, or into the position in the data.
-CHANGEABLE = (
-    "training.learning_rate",
-    "training.weight_decay",
-    "training.gradient_clip",
-    "model.dropout",
-    "model.soft_token_dropout",
-    "model.lora.dropout",
-)
 
 
 def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
@@ -44,7 +33,7 @@ def space_problems(sweep: Sweep) -> list[Problem]:
         if axis.setting not in known:
             nearest = nearest_key(SETTINGS_OF_PHASE[options.phase], axis.setting)
             findings.add(Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else ""))
-        elif axis.setting.startswith(SHARED):
+        elif metadata_of(known[axis.setting]).trial == SHARED:
             findings.add(Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}"))
         elif len(options.space[axis.setting]) != 1:
             findings.add(Problem(where, "has more than one distribution, or none", "give one"))
@@ -121,12 +110,13 @@ def pbt_problems(sweep: Sweep) -> list[Problem]:
                 f"set it to {math.ceil(options.pbt.interval / every) * every}",
             )
         )
+    live = settings_where(type(sweep.base), lambda metadata: metadata.trial == LIVE)
     for axis in sweep.axes:
-        if axis.setting not in CHANGEABLE:
+        if axis.setting not in live:
             findings.add(
                 Problem(
                     f"sweep.space.{axis.setting}",
-                    f"cannot change while weights stay; with sweep.scheduler=pbt these can: {', '.join(CHANGEABLE)}",
+                    f"cannot change while weights stay; with sweep.scheduler=pbt these can: {', '.join(live)}",
                     "leave it out, or take another scheduler",
                 )
             )

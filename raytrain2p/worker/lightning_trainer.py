@@ -55,14 +55,15 @@ def build_trainer(
     """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints."""
     settings, training = plan.settings, plan.settings.training
     show = progress_callback(plan.channel) if writer is not None else None
-    steps_per_epoch = len(train_loader) // training.accumulate
+    passes = training.gradient_accumulation_steps(world.size)
+    steps_per_epoch = len(train_loader) // passes
 
     def show_steps(word: dict[str, Any]) -> None:
         show(word | {"steps": steps})  # type: ignore[misc]
 
     log = StepLogger(
         training.log_every,
-        training.batch_size * training.accumulate * world.size,
+        training.global_batch_size,
         steps_per_epoch,
         world.mean,
         writer.write if writer else None,
@@ -109,7 +110,7 @@ def build_trainer(
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=training.accumulate,
+        accumulate_grad_batches=passes,
         gradient_clip_val=training.gradient_clip,
         callbacks=[log, checkpoints, StopOnRequest(plan.channel if world.is_first else None)],
         default_root_dir=run.directory,

@@ -17,8 +17,8 @@ def loaders(settings: Settings, data: dict[str, Any], world: WorkerGroup, first_
     sampler = StepSampler(
         data[TRAIN].lengths,
         data[TRAIN].supervised,
-        training.batch_size,
-        training.accumulate,
+        training.global_batch_size,
+        training.micro_batch(world.size),
         world.rank,
         world.size,
         settings.seed,

@@ -51,7 +51,7 @@ def train(plan: TrainJob) -> None:
         writer = stack.enter_context(recorded(plan, run, precision)) if world.is_first else None
         checkpoint, step = resume_point(run, writer)
         data = ray.get(plan.data)
-        steps = planned_steps(settings.training, len(data[TRAIN]), world.size)
+        steps = planned_steps(settings.training, len(data[TRAIN]))
         module = phase.build(settings, data, steps, precision)
         if settings.data.features == "online":
             data = phase.online(module, data)

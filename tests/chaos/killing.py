@@ -143,7 +143,7 @@ def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = ST
         "--phase=1",
         f"--config={tiny_config}/phase1.yaml",
         f"training.max_steps={steps}",
-        f"training.batch_size={8 // workers}",
+        "training.global_batch_size=8",
         "training.log_every=7",
         "checkpoint.every_steps=20",
         "checkpoint.best_of=saves",

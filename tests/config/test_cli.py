@@ -5,7 +5,7 @@ import re
 import pytest
 
 from raytrain2p.config.cli import WIDTH, describe_settings
-from raytrain2p.config.loading import known_keys
+from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 
 
@@ -23,7 +23,7 @@ def test_every_setting_of_a_phase_is_listed_once_with_its_meaning(phase: int) ->
 
 
 def test_type_and_default_stand_beside_the_name() -> None:
-    assert entry("training.batch_size") == "(int, default 16)"
+    assert entry("training.global_batch_size") == "(int, default 16)"
     assert entry("training.max_steps") == "(int | null, default null)"
     assert entry("training.gradient_checkpointing") == "(true | false, default false)"
     assert entry("training.learning_rate") == "(float, default 0.001)"

@@ -78,8 +78,8 @@ def test_a_setting_of_the_other_phase_is_refused() -> None:
 @pytest.mark.parametrize(
     ("override", "required"),
     [
-        ("training.batch_size=many", "int"),
-        ("training.batch_size=16.5", "int"),
+        ("training.global_batch_size=many", "int"),
+        ("training.global_batch_size=16.5", "int"),
         ("training.max_epochs=often", "int | null"),
         ("training.learning_rate=fast", "float"),
         ("evaluation.shuffled=1", "true | false"),
@@ -96,7 +96,14 @@ def test_a_wrong_type_is_refused_and_the_required_one_named(override: str, requi
 
 @pytest.mark.parametrize(
     "override",
-    ["training.batch_size=0", "training.learning_rate=-1e-3", "seed=-1", "model.lora.dropout=1.0", "launch.num_workers=0", "data.train="],
+    [
+        "training.global_batch_size=0",
+        "training.learning_rate=-1e-3",
+        "seed=-1",
+        "model.lora.dropout=1.0",
+        "launch.num_workers=0",
+        "data.train=",
+    ],
 )
 def test_a_value_out_of_range_is_refused_in_the_words_of_the_user(override: str) -> None:
     assert only_problem(override).where == override
@@ -108,8 +115,13 @@ def test_a_wrong_type_of_a_setting_with_two_forms_is_one_problem_with_the_overri
 
 
 def test_several_problems_are_told_at_once() -> None:
-    problems = problems_of("training.batch_size=abc", "training.max_step=3", "nonsense", "model.lora.rank=-1")
-    assert {problem.where for problem in problems} == {"training.batch_size=abc", "training.max_step=3", "nonsense", "model.lora.rank=-1"}
+    problems = problems_of("training.global_batch_size=abc", "training.max_step=3", "nonsense", "model.lora.rank=-1")
+    assert {problem.where for problem in problems} == {
+        "training.global_batch_size=abc",
+        "training.max_step=3",
+        "nonsense",
+        "model.lora.rank=-1",
+    }
 
 
 def test_a_wrong_type_does_not_hide_settings_that_contradict_each_other() -> None:
@@ -119,7 +131,7 @@ def test_a_wrong_type_does_not_hide_settings_that_contradict_each_other() -> Non
     assert "data.val is not set" in told
 
 
-def test_the_message_counts_the_problems_and_shows_what_where_and_how_to_mend() -> None:
+def test_the_message_counts_the_problems_and_shows_what_where_and_how_to_fix() -> None:
     text = str(InputError([Problem("a=1", "is bad", "do b"), Problem("c=2", "is worse")]))
     assert text.startswith("2 problems; nothing was started\n")
     assert "a=1\n    is bad\n    fix: do b" in text
@@ -209,7 +221,7 @@ def test_a_malformed_override_is_refused_with_an_example(override: str) -> None:
 def test_an_override_that_is_not_yaml_is_refused() -> None:
     problem = only_problem("data.train=[a")
     assert problem.where == "data.train=[a"
-    assert problem.what == "its value is not YAML"
+    assert problem.what == "the value is not YAML"
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -220,7 +232,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "what"),
-    [(b"training: [", "is not YAML"), (b"\xff\xfe\xfa", "is not YAML"), (b"- a\n- b\n", "holds no settings"), (b"", "holds no settings")],
+    [
+        (b"training: [", "is not YAML"),
+        (b"\xff\xfe\xfa", "is not YAML"),
+        (b"- a\n- b\n", "contains no settings"),
+        (b"", "contains no settings"),
+    ],
 )
 def test_a_file_that_holds_no_settings_is_refused(tmp_path: Path, content: bytes, what: str) -> None:
     config = tmp_path / "odd.yaml"
@@ -247,7 +264,7 @@ def test_a_missing_required_setting_is_told_with_its_meaning(tmp_path: Path) -> 
 
 def test_ranking_checkpoints_by_validation_without_validation_records_is_refused() -> None:
     problem = only_problem("checkpoint.monitor=val/loss", "data.val=null")
-    assert "checkpoint.monitor=val/loss" in problem.what
+    assert "checkpoint.monitor=val/loss" in problem.where
     assert "data.val is not set" in problem.what
 
 
@@ -271,7 +288,7 @@ def test_one_end_is_enough(end: str) -> None:
 def test_settings_are_frozen() -> None:
     settings = load_settings(2)
     with pytest.raises(ValidationError):
-        settings.training.batch_size = 3  # type: ignore[misc]
+        settings.training.global_batch_size = 3  # type: ignore[misc]
 
 
 def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

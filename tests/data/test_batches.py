@@ -13,10 +13,10 @@ def lengths_of(count: int = RECORDS) -> np.ndarray:
 
 
 def sampler_of(
-    batch_size: int = 4, accumulate: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0, lengths: np.ndarray | None = None
+    micro_batch_size: int = 4, passes: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0, lengths: np.ndarray | None = None
 ) -> StepSampler:
     lengths = lengths_of() if lengths is None else lengths
-    return StepSampler(lengths, lengths // 3 + 1, batch_size, accumulate, rank, world_size, seed)
+    return StepSampler(lengths, lengths // 3 + 1, micro_batch_size * passes * world_size, micro_batch_size, rank, world_size, seed)
 
 
 def steps_of(samplers: list[StepSampler]) -> list[list[int]]:
@@ -24,25 +24,25 @@ def steps_of(samplers: list[StepSampler]) -> list[list[int]]:
     steps: list[list[int]] = [[] for _ in range(samplers[0].steps)]
     for sampler in samplers:
         for number, share in enumerate(sampler):
-            steps[number // sampler.accumulate] += share.records.tolist()
+            steps[number // sampler.passes] += share.records.tolist()
     return [sorted(step) for step in steps]
 
 
-@pytest.mark.parametrize(("batch_size", "accumulate", "world_size"), [(8, 1, 2), (4, 2, 2), (2, 4, 2), (2, 2, 4), (1, 1, 16), (16, 1, 1)])
-def test_workers_and_passes_share_exactly_the_step_of_one_worker(batch_size: int, accumulate: int, world_size: int) -> None:
-    alone = steps_of([sampler_of(batch_size=16)])
-    shared = steps_of([sampler_of(batch_size, accumulate, rank, world_size) for rank in range(world_size)])
+@pytest.mark.parametrize(("micro_batch_size", "passes", "world_size"), [(8, 1, 2), (4, 2, 2), (2, 4, 2), (2, 2, 4), (1, 1, 16), (16, 1, 1)])
+def test_workers_and_passes_share_exactly_the_step_of_one_worker(micro_batch_size: int, passes: int, world_size: int) -> None:
+    alone = steps_of([sampler_of(micro_batch_size=16)])
+    shared = steps_of([sampler_of(micro_batch_size, passes, rank, world_size) for rank in range(world_size)])
     assert shared == alone
 
 
-@pytest.mark.parametrize(("accumulate", "world_size"), [(1, 1), (2, 2), (3, 2)])
-def test_every_share_has_the_batch_size_and_the_length_is_the_number_of_shares(accumulate: int, world_size: int) -> None:
+@pytest.mark.parametrize(("passes", "world_size"), [(1, 1), (2, 2), (3, 2)])
+def test_every_share_has_the_batch_size_and_the_length_is_the_number_of_shares(passes: int, world_size: int) -> None:
     for rank in range(world_size):
-        sampler = sampler_of(4, accumulate, rank, world_size)
+        sampler = sampler_of(4, passes, rank, world_size)
         shares = list(sampler)
         assert {len(share.records) for share in shares} == {4}
-        assert len(shares) == len(sampler) == sampler.steps * accumulate
-        assert sampler.steps == RECORDS // (4 * accumulate * world_size)
+        assert len(shares) == len(sampler) == sampler.steps * passes
+        assert sampler.steps == RECORDS // (4 * passes * world_size)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
@@ -109,14 +109,14 @@ def test_equal_lengths_still_give_a_random_order() -> None:
 
 
 def test_step_tokens_are_the_supervised_tokens_of_the_whole_step() -> None:
-    accumulate = 2
-    samplers = [sampler_of(4, accumulate, rank, 2) for rank in range(2)]
+    passes = 2
+    samplers = [sampler_of(4, passes, rank, 2) for rank in range(2)]
     told = [[share.step_tokens for share in sampler] for sampler in samplers]
     supervised = samplers[0].supervised
     for number, step in enumerate(steps_of(samplers)):
         expected = int(supervised[step].sum())
         for worker in told:
-            assert worker[number * accumulate : (number + 1) * accumulate] == [expected] * accumulate
+            assert worker[number * passes : (number + 1) * passes] == [expected] * passes
 
 
 def test_fewer_records_than_a_step_needs_give_no_step() -> None:

@@ -235,13 +235,13 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, shapes: Path, tiny_lla
     (folder / "phase1.yaml").write_text(f"""
 data: {{train: {shapes}/phase1.jsonl, val: {shapes}/phase1.jsonl, test: {{same: {shapes}/phase1.jsonl}}}}
 model: {{image_encoder: {tiny_vit}, text_encoder: {tiny_bert}, dimension: 16, hidden: 32, dropout: 0.0}}
-training: {{max_steps: 6, batch_size: 16, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
+training: {{max_steps: 6, global_batch_size: 16, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
 launch: {{cpus_per_worker: 1}}
 """)
     (folder / "phase2.yaml").write_text(f"""
 data: {{train: {shapes}/phase2.jsonl, val: {shapes}/phase2.jsonl, test: {{same: {shapes}/phase2.jsonl}}}}
 model: {{language_model: {tiny_llama}, image_encoder: {tiny_vit}, soft_tokens: 4, lora: {{rank: 4}}}}
-training: {{max_steps: 6, batch_size: 8, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
+training: {{max_steps: 6, global_batch_size: 8, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
 evaluation: {{samples: 4, max_new_tokens: 4}}
 launch: {{cpus_per_worker: 1}}
 """)

@@ -55,8 +55,8 @@ def write(path: Path, *rows: object) -> Path:
 
 
 def test_an_unknown_key_and_a_wrong_type_are_told_together(refused: Refuse) -> None:
-    said = refused(1, "training.batch_siez=4", "training.max_steps=many")
-    assert "did you mean training.batch_size?" in said
+    said = refused(1, "training.global_batch_siez=4", "training.max_steps=many")
+    assert "did you mean training.global_batch_size?" in said
     assert "training.max_steps=many" in said
     assert "2 problems" in said
 
@@ -115,12 +115,18 @@ def test_an_aligner_of_another_encoder_is_refused_with_both_named(refused: Refus
 
 
 def test_more_workers_than_the_machine_has_are_refused_at_once(refused: Refuse) -> None:
-    assert "launch.num_workers=64" in refused(1, "launch.num_workers=64", "training.batch_size=1", "launch.cpus_per_worker=64")
+    assert "launch.num_workers=64" in refused(1, "launch.num_workers=64", "training.global_batch_size=64", "launch.cpus_per_worker=64")
 
 
 def test_a_cluster_that_lacks_what_is_asked_for_says_so_at_once(run: Callable[..., Command], tiny_config: Path, workshop: Path) -> None:
     done = run(
-        "raytrain2p.train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "launch.num_workers=3", "training.batch_size=4"
+        "raytrain2p.train",
+        "--phase",
+        "1",
+        "--config",
+        str(tiny_config / "phase1.yaml"),
+        "launch.num_workers=3",
+        "training.global_batch_size=12",
     )
     assert done.code == 2, done.err
     assert "the cluster has 2 on 1 node(s)" in done.err

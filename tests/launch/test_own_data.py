@@ -37,8 +37,8 @@ def digits(workshop: Path) -> Path:
 @pytest.mark.real
 def test_both_phases_learn_digits_from_the_users_files(run: Run, digits: Path, workshop: Path) -> None:
     for phase, length in (
-        (1, "{max_epochs: 15, batch_size: 80}"),
-        (2, "{max_steps: 20, batch_size: 16, warmup_steps: 5, learning_rate: 1e-3}"),
+        (1, "{max_epochs: 15, global_batch_size: 80}"),
+        (2, "{max_steps: 20, global_batch_size: 16, warmup_steps: 5, learning_rate: 1e-3}"),
     ):
         model = 'model: {system_prompt: ""}' if phase == 2 else ""
         data = f"data: {{train: digits/train{phase}.jsonl, test: {{test: digits/test{phase}.jsonl}}}}"

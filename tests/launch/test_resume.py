@@ -22,8 +22,8 @@ def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, worker
         "--phase=2",
         f"--config={tiny_config}/phase2.yaml",
         f"training.max_steps={STEPS}",
-        f"training.batch_size={4 // workers}",
-        "training.accumulate=2",
+        "training.global_batch_size=8",
+        f"training.micro_batch_size={4 // workers}",  # two passes a step
         "training.log_every=3",
         "checkpoint.every_steps=4",
         "checkpoint.monitor=val/loss",
@@ -96,7 +96,12 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
 def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
     workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:
-    more = (f"model.aligner={untrained_aligner}", "training.batch_size=12", "training.max_steps=5000")  # 2 workers, 2 passes: 48 records
+    more = (
+        f"model.aligner={untrained_aligner}",
+        "training.global_batch_size=48",
+        "training.micro_batch_size=12",
+        "training.max_steps=5000",
+    )
     launch = phase2_in(workshop / "short_epochs", tiny_config, ray_head, *more, workers=2)
     launch.start()
     launch.wait_for_steps(8)
@@ -155,14 +160,14 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undis
 
 
 def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed: Launch) -> None:
-    changes = ("model.soft_tokens=2", "training.batch_size=8", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
+    changes = ("model.soft_tokens=2", "training.global_batch_size=16", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
     done = resume(undisturbed, *changes)
     assert done.code == 2
     for line in (
         "model.soft_tokens=2",
         "began with 4",
-        "training.batch_size=8 x training.accumulate=2 x launch.num_workers=1",
-        "is a step of 16 records",
+        "training.global_batch_size=16",
+        "began with 8",
         "training.learning_rate=0.0001",
         "seed=7",
         "launch.strategy=fsdp",

@@ -66,7 +66,7 @@ def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, work
 
     assert made.info.status == "FINISHED"
     assert made.data.tags["raytrain2p.directory"] == outcome["directory"]
-    assert made.data.params["training.batch_size"] == "16"
+    assert made.data.params["training.global_batch_size"] == "16"
     assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
     assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
 
@@ -80,11 +80,11 @@ def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command)
 @pytest.mark.parametrize(
     ("phase", "strategy"), [(1, "ddp"), (2, "fsdp"), pytest.param(1, "fsdp", marks=only_long), pytest.param(2, "ddp", marks=only_long)]
 )
-def test_two_workers_with_half_the_batch_each_have_the_losses_of_one(
+def test_two_workers_with_the_same_settings_have_the_losses_of_one(
     run: Run, tiny_config: Path, aligned: Command, tuned: Command, phase: int, strategy: str
 ) -> None:
-    alone, batch = {1: (aligned, 16), 2: (tuned, 8)}[phase]
-    together = train(run, tiny_config, phase, "launch.num_workers=2", f"launch.strategy={strategy}", f"training.batch_size={batch // 2}")
+    alone = {1: aligned, 2: tuned}[phase]
+    together = train(run, tiny_config, phase, "launch.num_workers=2", f"launch.strategy={strategy}")
     assert together.losses == pytest.approx(alone.losses, abs=1e-4)
     assert alone.losses[-1] < alone.losses[0]
     for name, value in alone.outcome["metrics"].items():
@@ -100,7 +100,7 @@ def test_encoding_in_the_step_gives_the_losses_of_stored_features(run: Run, tiny
 
 @only_long
 def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_config: Path, tuned: Command) -> None:
-    parts = train(run, tiny_config, 2, "training.batch_size=2", "training.accumulate=4")
+    parts = train(run, tiny_config, 2, "training.micro_batch_size=2")
     assert parts.losses == pytest.approx(tuned.losses, abs=1e-4)
 
 

@@ -55,7 +55,7 @@ def hosts(folder: Path) -> set[str]:
 
 def three_workers(config: Path, *more: str) -> list[str]:
     arguments = ["--phase", "1", "--config", str(config / "phase1.yaml"), "--json"]
-    return ["raytrain2p.train", *arguments, "launch.num_workers=3", "training.batch_size=4", *more]
+    return ["raytrain2p.train", *arguments, "launch.num_workers=3", "training.global_batch_size=12", *more]
 
 
 def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: None) -> None:

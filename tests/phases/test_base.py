@@ -30,8 +30,9 @@ class Numbers(Dataset[dict[str, Any]]):
 class Small(PhaseModule):
     """A weight behind dropout, which notes what it has seen and what it lost."""
 
-    def __init__(self, accumulate: int, stop: int | None) -> None:
-        super().__init__(TrainingSettings(max_steps=STEPS, batch_size=BATCH, accumulate=accumulate, learning_rate=0.1), 5, STEPS)
+    def __init__(self, passes: int, batch: int, stop: int | None) -> None:
+        settings = TrainingSettings(max_steps=STEPS, global_batch_size=batch * passes, micro_batch_size=batch, learning_rate=0.1)
+        super().__init__(settings, 5, STEPS)
         self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.stop, self.noted = stop, list[tuple[int, int, list[float], float]]()
 
@@ -51,15 +52,15 @@ class Small(PhaseModule):
             raise SIGTERMException
 
     def passes_end_a_step(self, index: int) -> bool:
-        return (index + 1) % self.training_settings.accumulate == 0
+        return (index + 1) % self.passes_per_step == 0
 
 
-def train(folder: Path, accumulate: int, stop: int | None = None, first: int = 0, steps: int = STEPS) -> Small:
+def train(folder: Path, passes: int, stop: int | None = None, first: int = 0, steps: int = STEPS, batch: int = BATCH) -> Small:
     """As a worker does it; `stop` after so many steps, go on after the `first`."""
     torch.manual_seed(0)
-    module = Small(accumulate, stop)
+    module = Small(passes, batch, stop)
     even = np.ones(RECORDS, int)
-    sampler = StepSampler(even, even, BATCH, accumulate, 0, 1, seed=3, first_step=first)
+    sampler = StepSampler(even, even, batch * passes, batch, 0, 1, seed=3, first_step=first)
     loader: Any = DataLoader(Numbers(), sampler=sampler, batch_size=None)
     saving = BestAndLastCheckpoints(
         folder, "train_loss", "min", None, "epochs", sampler.steps, lambda *_: {"train_loss": 1.0}, lambda _: None
@@ -69,7 +70,7 @@ def train(folder: Path, accumulate: int, stop: int | None = None, first: int = 0
         [saving],
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=accumulate,
+        accumulate_grad_batches=passes,
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
@@ -82,26 +83,42 @@ def train(folder: Path, accumulate: int, stop: int | None = None, first: int = 0
     return module
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_that_goes_on_from_any_step_is_the_undisturbed_one(tmp_path: Path, accumulate: int) -> None:
-    whole = train(tmp_path / "whole", accumulate)
-    assert len(whole.noted) == STEPS * accumulate
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_run_that_goes_on_from_any_step_is_the_undisturbed_one(tmp_path: Path, passes: int) -> None:
+    whole = train(tmp_path / "whole", passes)
+    assert len(whole.noted) == STEPS * passes
     for stop in range(1, STEPS):
         folder = tmp_path / str(stop)
-        begun = train(folder, accumulate, stop=stop)
-        rest = train(folder, accumulate, first=stop)
+        begun = train(folder, passes, stop=stop)
+        rest = train(folder, passes, first=stop)
         assert begun.noted + rest.noted == whole.noted, f"stopped after step {stop}"
         assert all(torch.equal(a, b) for a, b in zip(rest.parameters(), whole.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("passes", [1, 2])
 @pytest.mark.parametrize("first", [5, 11])
-def test_a_run_that_is_made_longer_goes_on_where_it_was_in_the_data(tmp_path: Path, accumulate: int, first: int) -> None:
+def test_a_run_that_is_made_longer_goes_on_where_it_was_in_the_data(tmp_path: Path, passes: int, first: int) -> None:
     """It ended by itself, within an epoch or at the end of one, and its checkpoint was saved in another of Lightning's hooks."""
-    whole = train(tmp_path / "whole", accumulate)
-    begun = train(tmp_path / "part", accumulate, steps=first)
-    rest = train(tmp_path / "part", accumulate, first=first)
+    whole = train(tmp_path / "whole", passes)
+    begun = train(tmp_path / "part", passes, steps=first)
+    rest = train(tmp_path / "part", passes, first=first)
     assert begun.noted + rest.noted == whole.noted
+
+
+@pytest.mark.parametrize("first", [3, 5, 11])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_resumed_run_may_take_its_steps_in_another_number_of_passes(tmp_path: Path, before: int, after: int, first: int) -> None:
+    def steps_of(modules: list[Small]) -> dict[tuple[int, int], list[float]]:
+        """Records by step and epoch."""
+        found: dict[tuple[int, int], list[float]] = {}
+        for step, epoch, records, _ in (noted for module in modules for noted in module.noted):
+            found[step, epoch] = sorted(found.get((step, epoch), []) + records)
+        return found
+
+    whole = train(tmp_path / "whole", before, batch=4 // before)
+    begun = train(tmp_path / "part", before, stop=first, batch=4 // before)
+    rest = train(tmp_path / "part", after, first=first, batch=4 // after)
+    assert steps_of([begun, rest]) == steps_of([whole])
 
 
 def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(tmp_path: Path) -> None:

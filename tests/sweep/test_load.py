@@ -36,7 +36,7 @@ def test_the_shipped_sweep_is_valid_and_varies_what_nobody_guesses() -> None:
     sweep = load_sweep(None)
     assert sweep.options.num_trials == 8
     assert {axis.setting for axis in sweep.axes} >= {"training.learning_rate", "model.lora.rank", "model.soft_tokens"}
-    assert sweep.base.training.batch_size == 16, "what it does not say comes from configs/phase2.yaml"
+    assert sweep.base.training.global_batch_size == 16, "what it does not say comes from configs/phase2.yaml"
 
 
 def test_overrides_reach_the_sweep_and_the_trials(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -
             "training.weight_decay": {"uniform": [0.5, 0.1]},
             "training.warmup_steps": {"uniform": [1, 5]},
             "training.learning_rate": {"loguniform": [0, 1]},
-            "training.batch_size": {"normal": [0, 1]},
+            "training.global_batch_size": {"normal": [0, 1]},
             "model.lora.rank": {"choice": [4, "eight"]},
             "model.soft_tokens": {"randint": [0, 4]},
             "model.soft_token_dropout": {"quniform": [0, 0.5]},

@@ -118,7 +118,7 @@ def test_bad_input_leaves_nothing(tmp_path: Path, ray_head: str, sweep_config: P
     done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "sweep.search=grid", "launch.num_workers=9", "sweep.pbt.quantile=2")
     assert done.code == 2
     assert "sweep.pbt.quantile" in done.err
-    done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "launch.num_workers=9", "training.batch_size=2")
+    done = tune(tmp_path / "bad", ray_head, f"--config={sweep_config}", "launch.num_workers=9", "training.global_batch_size=18")
     assert done.code == 2
     assert "needs 9 x 1 CPUs" in done.err
     done = tune(tmp_path / "bad", ray_head, "--resume", "ffff")

@@ -236,13 +236,13 @@ def test_a_setting_that_a_resumed_run_has_otherwise_is_a_tag_beside_its_paramete
     run = create(each_store)
     describe(run, each_store)
     mirror_of(each_store, run).send()
-    config = resolved_config(each_store, {"training.batch_size": 7, "launch.num_workers": 3})
+    config = resolved_config(each_store, {"training.global_batch_size": 7, "launch.num_workers": 3})
     describe_run(run, config, "command", {})
     mirror_of(each_store, run).send()
     data = mlflow_run(each_store, run).data
-    assert data.params["training.batch_size"] == str(each_store.training.batch_size)
+    assert data.params["training.global_batch_size"] == str(each_store.training.global_batch_size)
     changed = {key: value for key, value in data.tags.items() if key.startswith("raytrain2p.changed.")}
-    assert changed == {"raytrain2p.changed.training.batch_size": "7", "raytrain2p.changed.launch.num_workers": "3"}
+    assert changed == {"raytrain2p.changed.training.global_batch_size": "7", "raytrain2p.changed.launch.num_workers": "3"}
     assert data.tags["raytrain2p.command"] == "command"
 
 

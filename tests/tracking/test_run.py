@@ -472,15 +472,15 @@ def test_a_run_that_is_described_again_with_the_same_settings_has_no_changes(set
 
 def test_what_a_resumed_run_has_otherwise_is_told_and_kept_for_each_time(settings: Settings) -> None:
     run = create(settings)
-    size = settings.training.batch_size
+    size = settings.training.global_batch_size
     describe_run(run, resolved_config(settings, {}), "command", {})
     assert describe_run(run, resolved_config(settings, {"launch.num_workers": 2}), "command", {}) == ["launch.num_workers: 1 -> 2"]
-    last = resolved_config(settings, {"training.batch_size": 2 * size})
-    assert describe_run(run, last, "command", {}) == [f"training.batch_size: {size} -> {2 * size}", "launch.num_workers: 2 -> 1"]
+    last = resolved_config(settings, {"training.global_batch_size": 2 * size})
+    assert describe_run(run, last, "command", {}) == [f"training.global_batch_size: {size} -> {2 * size}", "launch.num_workers: 2 -> 1"]
     rows = [json.loads(line) for line in (run.path / "changes.jsonl").read_text().splitlines()]
     assert [row["changes"] for row in rows] == [
         {"launch.num_workers": [1, 2]},
-        {"training.batch_size": [size, 2 * size], "launch.num_workers": [2, 1]},
+        {"training.global_batch_size": [size, 2 * size], "launch.num_workers": [2, 1]},
     ]
     assert read_json(run.path / "config.json") == last
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from raytrain2p.models.encoders import (
 )
 from raytrain2p.models.losses import ContrastiveLoss
 from raytrain2p.models.pretrained import model_directory
-from raytrain2p.phases.inputs import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
+from raytrain2p.phases.inputs import TRAIN, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class AlignmentInputs:
     def records(self) -> int:
         return len(self.splits[TRAIN])
 
+    @cached_property
+    def digests(self) -> InputDigests:
+        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
+
     def prepare(self) -> dict[str, AlignmentSplit]:
         """Splits as arrays, once everything is encoded."""
         text_job, image_job = self.jobs
@@ -102,8 +106,7 @@ class AlignmentInputs:
 
     def tokens_per_step(self) -> int:
         """There are no tokens in phase 1; a step is measured in pairs."""
-        training = self.settings.training
-        return training.batch_size * training.accumulate * self.settings.launch.num_workers
+        return self.settings.training.global_batch_size
 
     def widest(self) -> tuple[int, int]:
         """(positions, width) of the activations, for the memory estimate."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raytrain2p.models.artifacts import check_fingerprint, load_artifact
 from raytrain2p.models.assistant import Assistant, AssistantShape, build_assistant
 from raytrain2p.models.encoders import ImageEncoder, image_fingerprint, probe_image_encoder
 from raytrain2p.models.pretrained import fingerprint, model_directory
-from raytrain2p.phases.inputs import TRAIN, EncoderJob, check_global_batch, check_images, read_splits
+from raytrain2p.phases.inputs import TRAIN, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class InstructionInputs:
     def records(self) -> int:
         return len(self.splits[TRAIN])
 
+    @cached_property
+    def digests(self) -> InputDigests:
+        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
+
     def prepare(self) -> dict[str, InstructionSplit]:
         """Splits as arrays, once everything is encoded."""
         (job,) = self.jobs
@@ -109,9 +113,7 @@ class InstructionInputs:
 
     def tokens_per_step(self) -> int:
         """Expected number, from the mean length of the training records."""
-        training = self.settings.training
-        records = training.batch_size * training.accumulate * self.settings.launch.num_workers
-        return round(records * float(self.tokens[TRAIN].lengths.mean()))
+        return round(self.settings.training.global_batch_size * float(self.tokens[TRAIN].lengths.mean()))
 
     def widest(self) -> tuple[int, int]:
         """(positions, width of a position's activations over all layers), for the memory estimate."""

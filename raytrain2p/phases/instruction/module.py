@@ -46,7 +46,7 @@ class InstructionModule(PhaseModule):
 
     def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """Scaled so that its mean over workers and passes is the mean over the step's supervised tokens."""
-        shares = self.trainer.world_size * self.training_settings.accumulate
+        shares = self.trainer.world_size * self.passes_per_step
         return self(batch) * (shares / batch["step_tokens"])
 
     def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:

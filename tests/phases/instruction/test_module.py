@@ -150,7 +150,7 @@ def test_the_shares_of_two_workers_add_up_to_the_score_of_one(module: Instructio
 def test_the_training_loss_is_the_mean_over_the_steps_supervised_tokens(
     tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit
 ) -> None:
-    settings = settings_of(tiny_llama, aligner, tiny_vit, training={"accumulate": 2})
+    settings = settings_of(tiny_llama, aligner, tiny_vit, training={"micro_batch_size": 8})
     module = build(settings, {}, 1, "float32").eval()
     module.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
     tokens = int(split.supervised[:4].sum())

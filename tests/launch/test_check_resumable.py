@@ -1,0 +1,61 @@
+"""Which settings and inputs may resume a run, without a launch."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from raytrain2p.config import InputError, load_settings
+from raytrain2p.launch.resume import check_resumable
+from raytrain2p.phases.inputs import InputDigests
+from raytrain2p.tracking.run import Run, describe_run, resolved_config
+
+DIGESTS = InputDigests(60, "a" * 64)
+TRAINING = ("training.global_batch_size=8", "training.micro_batch_size=4")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run("0" * 32, str(tmp_path / "run"), "experiment", "20260101_000000", "launch", "phase2", "sqlite:///mlflow.db")
+    run.path.mkdir()
+    describe_run(run, resolved_config(load_settings(2, None, TRAINING), {}), "command", asdict(DIGESTS))
+    return run
+
+
+def refused(run: Run, *overrides: str, digests: InputDigests | None = DIGESTS) -> str:
+    with pytest.raises(InputError) as caught:
+        check_resumable(run, load_settings(2, None, [*TRAINING, *overrides]), digests)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["launch.num_workers=2"], ["training.micro_batch_size=8"], ["training.micro_batch_size=null", "launch.num_workers=4"]],
+)
+def test_workers_and_passes_may_change(run: Run, overrides: list[str]) -> None:
+    check_resumable(run, load_settings(2, None, [*TRAINING, *overrides]), DIGESTS)
+
+
+def test_the_global_batch_is_fixed(run: Run) -> None:
+    said = refused(run, "training.global_batch_size=16")
+    assert "training.global_batch_size=16\n    cannot change: run 00000000 began with 8\n    fix: set training.global_batch_size=8" in said
+
+
+def test_another_number_of_records_is_refused(run: Run) -> None:
+    assert "has 61 records; run 00000000 began with 60" in refused(run, digests=InputDigests(61, "b" * 64))
+
+
+def test_other_records_of_the_same_number_are_refused(run: Run) -> None:
+    said = refused(run, "seed=3", digests=InputDigests(60, "b" * 64))
+    assert "2 problems" in said
+    assert "data.train=emoji:train\n    has other records, or the same in another order, than the 60 that run 00000000 began with" in said
+    assert "fix: give the records that it began with, or begin a new run" in said
+
+
+def test_a_run_without_a_digest_is_compared_by_the_number_of_records(run: Run) -> None:
+    recorded = json.loads((run.path / "run.json").read_text())
+    del recorded["train_digest"]
+    (run.path / "run.json").write_text(json.dumps(recorded))
+    check_resumable(run, load_settings(2, None, TRAINING), InputDigests(60, "b" * 64))
+    assert "has 61 records" in refused(run, digests=InputDigests(61, "b" * 64))
