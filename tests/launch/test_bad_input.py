@@ -135,7 +135,7 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(refused: Refuse, monkey
 
 def test_rays_note_of_a_cluster_that_was_killed_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda folder: "127.0.0.1:9")
+    monkeypatch.setattr("raytrain2p.launch.cluster.find_bootstrap_address", lambda folder: "127.0.0.1:9")
     assert existing_address() is None
 
 
