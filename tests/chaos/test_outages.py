@@ -63,9 +63,7 @@ def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     server.stop()
 
 
-def test_mlflow_that_does_not_answer_at_the_start_is_bad_input(
-    tmp_path: Path, ray_head: str, tiny_config: Path
-) -> None:
+def test_mlflow_that_does_not_answer_at_the_start_is_bad_input(tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
     launch = launch_in(tmp_path / "never", tiny_config, RAY_ADDRESS=ray_head)
     launch.arguments = [*launch.arguments, "tracking.uri=http://127.0.0.1:9"]
     launch.start()

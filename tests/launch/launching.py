@@ -82,10 +82,10 @@ def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
-    """End a node by its process ID. `ray start --block` ends its daemons at once, but sometimes not itself."""
+    """End a node by its process ID. `ray start --block` ends its daemons within 2 seconds, but often not itself."""
     node.terminate()
     try:
-        node.wait(timeout=10)
+        node.wait(timeout=4)
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
