@@ -2,12 +2,12 @@
 
     python benchmarks/phase2_speed.py [--slices 10] [--seconds 20]
 
-Both use the same model code, stored features, batches and precision, so what the ratio shows is what Ray and Lightning
-cost. Both are alive at once and take turns: while one runs, every process of the other is stopped (SIGSTOP). A shared
-machine's speed drifts by a tenth and more within a minute, and runs one after the other would measure that. Both make the
-same steps in the same order, and steps differ in length: so each step's time is compared with that of the same step of the
-other. Steps across the end of a slice, or in its first seconds, are left out. Needs a finished phase 1 run in
-./checkpoints (`make quickstart` makes one).
+Both use the same model code, stored features, batches and precision, so the ratio is the cost of Ray and Lightning. Both
+are started at once and take turns: while one runs, every process of the other is suspended (SIGSTOP). The speed of a shared
+machine drifts by a tenth and more within a minute, and consecutive runs would measure that. Both make the same steps in the
+same order, and steps differ in length, so the time of each step is compared with that of the same step of the other. Steps
+across the end of a slice, or in its first seconds, are left out. Needs a finished phase 1 run in ./checkpoints (`make
+quickstart` makes one).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-SETTLING_SECONDS = 2.0  # at the beginning of a slice: caches are cold, and what was stopped catches up
+SETTLING_SECONDS = 2.0  # at the beginning of a slice: caches are cold
 WARM_UP_STEPS = 10
 BATCH = 16  # training.global_batch_size of configs/phase2.yaml
 
@@ -36,14 +36,14 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
     from raytrain2p.config import InstructionSettings, load_settings
     from raytrain2p.data.batches import StepSampler
     from raytrain2p.models.precision import resolve_precision
-    from raytrain2p.phases.instruction import data as dialogues
+    from raytrain2p.phases.instruction import data as instruction_data
     from raytrain2p.phases.instruction import module as instruction
 
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
     settings = load_settings(2, None, [f"model.aligner={aligner}"])
     assert isinstance(settings, InstructionSettings)
-    data = dialogues.read_inputs(settings).prepare()["train"]
+    data = instruction_data.read_inputs(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
     module = instruction.build(settings, {}, steps, precision)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -56,10 +56,10 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
     with times.open("a", buffering=1) as stream:
         while done < steps:
             sampler.set_epoch(done // sampler.steps)
-            for share in sampler:
-                batch = data[share]
+            for micro_batch in sampler:
+                batch = data[micro_batch]
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                    loss = module(batch) / share.step_tokens
+                    loss = module(batch) / micro_batch.step_tokens
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(trained, settings.training.gradient_clip or float("inf"))
                 optimizer.step()
@@ -70,7 +70,7 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
 
 
 class Contestant:
-    """A process with all that it starts, to be stopped and let go; `times` reads the ends of its steps so far."""
+    """A process and its children, which can be suspended and resumed; `times` reads the end of each step so far."""
 
     def __init__(self, arguments: list[str], log: Path, times: Callable[[], list[float]]) -> None:
         with log.open("wb") as stream:
@@ -78,6 +78,7 @@ class Contestant:
         self.log, self.times = log, times
 
     def each(self, action: str) -> None:
+        """Call a method of psutil.Process on each process."""
         for process in [self.process, *self.process.children(recursive=True)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 getattr(process, action)()
@@ -85,11 +86,11 @@ class Contestant:
     def warm_up(self) -> None:
         while len(self.times()) < WARM_UP_STEPS:
             if self.process.poll() is not None:
-                raise SystemExit(f"it ended before its time:\n{self.log.read_text()[-3000:]}")
+                raise SystemExit(f"it ended too early:\n{self.log.read_text()[-3000:]}")
             time.sleep(0.5)
 
     def slice(self, seconds: float) -> tuple[float, float]:
-        """Let it run alone for so long; from when to when its steps count."""
+        """Run it alone for so long; returns the time span in which its steps count."""
         self.each("resume")
         begin = time.time() + SETTLING_SECONDS
         time.sleep(seconds)
@@ -98,7 +99,7 @@ class Contestant:
         return begin, end
 
     def durations(self, slices: list[tuple[float, float]]) -> dict[int, float]:
-        """Seconds of each step that lies whole in a slice, by its number."""
+        """Seconds of each step that lies entirely within a slice, by its number."""
         times = self.times()
         whole = [
             number for number in range(1, len(times)) if any(begin <= times[number - 1] and times[number] <= end for begin, end in slices)
@@ -106,8 +107,8 @@ class Contestant:
         return {number: times[number] - times[number - 1] for number in whole}
 
 
-def journal_times(root: Path) -> list[float]:
-    """Ends of the steps that a run has noted."""
+def recorded_times(root: Path) -> list[float]:
+    """End of each step in the run's metrics.jsonl."""
     points = [json.loads(line) for path in root.glob("phase2/*/metrics.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
     return [point["time"] for point in points if point["name"] == "train_loss"]
 
@@ -139,7 +140,7 @@ def main() -> None:
         bare.each("suspend")
         settings = [f"model.aligner={aligner}", f"output.root={folder}", f"tracking.uri=sqlite:///{folder}/mlflow.db"]
         settings += ["training.max_steps=100000", "data.test={}", "data.val=null"]
-        ours = Contestant(["-m", "raytrain2p.train", "--phase", "2", *settings], folder / "ours.log", lambda: journal_times(folder))
+        ours = Contestant(["-m", "raytrain2p.train", "--phase", "2", *settings], folder / "ours.log", lambda: recorded_times(folder))
         try:
             ours.warm_up()
             ours.each("suspend")
@@ -152,7 +153,7 @@ def main() -> None:
                 contestant.each("resume")
                 contestant.process.terminate()
             for contestant in (bare, ours):
-                contestant.process.wait(120)  # ours notes its last steps before it ends
+                contestant.process.wait(120)  # ours writes its last steps before it ends
         theirs = bare.durations([of_bare for of_bare, _ in slices])
         mine = ours.durations([of_ours for _, of_ours in slices])
     both = sorted(theirs.keys() & mine.keys())

@@ -1,10 +1,11 @@
-"""Memory and time of N trials of a sweep at once, against N separate `train` commands at once, in one run.
+"""Memory and time of N concurrent trials of a sweep, against N concurrent `train` commands.
 
     python benchmarks/sweep_sharing.py [--trials 2] [--steps 20]
 
-Both train phase 2 on the embedded data with one CPU each, one after the other. Memory is the largest sum, over all processes,
-of the proportional set size (Pss of /proc/PID/smaps_rollup: a page that several processes share counts once). Needs a
-finished phase 1 run in ./checkpoints (`make quickstart` makes one), and all features in the store (it makes them first).
+The two are measured one after the other; each trial or command trains phase 2 on the embedded data with one CPU. Memory is
+the largest sum, over all processes, of the proportional set size (Pss of /proc/PID/smaps_rollup: a page that several
+processes share counts once). Needs a finished phase 1 run in ./checkpoints (`make quickstart` makes one), and computes
+missing features first.
 """
 
 import argparse
@@ -20,7 +21,7 @@ SETTINGS = ["data.test={}", "checkpoint.every_steps=10", "checkpoint.best_of=sav
 
 
 def pss(process: psutil.Process) -> int:
-    """Proportional set size of a process and all that it started, in bytes."""
+    """Proportional set size of a process and its children, in bytes."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -32,7 +33,7 @@ def pss(process: psutil.Process) -> int:
 
 
 def measured(commands: list[list[str]], log: Path) -> tuple[float, float]:
-    """Run them at once: seconds until the last one has ended, and the most memory meanwhile, in MB.
+    """Run them at once; returns the seconds until the last one has ended, and the largest memory, in MB.
 
     Raises:
         SystemExit: one of them failed.
@@ -51,8 +52,8 @@ def measured(commands: list[list[str]], log: Path) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=2, help="how many at once")
-    parser.add_argument("--steps", type=int, default=20, help="of each")
+    parser.add_argument("--trials", type=int, default=2, help="number of concurrent trials")
+    parser.add_argument("--steps", type=int, default=20, help="steps of each")
     options = parser.parse_args()
 
     from raytrain2p.config.phases import ALIGNMENT

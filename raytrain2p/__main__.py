@@ -17,20 +17,20 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a verb and return its exit code; an unknown one lists those that there are and returns BAD_INPUT."""
+    """Run a verb and return its exit code: BAD_INPUT for an unknown one."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if verb == "--version":
         print(raytrain2p.__version__)
         return 0
     if verb in COMMANDS:
-        module, _ = COMMANDS[verb]  # imported here: one verb does not wait for the libraries of another
+        module, _ = COMMANDS[verb]  # imported here: each verb loads its own libraries only
         code: int = importlib.import_module(module).main(rest)
         return code
     lines = ["usage: raytrain2p VERB ...", "", *(f"  {name:9}{meaning}" for name, (_, meaning) in COMMANDS.items())]
     if verb in ("-h", "--help"):
-        print("\n".join([*lines, "", "`raytrain2p VERB --help` says more."]))
+        print("\n".join([*lines, "", "`raytrain2p VERB --help` lists its options."]))
         return 0
-    print("\n".join([f"raytrain2p: there is no verb {verb!r}", *lines]), file=sys.stderr)
+    print("\n".join([f"raytrain2p: {verb!r} is not a verb", *lines]), file=sys.stderr)
     return BAD_INPUT
 
 

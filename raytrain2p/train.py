@@ -23,12 +23,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--launch-id",
         metavar="ID",
-        help="stable name of this launch over retries (default: a new one); a launch that has a run goes on with it",
+        help="stable name of this launch over retries (default: a new one); a launch that has a run already resumes it",
     )
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--resume", metavar="RUN", help="resume a run: its directory, run ID or the start of one, or `latest`")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
-    parser.add_argument("--ray-logs", action="store_true", help="let Ray's own output through")
+    parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted path, over those of the file")
     options = parser.parse_intermixed_args(arguments)
     if options.aligner is not None:
@@ -36,34 +36,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, str]:
-    """The settings and the launch ID of the run to go on with: its own settings, unless `--config` gives others.
-
-    Raises:
-        InputError: no such run; another launch ID beside it.
-    """
-    from raytrain2p.tracking.find import check_in_place, find_run
-    from raytrain2p.tracking.mlflow_store import check_password
-
-    if options.launch_id is not None:
-        raise InputError(Problem("--resume with --launch-id", "both say which run is meant", "give one of them"))
-    run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
-    config = run.path / "config.json"
-    if options.config is None and config.is_file():
-        settings = load_settings(options.phase, config, options.overrides)
-    check_password(settings.tracking.uri)
-    check_in_place(run, settings.output.root, f"--resume {options.resume}")
-    return settings, run.launch_id
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input); 130 and 143 where it was stopped."""
+    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input); 130 or 143 if a signal stopped it."""
     options = parse(arguments)
     return exit_code(lambda: train(options))
 
 
 def train(options: argparse.Namespace) -> int:
-    """Settings, checks, launch, summary.
+    """Load the settings, check, launch, print the summary.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -72,12 +52,13 @@ def train(options: argparse.Namespace) -> int:
     if options.resume is not None:
         settings, options.launch_id = resumed(settings, options)
 
+    # Imported here: `--help` and wrong settings need none of them.
     from raytrain2p.launch.driver import check, launch
     from raytrain2p.launch.dry_run import dry_run
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
     from raytrain2p.launch.signals import StoppedError
-    from raytrain2p.launch.summary import summary
+    from raytrain2p.launch.summary import print_summary
 
     console = Console()
     if options.dry_run:
@@ -91,10 +72,30 @@ def train(options: argparse.Namespace) -> int:
     except StoppedError as stopped:
         console.say(f"raytrain2p: {stopped}")
         return stopped.exit_code
-    console.say(summary(outcome, options.phase, settings))
+    print_summary(outcome, options.phase, settings, console)
     if options.json:
         print(json.dumps(asdict(outcome)), flush=True)
     return 0
+
+
+def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, str]:
+    """The settings and the launch ID of the run to resume. The settings are the run's own, unless `--config` is given.
+
+    Raises:
+        InputError: no such run, or a launch ID as well.
+    """
+    from raytrain2p.tracking.find import check_in_place, find_run
+    from raytrain2p.tracking.mlflow_store import check_password
+
+    if options.launch_id is not None:
+        raise InputError(Problem("--resume with --launch-id", "each of them names the run to resume", "give one of them"))
+    run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
+    config = run.path / "config.json"
+    if options.config is None and config.is_file():
+        settings = load_settings(options.phase, config, options.overrides)
+    check_password(settings.tracking.uri)
+    check_in_place(run, settings.output.root, f"--resume {options.resume}")
+    return settings, run.launch_id
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What tests share: small models with random weights saved to disk, and launches."""
+"""Shared fixtures: small models with random weights, saved to disk."""
 
 import os
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a hub; read when transformers is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a model hub; read when transformers is imported
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 import pytest
@@ -21,12 +21,12 @@ from transformers import (
 
 pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures"]
 
-# Files with many launches, the longest first: they come last, one for each test process.
+# Files with many launches: they run last, one in each test process.
 LONG = ("launch/test_training.py", "chaos/test_kills.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick checks first."""
+    """Run quick tests first."""
 
     def place(item: pytest.Item) -> int:
         return next((number for number, name in enumerate(LONG, 1) if item.path.as_posix().endswith(f"tests/{name}")), 0)
@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def drawn_by_seed() -> None:
-    """A test draws the same numbers in whatever order, and in whichever process, tests run."""
+def seeded() -> None:
+    """A test draws the same random numbers in any order of tests and in any process."""
     torch.manual_seed(0)
 
 

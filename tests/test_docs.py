@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/ runs: the shell blocks in order, in one directory, as a reader would type them."""
+"""Every command in the README and in docs/ runs: all shell blocks in order, in one directory."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A directory with what the commands name: records of both phases, a image, and configs/."""
+    """A directory with the files that the commands name: records of both phases, an image, and configs/."""
     records = tmp_path / "records"
     records.mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -51,7 +51,7 @@ def reader(tmp_path: Path) -> Path:
 
 @pytest.mark.real
 def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str, embedded_features: str) -> None:
-    typed = [list(words) for words in dict.fromkeys(map(tuple, commands()))]  # what stands on two pages runs once
+    typed = [list(words) for words in dict.fromkeys(map(tuple, commands()))]  # a command on two pages runs once
     assert len(typed) >= 8
     for words in typed:
         if words[0] in ELSEWHERE:

@@ -1,4 +1,4 @@
-"""A Lightning trainer as tests take it: on the CPU, alone, in a folder of its own, and without a word."""
+"""The Lightning trainer of tests: on the CPU, one process, no output."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
 
 
 def trainer_in(folder: Path, callbacks: Sequence[pl.Callback], files: AsyncCheckpointIO | None = None, **options: Any) -> pl.Trainer:
-    """Checkpoints are written as in training; `options` are Lightning's own."""
+    """Writes checkpoints as in training; `options` are Lightning's."""
     return pl.Trainer(
         accelerator="cpu",
         devices=1,

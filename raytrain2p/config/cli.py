@@ -1,6 +1,7 @@
 """Shared by all commands: `--help` texts of settings, exit codes, and errors of the user without a traceback."""
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
@@ -54,8 +55,21 @@ def exit_code(command: Callable[[], int]) -> int:
     try:
         return command()
     except InputError as error:
-        print(f"raytrain2p: {error}", file=sys.stderr)
+        print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("raytrain2p: stopped", file=sys.stderr)
         return INTERRUPTED
+
+
+# All but tab and newline; the last two ranges change the direction of text.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """The text with its control characters escaped, so that text from data cannot control a terminal.
+
+    >>> printable("red\\x1b[31m")
+    'red\\\\x1b[31m'
+    """
+    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -1,11 +1,11 @@
-"""The Ray cluster of a launch: an existing one if there is one, else one started here and stopped at the end."""
+"""The Ray cluster of a launch: an existing one, else one that is started here and stopped at the end."""
 
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ import ray
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.quiet import muted_stderr
+from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus
 
 SECONDS_TO_ANSWER = 5.0
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
@@ -20,10 +21,11 @@ CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFL
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs by node, and on how many machines these are."""
+    """CPUs and GPUs by node, how many machines these nodes are on, and whether this process started the cluster."""
 
     nodes: tuple[tuple[float, float], ...]
     machines: int = 1
+    started_here: bool = False
 
     @property
     def cpus(self) -> float:
@@ -34,7 +36,7 @@ class Capacity:
         return sum(gpus for _, gpus in self.nodes)
 
     def fits(self, workers: int, cpus: int, gpus: int) -> bool:
-        """Whether that many workers find a place, each on one node."""
+        """Whether that many workers fit, each on one node."""
         places = 0
         for node_cpus, node_gpus in self.nodes:
             places += int(min(node_cpus // cpus, node_gpus // gpus if gpus else workers))
@@ -42,27 +44,23 @@ class Capacity:
 
 
 def existing_address() -> str | None:
-    """The address of a running cluster: from the environment (`local` stands for none), or of a Ray on this machine.
+    """The address of a running cluster, if there is one: RAY_ADDRESS (`local`: none), or a cluster of `ray start` on this machine.
 
     Raises:
-        InputError: the environment names a cluster that does not answer.
+        InputError: the cluster of RAY_ADDRESS does not answer.
     """
     if address := os.environ.get("RAY_ADDRESS"):
         if address == "local":
             return None
         if not answers(address):
-            raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray answers there", "start the cluster, or unset RAY_ADDRESS"))
+            raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray cluster answers there", "start the cluster, or unset RAY_ADDRESS"))
         return address
-    from ray._private.services import find_bootstrap_address
-
-    # The note that `ray start` leaves, and not any Ray among the processes: another launch's own ends with that launch.
-    # The note outlives a cluster that was killed.
-    address = find_bootstrap_address(None)
+    address = find_bootstrap_address(None)  # still recorded after the cluster was killed
     return str(address) if address and answers(address) else None
 
 
 def answers(address: str) -> bool:
-    """Whether somebody listens at `[ray://]host:port`; Ray itself would wait for minutes."""
+    """Whether something listens at `[ray://]host:port`; Ray itself would wait for minutes."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER):
@@ -72,9 +70,8 @@ def answers(address: str) -> bool:
 
 
 def local_capacity() -> Capacity:
-    """Of a Ray that would be started here; asking does not start it."""
+    """Of a Ray cluster that would be started here; starts none."""
     import torch
-    from ray._private.utils import get_num_cpus
 
     return Capacity(((float(get_num_cpus()), float(torch.cuda.device_count())),))
 
@@ -86,15 +83,8 @@ def cluster_capacity() -> Capacity:
     return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive), machines)
 
 
-def started_here() -> bool:
-    """Whether the Ray that this process is connected to was started by it, and ends with it."""
-    from ray._private.worker import _global_node  # None in a worker's process
-
-    return _global_node is not None and bool(_global_node.is_head())
-
-
 def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
-    """Ray would wait for ever for what the cluster does not have: so say it at once."""
+    """Resources that the launch asks for and the cluster does not have: Ray would wait for them for ever."""
     problems = []
     gpus = 1 if launch.use_gpu else 0
     if launch.use_gpu and capacity.gpus < launch.num_workers:
@@ -118,7 +108,7 @@ def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
 
 
 def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
-    """As set; else, on CPUs, as many as still let every worker find a place, and with GPUs one."""
+    """As set; else 1 with GPUs, and without them as many as leave room for every worker."""
     if launch.cpus_per_worker is not None:
         return launch.cpus_per_worker
     cpus = 1
@@ -128,26 +118,27 @@ def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
 
 
 def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
-    """Without a running cluster, the answer is known before a Ray is started."""
+    """The same for a cluster that would be started here, before it is; an existing one is checked in `connected`."""
     return [] if existing_address() is not None else check_capacity(launch, local_capacity())
 
 
 @contextmanager
 def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
-    """Within, this process is connected to the cluster.
+    """Within, this process is connected to the cluster; yields its capacity.
 
     Raises:
         InputError: the cluster cannot be reached, or lacks what the launch asks for.
     """
     address = existing_address()
+    starts = address is None
     options: dict[str, Any] = {"address": address}
     if address is None:
         port = free_port()
         os.environ["RAY_GCS_SERVER_PORT"] = str(port)
         address = f"{ray.util.get_node_ip_address()}:{port}"
         options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
-    # Without it, an actor of Ray Train asks the Ray that was started last on this machine whether our controller lives, and,
-    # when that one has not heard of it, ends our workers: two Rays on one machine would not survive each other.
+    # Without RAY_ADDRESS, an actor of Ray Train asks the cluster that was started last on this machine for our controller, does
+    # not find it, and ends our workers.
     caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
     options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
     try:
@@ -157,19 +148,19 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             Problem(
-                f"Ray at {address or 'this machine'}",
+                f"Ray at {address}",
                 f"cannot be used: {reason}",
-                "check RAY_ADDRESS and RAY_AUTH_MODE, or stop the dead cluster",
+                "check RAY_ADDRESS and RAY_AUTH_MODE, or stop the cluster that does not answer",
             )
         ) from None
     try:
         capacity = cluster_capacity()
         if problems := check_capacity(launch, capacity):
             raise InputError(problems)
-        yield capacity
+        yield replace(capacity, started_here=starts)
     finally:
         ray.shutdown()
-        if options["address"] == "local":
+        if starts:
             del os.environ["RAY_GCS_SERVER_PORT"]
 
 

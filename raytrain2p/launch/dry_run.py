@@ -1,7 +1,6 @@
-"""`--dry-run`: what would run, how large it is, and roughly what memory a worker needs."""
+"""`--dry-run`: the settings, the sizes of the model and of the data, and an estimate of a worker's memory."""
 
 import json
-from typing import Any
 
 import torch
 import yaml
@@ -9,19 +8,19 @@ import yaml
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.inputs import count_parameters, planned_steps
+from raytrain2p.phases.inputs import PhaseInputs, count_parameters, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
 GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments
 
 
-def dry_run(settings: Settings, inputs: Any) -> str:
-    """The resolved settings and the sizes that follow from them, as text."""
+def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
+    """The text that is printed."""
     resolved = json.loads(settings.model_dump_json())
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
     counts = count_parameters(inputs.parts())
     steps = planned_steps(settings.training, inputs.records)
-    # encoders are in the worker's memory only where they run in the step
+    # a worker loads the encoders only if they run within the step
     held = sum(count["frozen"] for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
     frozen = sum(count["frozen"] for count in counts.values())
     trained = sum(count["trained"] for count in counts.values())
@@ -39,8 +38,12 @@ def dry_run(settings: Settings, inputs: Any) -> str:
     return "\n".join(lines)
 
 
-def memory_mb(settings: Settings, inputs: Any, frozen: int, trained: int) -> float:
-    """Weights, gradients, optimizer state and activations kept for the backward pass. An estimate: kernels add to it."""
+def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> float:
+    """Of a worker: weights, gradients, optimizer state and activations for the backward pass. An estimate: kernels add to it.
+
+    Args:
+        frozen, trained: parameters.
+    """
     on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
     width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.use_gpu else 4
     positions, activations = inputs.widest()

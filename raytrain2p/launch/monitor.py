@@ -1,5 +1,5 @@
-"""From prepared splits to an outcome, for a launch as for a trial of a sweep: hand the plan to the workers, follow them, say how
-it ended. It imports nothing that trains: each trial has this in a process of its own.
+"""From prepared splits to an outcome, for a launch and for a trial of a sweep: start the workers, follow them, record how they
+ended. It imports no training library, since each trial runs this in a process of its own.
 """
 
 import os
@@ -33,8 +33,8 @@ class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
 
 
-class LetGoError(RuntimeError):
-    """The sweep has stopped or paused this trial: its workers are gone, and that is no failure."""
+class TrialStoppedError(RuntimeError):
+    """The sweep has stopped or paused this trial, and so its workers. Not a failure."""
 
 
 @dataclass(frozen=True)
@@ -47,34 +47,44 @@ class PreparedSplits:
 
 @dataclass(frozen=True)
 class TrialLaunch:
-    """What makes a launch a trial of a sweep.
+    """What a trial of a sweep adds to a launch.
 
     Args:
-        membership: of the sweep.
-        tags: more tags of its run.
+        context: its place in the sweep.
+        tags: added to those of its run.
         command: shell line that started it.
         reported: context in which its reports reach the sweep; its event is set once the sweep has stopped or paused the trial.
     """
 
-    membership: TrialContext
+    context: TrialContext
     tags: dict[str, str]
     command: str
     reported: Callable[[Any], AbstractContextManager[threading.Event]]
 
 
 def train(
-    settings: Settings, splits: PreparedSplits, phase: int, launch_id: str, threads: int, console: Console, trial: TrialLaunch | None = None
+    settings: Settings,
+    splits: PreparedSplits,
+    phase: int,
+    launch_id: str,
+    threads: int,
+    console: Console,
+    trial: TrialLaunch | None = None,
+    own_cluster: bool = False,
 ) -> Outcome:
-    """Hand the plan to the workers and follow them to the end.
+    """Train on prepared splits.
+
+    Args:
+        threads: CPUs of a worker.
+        own_cluster: Ray was started by this process, and ends with it.
 
     Raises:
         TrainingFailedError: the workers failed.
         StoppedError: a signal ended it, with a checkpoint.
-        LetGoError: the sweep ended it.
+        TrialStoppedError: the sweep ended it.
     """
-    root, uri = settings.output.root, settings.tracking.uri
     channel = RunChannel.remote()  # type: ignore[attr-defined]
-    plan = TrainJob(
+    job = TrainJob(
         settings,
         phase,
         launch_id,
@@ -84,70 +94,89 @@ def train(
         channel=channel,
         facts=asdict(splits.digests),
         environment=mlflow_environment(),
-        membership=trial.membership if trial else None,
+        membership=trial.context if trial else None,
         tags=trial.tags if trial else {},
     )
-    let_go = threading.Event()
+    signal = run_workers(job, console, trial, own_cluster)
+    return outcome_of(job, console, signal)
+
+
+def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_cluster: bool) -> int | None:
+    """Run the workers to their end; if they do not end by themselves, record it in the run.
+
+    Returns:
+        Number of the signal that asked them to stop, if there was one.
+    """
+    stopped = threading.Event()
     try:
-        with followed(channel, console), trial.reported(channel) if trial else nullcontext(let_go) as let_go:
-            signal = fit_until_stopped(ray_trainer(plan).fit, channel, console.say)
+        with followed(job.channel, console), trial.reported(job.channel) if trial else nullcontext(stopped) as stopped:
+            return fit_until_stopped(ray_trainer(job, own_cluster).fit, job.channel, console.say)
     except (StoppedError, KeyboardInterrupt):
-        ray.shutdown()  # first the workers end, then it is said how
-        end(root, launch_id, uri, "KILLED", console)
+        ray.shutdown()  # the workers end before the status is written
+        record_end(job, "KILLED", console)
         raise
     except Exception as error:
-        if let_go.is_set():  # the sweep ends the workers first, and then this process
-            raise LetGoError from error
-        end(root, launch_id, uri, "FAILED", console)
-        raise TrainingFailedError(cause_of(error, disk_gone(root, launch_id))) from error
-    run = recorded_run(root, launch_id)
+        if stopped.is_set():  # the sweep ends the workers first, and then this process
+            raise TrialStoppedError from error
+        record_end(job, "FAILED", console)
+        raise TrainingFailedError(cause_of(error, disk_gone(job.settings.output.root, job.launch_id))) from error
+
+
+def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
+    """The outcome of workers that ended by themselves.
+
+    Raises:
+        StoppedError: they ended before the last step, because of `signal`.
+    """
+    run = recorded_run(job.settings.output.root, job.launch_id)
     assert run is not None
     if signal is not None and read_status(run.path)["status"] == "KILLED":
         raise StoppedError(signal)
-    if not MlflowSync(run, uri).complete():
+    if not MlflowSync(run, job.settings.tracking.uri).complete():
         say_sync_later(run, console)
     return Outcome(**read_json(run.path / "result.json"))
 
 
 def mlflow_environment() -> dict[str, str]:
-    """Variables that MLflow needs, credentials perhaps: workers get them by hand, not by Ray's runtime environment, which it logs."""
+    """Variables that MLflow needs. They may hold credentials, so workers do not get them by Ray's runtime environment, which it logs."""
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
 
 def typed_command(module: str) -> str:
-    """What the user typed, to be typed again."""
+    """The command line of this process."""
     return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
 
 
-def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> None:
-    """Say how the run ended, if there is one and it has not said so itself."""
+def record_end(job: TrainJob, status: str, console: Console) -> None:
+    """Record how the run ended, if there is a run and its worker has not recorded the same."""
+    uri = job.settings.tracking.uri
     try:
-        run = recorded_run(root, launch_id)
+        run = recorded_run(job.settings.output.root, job.launch_id)
     except OSError:  # its disk has failed
         run = None
     if run is None or not is_reachable(run.path):
-        end_unrecorded(uri, launch_id, status)
+        end_unrecorded(uri, job.launch_id, status)
         return
     if read_status(run.path)["status"] == status and MlflowSync(run, uri).complete():
         return
     if not end_run(run, uri, status):
-        console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
+        console.say(f"run {run.run_id[:8]} is {status}, but not yet in MLflow; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
     elif read_status(run.path)["status"] == "RUNNING":
-        console.say(f"how it ended is not on its disk yet; once it can be: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
+        console.say(f"its status cannot be written to its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
     elif not MlflowSync(run, uri).complete():
         say_sync_later(run, console)
 
 
 def say_sync_later(run: Run, console: Console) -> None:
-    console.say(f"MLflow does not have all of it yet; once it is back: python -m raytrain2p.runs sync {run.run_id[:8]}")
+    console.say(f"MLflow has not received all of the run; once it answers: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
 def cause_of(error: Exception, gone: StorageError | None) -> str:
-    """The worker's own traceback, without the layers around it; a disk that failed is no bug, and has one line.
+    """The worker's traceback, without the layers around it; one line for a disk that failed, which is not a bug.
 
     Args:
         error: what Ray raised.
-        gone: whether the launch's disk is. Ray may be the first to find that out, and has other words for it.
+        gone: the error of the launch's disk, if that is gone. Ray may be the first to meet it, with an error of its own.
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
@@ -157,5 +186,5 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return str(gone)
     if isinstance(first, OSError) and first.errno in FAILED_DISK:
         return masked(one_line(first))
-    told = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
-    return masked(told).rstrip() + "\n(--ray-logs shows more)"
+    text = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
+    return masked(text).rstrip() + "\n(more with --ray-logs)"

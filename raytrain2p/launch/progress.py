@@ -1,16 +1,23 @@
-"""What the user sees while a run is under way: one live line in a terminal, occasional lines elsewhere."""
+"""Terminal output of a launch: one status line below the printed lines in a terminal, occasional lines elsewhere."""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
+from rich.console import Console as RichConsole
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
+from raytrain2p.config.cli import printable
 from raytrain2p.launch.quiet import own_stderr
 
-PLAIN_SECONDS = 15.0  # between two lines where nobody looks all the time
+PLAIN_SECONDS = 15.0  # between two lines of progress outside a terminal
+PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
 POLL_SECONDS = 2.0  # the channel answers sooner if there is news
 
 
@@ -25,41 +32,87 @@ def describe(word: dict[str, Any]) -> str:
     )
 
 
+class _Terminal(RichConsole):
+    def on_broken_pipe(self) -> None:
+        """Rich would exit here. The reader of the output has closed it; training continues."""
+        self.quiet = True
+
+
 class Console:
-    """Writes progress to a stream: over one line if it is a terminal, else a new line every now and then."""
+    """Prints lines, and shows progress: on a status line in a terminal, else on a new line at most every PLAIN_SECONDS.
+
+    Attributes:
+        stream: where the output goes.
+        live: whether that is a terminal that can redraw lines.
+        rich: console to draw tables on; lines of `say` appear above a `rich.live.Live` on it.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or own_stderr()
-        self.live = self.stream.isatty()
-        self.shown, self.since = "", float("-inf")
+        terminal = self.stream.isatty()
+        self.rich = _Terminal(
+            file=self.stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
+        )
+        self.live = terminal and not self.rich.is_dumb_terminal
+        self._status: Live | None = None
+        self._shown, self._shown_at = "", float("-inf")
 
     def say(self, line: str) -> None:
-        """A line that stays."""
-        self.clear()
-        print(line, file=self.stream, flush=True)
+        """Print a line that stays. It is neither wrapped nor cut, so that a path in it can be copied."""
+        self.rich.print(Text(printable(line)), soft_wrap=True)
+
+    def draw(self, table: Table) -> None:
+        """Print a table; in a terminal its cells are wrapped to the width."""
+        self.rich.print(table)
 
     def show(self, line: str) -> None:
-        """Where things stand; replaces the last such line in a terminal."""
-        if line == self.shown:
+        """Show the current state; replaces the previous one in a terminal."""
+        if line == self._shown:
             return
         if self.live:
-            self.stream.write(f"\r\x1b[2K{line}")
-            self.stream.flush()
-            self.shown = line
-        elif time.monotonic() - self.since >= PLAIN_SECONDS:
-            print(line, file=self.stream, flush=True)
-            self.shown, self.since = line, time.monotonic()
+            text = Text(printable(line), no_wrap=True, overflow="ellipsis")
+            if self._status is None:
+                # Redirected output would go to this console, and so past `muted_stderr`.
+                self._status = Live(console=self.rich, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
+                self._status.start()
+            self._status.update(text, refresh=True)
+            self._shown = line
+        elif time.monotonic() - self._shown_at >= PLAIN_SECONDS:
+            self.say(line)
+            self._shown, self._shown_at = line, time.monotonic()
 
     def clear(self) -> None:
-        if self.live and self.shown:
-            self.stream.write("\r\x1b[2K")
-            self.stream.flush()
-        self.shown = ""
+        """Remove the status line."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        self._shown = ""
+
+    @contextmanager
+    def status(self, line: str) -> Iterator[None]:
+        """Within, `line` is shown."""
+        self.show(line)
+        try:
+            yield
+        finally:
+            self.clear()
+
+    @contextmanager
+    def progress_bar(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Yields a function of (done, total) that moves a bar; outside a terminal it prints lines as `show` does."""
+        if not self.live:
+            yield lambda done, total: self.show(f"{what}: {done}/{total}")
+            return
+        self.clear()
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.rich, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+            task = bar.add_task(printable(what), total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @contextmanager
 def followed(channel: Any, console: Console) -> Iterator[None]:
-    """Within, a thread shows what workers put on the channel."""
+    """Within, a thread shows what the workers put on the channel."""
     done = threading.Event()
 
     def follow() -> None:
@@ -68,12 +121,13 @@ def followed(channel: Any, console: Console) -> Iterator[None]:
             try:
                 word, lines = ray.get(channel.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
             except ray.exceptions.RayError:
-                done.wait(POLL_SECONDS)  # the channel's node is gone or slow: training goes on without a image of it
+                done.wait(POLL_SECONDS)  # the channel's node is gone or slow; training does not depend on it
                 continue
             for line in lines:
                 console.say(line)
             if word.get("stage", stage) != stage:
                 stage = word["stage"]
+                console.clear()
                 console.say(stage)
             elif word and "stage" not in word:
                 console.show(describe(word))

@@ -1,4 +1,4 @@
-"""A request to stop (SIGTERM, Ctrl-C, `ray job stop`), as the driver hears it; the workers' part is in stop_callback.py."""
+"""Requests to stop (SIGTERM, Ctrl-C, `ray job stop`) in the driver; the workers' part is worker/callbacks/stop.py."""
 
 import signal
 import threading
@@ -8,11 +8,11 @@ from typing import Any
 
 import ray
 
-SECONDS_TO_STOP = 60.0  # a long step and a large checkpoint must fit into it
+SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
 
 
 class StoppedError(Exception):
-    """The launch was asked to stop, and did."""
+    """The launch was stopped by a signal. `exit_code` is that of the command."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -20,9 +20,7 @@ class StoppedError(Exception):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, as requests that the driver sees between two waits. In another thread than the main one, where
-    Python hears no signals, there are none.
-    """
+    """Within, SIGTERM and SIGINT are kept in `received`, and set `news`. Outside the main thread Python delivers no signals."""
 
     def __init__(self) -> None:
         self.news, self.received = threading.Event(), list[int]()
@@ -30,26 +28,29 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
+    def _receive(self, number: int, frame: object) -> None:
         self.received.append(number)
         self.news.set()
 
 
 def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str], None]) -> int | None:
-    """Wait for the end of `fit`; if a signal came meanwhile, its number.
+    """Run `fit` to its end. At a signal the workers are asked to stop after the current step, with a checkpoint.
 
-    It runs in a thread: in the main one, Ray would put a handler of its own in the place of ours, which saves nothing.
+    `fit` runs in a thread: in the main one Ray would replace our signal handler by its own, which writes no checkpoint.
+
+    Returns:
+        Number of the first signal, if there was one.
 
     Raises:
         StoppedError: a signal came, and the workers did not end by themselves: they were not training, took too long, or
-            the signal came again.
+            a second signal came.
         Exception: what `fit` raised.
     """
     outcome: Future[Any] = Future()
@@ -77,8 +78,8 @@ def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str],
 
 
 def _request_stop(channel: Any) -> bool:
-    """Whether workers train, and will stop."""
+    """Ask the workers to stop; whether they are training, and so will."""
     try:
         return bool(ray.get(channel.request_stop.remote(), timeout=10))
-    except ray.exceptions.RayError:  # a time-out among them: the channel's node is gone or slow
+    except ray.exceptions.RayError:  # or a time-out: the channel's node is gone or slow
         return False

@@ -1,56 +1,46 @@
-"""What is said at the end of a launch: where the run is, what it measured, and what to do next."""
+"""The end of a launch, as printed: where the run is, its metrics, and the next commands."""
 
-import io
 from collections import defaultdict
 
-from rich.console import Console as RichConsole
 from rich.table import Table
+from rich.text import Text
 
 from raytrain2p.config import Settings
+from raytrain2p.config.cli import printable
 from raytrain2p.config.secrets import masked
+from raytrain2p.launch.progress import Console
 from raytrain2p.worker.job import Outcome
 
+SHARES = ("recall", "chance", "exact_match", "majority")  # metrics between 0 and 1, printed as percentages
 
-def summary(outcome: Outcome, phase: int, settings: Settings) -> str:
-    """A table of the test metrics, one column per split, and the next commands."""
+
+def print_summary(outcome: Outcome, phase: int, settings: Settings, console: Console) -> None:
     short = outcome.run_id[:8]
     command = (
         f"python -m raytrain2p.train --phase 2 --aligner {short}"
         if phase == 1
         else f'python -m raytrain2p.predict --run {short} --image FILE "What does the picture show?"'
     )
-    lines = [
-        "",
-        f"run        {outcome.run_id}",
-        f"directory  {outcome.directory}",
-        f"artifact   {outcome.artifact}",
-        "",
-        metric_table(outcome.metrics),
-        f"next       {command}",
-        f"compare    mlflow ui --backend-store-uri {masked(settings.tracking.uri)}",
-    ]
-    return "\n".join(lines)
+    console.say(f"\nrun        {outcome.run_id}\ndirectory  {outcome.directory}\nartifact   {outcome.artifact}\n")
+    console.draw(metric_table(outcome.metrics))
+    console.say(f"\nnext       {command}\ncompare    mlflow ui --backend-store-uri {masked(settings.tracking.uri)}")
 
 
-def metric_table(metrics: dict[str, float]) -> str:
+def metric_table(metrics: dict[str, float]) -> Table:
     """Metrics named `<split>/<metric>`, a row per metric and a column per split."""
     rows: dict[str, dict[str, float]] = defaultdict(dict)
     for name, value in metrics.items():
         split, slash, metric = name.partition("/")
-        rows[metric if slash else name]["train" if not slash else split] = value
+        rows[metric if slash else name][split if slash else "train"] = value
     splits = list(dict.fromkeys(split for row in rows.values() for split in row))
     table = Table(box=None, pad_edge=False)
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold")  # its end may be the name of a task in the records
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(split, justify="right", overflow="fold")
     for metric, row in rows.items():
-        table.add_row(metric, *(format_metric(metric, row[split]) if split in row else "" for split in splits))
-    stream = io.StringIO()
-    RichConsole(file=stream, width=120).print(table)
-    return stream.getvalue()
+        table.add_row(Text(printable(metric)), *(format_metric(metric, row[split]) if split in row else "" for split in splits))
+    return table
 
 
 def format_metric(name: str, value: float) -> str:
-    """Shares as percentages, losses as they are."""
-    share = any(word in name for word in ("recall", "chance", "exact_match", "majority"))
-    return f"{100 * value:.2f} %" if share else f"{value:.4f}"
+    return f"{100 * value:.2f} %" if any(word in name for word in SHARES) else f"{value:.4f}"

@@ -1,7 +1,7 @@
-"""Ray's trainer around the worker function, without the helper processes that serve nothing here.
+"""Ray's trainer around the training function, without the helper processes that are not needed.
 
-An idle process of Ray wakes a hundred times a second. On two cores each takes a hundredth of the training's speed, and its
-imports make the launch longer. For the same reason this room imports nothing that trains: Ray's controller loads it.
+An idle Ray process wakes up a hundred times a second: on two cores each costs a hundredth of the training speed, and its imports
+make the start longer. Ray's controller loads this module, so it imports no training library either.
 """
 
 import asyncio
@@ -13,40 +13,42 @@ from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from raytrain2p.config import Settings
-from raytrain2p.launch.cluster import started_here
+from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.job import TrainJob
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def ray_trainer(plan: TrainJob) -> TorchTrainer:
-    """Its bookkeeping lies under the launch ID, apart from the run directories."""
-    settings, storage = plan.settings, Path(plan.settings.output.root) / ".ray"
-    forget_torn_bookkeeping(storage / plan.launch_id)
+def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
+    """The trainer of a job. Ray keeps its state under the launch ID, apart from the run directories.
+
+    Args:
+        job: for each worker.
+        own_cluster: Ray was started by this process, and ends with it.
+    """
+    settings, storage = job.settings, Path(job.settings.output.root) / ".ray"
+    remove_torn_state(storage / job.launch_id)
     return LeanTrainer(
         train_worker,
-        train_loop_config={"plan": plan},
+        train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=settings.launch.num_workers,
             use_gpu=settings.launch.use_gpu,
-            resources_per_worker=_resources(settings, plan.threads),
+            resources_per_worker=_resources(settings, job.threads),
         ),
         run_config=RunConfig(
-            name=plan.launch_id,
+            name=job.launch_id,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=settings.launch.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
         ),
-        is_trial=plan.membership is not None,
+        is_trial=job.membership is not None,
+        own_cluster=own_cluster,
     )
 
 
@@ -54,31 +56,30 @@ def train_worker(config: dict[str, Any]) -> None:
     """The training function that Ray runs on each worker."""
     from raytrain2p.worker.train_loop import train
 
-    train(config["plan"])
+    train(config["job"])
 
 
 class LeanTrainer(TorchTrainer):
-    """Leaves out what shards Ray Datasets, since the splits come through the object store, and:
+    """Leaves out the sharding of Ray Datasets, since the splits come through the object store, and:
 
-    - what gives back the CPUs after its controller's death, in a Ray that ends with this process, and in a trial: it would
-      outlive each trial that Tune stops, and the sweep gives back the CPUs itself;
-    - what asks an autoscaler for nodes, in a Ray that ends with this process, which has none.
+    - the process that frees the CPUs if the controller is killed, on a cluster of its own and in a trial: it would outlive each
+      trial that Tune stops, and the sweep frees the CPUs itself;
+    - the requests to an autoscaler, on a cluster of its own, which has none.
 
-    A trial's controller has no process of its own: the trial has one already, which does nothing but wait, and which the
-    workers are to die with.
+    A trial's controller runs in the trial's own process, which would only wait otherwise, and with which the workers must end.
     """
 
-    def __init__(self, *args: Any, is_trial: bool, **options: Any) -> None:
+    def __init__(self, *args: Any, is_trial: bool, own_cluster: bool, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._alone, self._is_trial = started_here(), is_trial
-        unneeded = [DatasetsCallback, *([PlacementGroupCleanerCallback] if is_trial or self._alone else [])]
-        self._unneeded = tuple(unneeded)
+        self._own_cluster, self._is_trial = own_cluster, is_trial
+        cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster else ()
+        self._unneeded = (DatasetsCallback, *cleaner)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self._unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if self._alone:
+        if self._own_cluster:
             options["scaling_policy"] = WithoutAutoscaler(options["scaling_policy"].scaling_config)
         if self._is_trial:
             controller = TrainController(**options)
@@ -88,7 +89,7 @@ class LeanTrainer(TorchTrainer):
 
 
 class WithoutAutoscaler(FixedScalingPolicy):
-    """Asks nobody for nodes."""
+    """Sends no requests for nodes."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
         pass
@@ -97,8 +98,8 @@ class WithoutAutoscaler(FixedScalingPolicy):
         pass
 
 
-def forget_torn_bookkeeping(folder: Path) -> None:
-    """Ray reads its notes of an earlier attempt, refuses to begin if a kill has torn them, and we need none of them."""
+def remove_torn_state(folder: Path) -> None:
+    """Remove Ray's state of an earlier attempt if a kill has left it half written: Ray would refuse to start. A resume does not need it."""
     try:
         for snapshot in folder.glob("*snapshot*.json"):
             json.loads(snapshot.read_text())

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import ray
 from ray import tune
-from ray._private import auto_init_hook
-from ray.tune.execution.placement_groups import PlacementGroupFactory
 from ray.tune.search import BasicVariantGenerator
 
 from raytrain2p.config.secrets import one_line
@@ -127,7 +125,7 @@ class SweepTuner:
             "mode": options.mode,
             "stop": self.stop,
             "config": space,
-            "resources_per_trial": PlacementGroupFactory([{HEAD: share_of_head(options.scheduler, self.at_once)}]),
+            "resources_per_trial": tune.PlacementGroupFactory([{HEAD: share_of_head(options.scheduler, self.at_once)}]),
             "num_samples": count,
             "storage_path": str(Path(self.root) / ".ray"),
             "search_alg": search,
@@ -194,7 +192,6 @@ class SweepTuner:
             StoppedError: a signal ended the sweep.
         """
         if signals:
-            auto_init_hook.enable_auto_connect = False  # Tune's thread may live on, and would start another Ray
             ray.shutdown()  # first the workers end, then it is said how
         for row in self.trial_records.rows():
             if row.state not in OVER and row.run is not None:

@@ -1,4 +1,4 @@
-"""What each launch that something happens to is compared with, and where the figures go."""
+"""Fixtures: the undisturbed launches that the others are compared with, and the table of results."""
 
 import os
 from collections.abc import Callable
@@ -13,21 +13,21 @@ Judged = Callable[[Verdict], None]
 
 
 class Undisturbed:
-    """Launches that nothing happens to, each made when it is first asked for."""
+    """Undisturbed launches, each run when it is first used."""
 
     def __init__(self, folder: Path, tiny_config: Path, address: str) -> None:
         self.folder, self.tiny_config, self.address = folder, tiny_config, address
-        self.made: dict[tuple[int, int], Launch] = {}
+        self.launches: dict[tuple[int, int], Launch] = {}
 
     def __call__(self, workers: int = 1, steps: int = STEPS) -> Launch:
-        if (workers, steps) not in self.made:
+        if (workers, steps) not in self.launches:
             folder = self.folder / f"undisturbed{workers}_{steps}"
             launch = launch_in(folder, self.tiny_config, workers, steps, RAY_ADDRESS=self.address)
             launch.start()
             assert launch.wait() == 0, launch.log
             assert sorted(launch.steps()) == list(range(1, steps + 1))
-            self.made[workers, steps] = launch
-        return self.made[workers, steps]
+            self.launches[workers, steps] = launch
+        return self.launches[workers, steps]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def undisturbed(chaos: Path, ray_head: str, tiny_config: Path) -> Undisturbed:
 
 @pytest.fixture(scope="session")
 def judged() -> Judged:
-    """Adds a row to the table, where one is wanted, and fails if the launch is not what an undisturbed one is."""
+    """Adds a row to the table, if there is one, and fails if the launch differs from an undisturbed one."""
     rows: list[Verdict] = []
 
     def judge(row: Verdict) -> None:

@@ -1,4 +1,4 @@
-"""Launches that are killed again and again, and what is left of them."""
+"""Launches that are killed repeatedly, compared with undisturbed ones."""
 
 import itertools
 import json
@@ -20,13 +20,13 @@ from tests.launch.launching import start_command
 
 SECONDS_PER_LAUNCH = 240
 STEPS = 400
-LONG = "RAYTRAIN2P_CHAOS_TABLE"  # set by `make chaos`: where it wants the table
+LONG = "RAYTRAIN2P_CHAOS_TABLE"  # set by `make chaos`: path of the table
 only_long = pytest.mark.skipif(LONG not in os.environ, reason="part of `make chaos`: each launch takes 20 s or more on 2 cores")
 
 
 @dataclass
 class Verdict:
-    """What a launch left, against an undisturbed one: a row of the table in docs/chaos.md."""
+    """A launch compared with an undisturbed one: a row of the table in docs/chaos.md."""
 
     scenario: str
     times: int
@@ -49,12 +49,12 @@ class Verdict:
 
 @dataclass
 class Launch:
-    """One launch ID in one directory, started as often as it takes.
+    """One launch ID in one directory, started as often as necessary.
 
     Args:
-        folder: working directory; the store and the run directories are in it.
+        folder: working directory, with the store and the run directories.
         arguments: of `python -m raytrain2p.train`.
-        environment: beside that of a command.
+        environment: added to that of a command.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class Launch:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of its commands: features are shared with the launches beside it."""
+        """Environment of its commands. Launches in one parent folder share their features."""
         return {"RAYTRAIN2P_FEATURES": str(self.folder.parent / "features")} | self.environment
 
     @property
@@ -94,7 +94,7 @@ class Launch:
         return sorted((self.folder / "checkpoints").glob("*/????????????????????????????????_*"))
 
     def steps(self) -> list[int]:
-        """Steps whose loss is noted, in the order of the file."""
+        """Steps whose loss is in metrics.jsonl, in the order of the file."""
         found = []
         for directory in self.directories():
             if (directory / "metrics.jsonl").is_file():
@@ -103,11 +103,11 @@ class Launch:
         return found
 
     def wait_for_steps(self, steps: int) -> None:
-        """Until so many steps are noted."""
+        """Wait until metrics.jsonl has so many steps."""
         self.wait_until(lambda: len(self.steps()) >= steps, 120)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
-        """Until it holds, while the command runs."""
+        """Wait for the condition, while the command runs."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.running(), self.log[-3000:]
@@ -124,7 +124,7 @@ class Launch:
         return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
 
     def status(self) -> dict[str, Any] | None:
-        """What the process that writes, or wrote last, said of itself."""
+        """status.json: of the process that writes, or wrote last."""
         for directory in self.directories():
             if (directory / "status.json").is_file():
                 found: dict[str, Any] = json.loads((directory / "status.json").read_text())
@@ -138,7 +138,7 @@ class Launch:
 
 
 def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = STEPS, **environment: str) -> Launch:
-    """400 steps, or more, of phase 1 with dropout on tiny models: seconds, and several checkpoints and epochs."""
+    """400 or more steps of phase 1 with dropout on tiny models: a few seconds, several checkpoints and epochs."""
     arguments = [
         "--phase=1",
         f"--config={tiny_config}/phase1.yaml",
@@ -156,7 +156,7 @@ def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = ST
 
 
 def processes(title: str) -> list[int]:
-    """Process IDs whose command line begins like this; Ray gives its processes titles."""
+    """IDs of the processes whose command line begins like this; Ray gives its processes titles."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -201,38 +201,38 @@ TARGETS = {"driver": kill_driver, "rank 0": kill_rank_zero, "another worker": ki
 
 
 class Stopwatch:
-    """Seconds from a kill to the next step, of the process that takes over: a worker may outlive its driver for a moment."""
+    """Seconds from a kill to the next step of the process that takes over: a worker may outlive its driver for a moment."""
 
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.measured: list[float] = []
-        self.struck: float | None = None  # None: not running
+        self.killed_at: float | None = None  # None: stopped
 
-    def start(self, struck: float) -> None:
-        """From this moment on (seconds since the epoch), whatever it measured before."""
-        self.struck, self.before = struck, self.launch.status()
-        self.noted: int | None = None
+    def start(self, killed_at: float) -> None:
+        """Measure from this moment (seconds since the epoch)."""
+        self.killed_at, self.before = killed_at, self.launch.status()
+        self.steps_before: int | None = None
 
-    def look(self) -> None:
-        """Stop it if the next step is there."""
-        if self.struck is None:
+    def update(self) -> None:
+        """Stop if the next step is there."""
+        if self.killed_at is None:
             return
-        if self.noted is None and self.launch.status() != self.before:
-            self.noted = len(self.launch.steps())
-        if self.noted is not None and len(self.launch.steps()) > self.noted:
-            self.measured.append(time.time() - self.struck)
-            self.struck = None
+        if self.steps_before is None and self.launch.status() != self.before:
+            self.steps_before = len(self.launch.steps())
+        if self.steps_before is not None and len(self.launch.steps()) > self.steps_before:
+            self.measured.append(time.time() - self.killed_at)
+            self.killed_at = None
 
     def stopped(self) -> bool:
-        return self.struck is None
+        return self.killed_at is None
 
 
 def keep_up(launch: Launch, stopwatch: Stopwatch, condition: Callable[[], bool]) -> bool:
-    """Start the launch again whenever it died, until the condition holds (True) or the launch has ended well (False)."""
+    """Start the launch again whenever it ends with an error, until the condition holds (True) or it has succeeded (False)."""
     deadline = time.monotonic() + SECONDS_PER_LAUNCH
     while time.monotonic() < deadline:
         running = launch.running()
-        stopwatch.look()
+        stopwatch.update()
         if not running:
             if launch.wait() == 0:
                 return False
@@ -240,49 +240,47 @@ def keep_up(launch: Launch, stopwatch: Stopwatch, condition: Callable[[], bool])
         if condition():
             return True
         time.sleep(0.05)
-    raise AssertionError(f"the launch did not go on:\n{launch.log[-3000:]}")
+    raise AssertionError(f"the launch did not continue:\n{launch.log[-3000:]}")
 
 
 def run_with_kills(launch: Launch, target: str, kills: int, seconds: tuple[float, float], seed: int) -> tuple[int, list[float]]:
-    """Start the launch, and start it again whenever it died, while `target` is killed at random moments, until it ends well.
+    """Start the launch, and again whenever it ends with an error, until it succeeds; meanwhile kill `target` at random moments.
 
-    Of three kills the first and the third strike while it trains, after a random number of further steps; the second so many
-    seconds after the first, when most of the time something is just starting.
+    Of three kills the first and the third happen in training, after a random number of further steps; the second `seconds`
+    after the first, when processes are starting most of the time.
 
     Args:
-        launch: to run.
-        target: name of what is killed.
-        kills: how often.
+        target: key of TARGETS.
         seconds: least and most between a first kill and a second one.
-        seed: of the moments.
+        seed: of the random moments.
 
     Returns:
-        How many kills struck, and the seconds from a kill to the next step, but where another kill came before that step.
+        The number of kills, and the seconds from each kill to the next step, unless another kill came before that step.
     """
     moments, stopwatch = random.Random(seed), Stopwatch(launch)
 
-    def strikes(number: int) -> bool:
-        """Whether it came to this kill."""
+    def killed(number: int) -> bool:
+        """Whether the launch lasted until this kill."""
         if number % 3 == 1:
             due = time.monotonic() + moments.uniform(*seconds)
-            going = keep_up(launch, stopwatch, lambda: time.monotonic() >= due)
+            running = keep_up(launch, stopwatch, lambda: time.monotonic() >= due)
         else:
-            going = keep_up(launch, stopwatch, stopwatch.stopped)
+            running = keep_up(launch, stopwatch, stopwatch.stopped)
             wanted = len(launch.steps()) + moments.randint(1, 20)
-            going = going and keep_up(launch, stopwatch, lambda: len(launch.steps()) >= wanted)
-        if not (going and keep_up(launch, stopwatch, lambda: TARGETS[target](launch))):
+            running = running and keep_up(launch, stopwatch, lambda: len(launch.steps()) >= wanted)
+        if not (running and keep_up(launch, stopwatch, lambda: TARGETS[target](launch))):
             return False
         stopwatch.start(time.time())
         return True
 
     launch.start()
-    struck = len(list(itertools.takewhile(strikes, range(kills))))
+    count = len(list(itertools.takewhile(killed, range(kills))))
     keep_up(launch, stopwatch, lambda: False)
-    return struck, stopwatch.measured
+    return count, stopwatch.measured
 
 
 def verdict(scenario: str, launch: Launch, undisturbed: Launch, times: int, waits: list[float]) -> Verdict:
-    """Compare what a launch left with what an undisturbed one left."""
+    """Compare the runs, directories, steps and weights of a launch with those of an undisturbed one."""
     runs = launch.mlflow_runs()
     steps, wanted = launch.steps(), undisturbed.steps()
     sent = [metric.step for run in runs for metric in launch.client.get_metric_history(run.info.run_id, "train_loss")]

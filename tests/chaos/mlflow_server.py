@@ -1,4 +1,4 @@
-"""A tracking server as people run it."""
+"""A real `mlflow server`."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class Server:
-    """A real `mlflow server` on SQLite, to be stopped and started."""
+    """`mlflow server` on SQLite, which can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Server:
                 time.sleep(0.3)
 
     def stop(self) -> None:
-        """The server and its worker, at once."""
+        """Kill the server and its worker."""
         if self.process is not None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()

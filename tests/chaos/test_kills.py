@@ -1,9 +1,11 @@
-"""Whatever dies, and whenever: one MLflow run, one directory, every step once, and the weights of an undisturbed run.
+"""Whichever process is killed, at any moment: one MLflow run, one directory, every step once, the weights of an undisturbed run.
 
 Short here: rank 0 is killed twice. `make chaos` kills over 50 times, at named moments too, and writes docs/chaos.md.
 """
 
+import importlib
 import os
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from tests.chaos.killing import LONG, TARGETS, Stopwatch, keep_up, launch_in, on
 from tests.chaos.moments.sitecustomize import MOMENTS
 
 MOMENTS_DIRECTORY = Path(__file__).parent / "moments"
-# name of the target: kills, and the least and most seconds between one in training and the next while it starts
+# target: kills, and the least and most seconds between one in training and the next while processes start
 SHORT_KILLS = (2, (2.0, 4.0))
 KILLS = {
     "driver": (12, (3.0, 18.0)),
@@ -30,10 +32,16 @@ def test_a_process_is_killed_at_random_moments(
     kills, seconds = KILLS[target] if LONG in os.environ else SHORT_KILLS
     workers = 2 if target == "another worker" else 1
     launch = launch_in(chaos / target.replace(" ", "_"), tiny_config, workers, RAY_ADDRESS=ray_head)
-    struck, waits = run_with_kills(launch, target, kills, seconds, seed=kills)
-    judged(verdict(f"SIGKILL of {target} at random moments", launch, undisturbed(workers), struck, waits))
-    assert struck == kills, "it ended before the last kill"
-    assert launch.starts <= 1 + (struck if target in ("driver", "Ray's controller") else 0), "a worker's death ended the launch"
+    kills_done, waits = run_with_kills(launch, target, kills, seconds, seed=kills)
+    judged(verdict(f"SIGKILL of {target} at random moments", launch, undisturbed(workers), kills_done, waits))
+    assert kills_done == kills, "it ended before the last kill"
+    assert launch.starts <= 1 + (kills_done if target in ("driver", "Ray's controller") else 0), "a killed worker ended the launch"
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_the_function_of_each_named_moment_exists(moment: str) -> None:
+    module, name, *_ = MOMENTS[moment]
+    assert callable(reduce(getattr, name.split("."), importlib.import_module(module)))
 
 
 @only_long
@@ -54,7 +62,7 @@ def test_rank_zero_is_killed_at_a_named_moment(
     )
     launch.start()
     stopwatch = Stopwatch(launch)
-    assert keep_up(launch, stopwatch, done.exists), "it never came to that moment: that is no test"
+    assert keep_up(launch, stopwatch, done.exists), "it never reached that moment, so nothing was tested"
     stopwatch.start(done.stat().st_mtime)
     keep_up(launch, stopwatch, lambda: False)
     assert launch.starts == 1, launch.log

@@ -1,4 +1,4 @@
-"""MLflow is away, the disk is full, read-only or gone, a checkpoint is torn: nothing is lost, and the user is told."""
+"""MLflow does not answer, the disk is full, read-only or gone, a checkpoint is damaged: nothing is lost, and it is reported."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from tests.chaos.mlflow_server import Server
 from tests.launch.launching import Command, run_command
 from tests.sweep.test_run import SweepLaunch
 
-MANY_STEPS = 1500  # some are left when something happens
+MANY_STEPS = 1500  # some are left when the outage begins
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +47,14 @@ def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     def sync() -> Command:
         return run_command(launch.folder, "raytrain2p.runs", "sync", f"tracking.uri={server.uri}")
 
-    assert sync().code == 1  # still away
+    assert sync().code == 1  # it is still stopped
     server.start()
     done = sync()
     assert done.code == 0, done.err
     assert "1 of 1 runs are whole in MLflow" in done.out
     (run,) = launch.mlflow_runs()
     assert {artifact.path for artifact in launch.client.list_artifacts(run.info.run_id)} >= {"aligner", "config", "plots"}
-    assert sync().code == 0  # the second time sends nothing twice
+    assert sync().code == 0  # sends nothing twice
     judged(
         verdict(
             "MLflow's server stopped while it trains, and started again after its end", launch, undisturbed(1, MANY_STEPS), 1, [seconds]
@@ -63,7 +63,7 @@ def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     server.stop()
 
 
-def test_mlflow_away_at_the_start_is_bad_input_and_leaves_nothing(tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
+def test_mlflow_that_does_not_answer_at_the_start_is_bad_input(tmp_path: Path, ray_head: str, tiny_config: Path) -> None:
     launch = launch_in(tmp_path / "never", tiny_config, RAY_ADDRESS=ray_head)
     launch.arguments = [*launch.arguments, "tracking.uri=http://127.0.0.1:9"]
     launch.start()
@@ -73,7 +73,7 @@ def test_mlflow_away_at_the_start_is_bad_input_and_leaves_nothing(tmp_path: Path
 
 
 class Disk:
-    """A disk of 4 MB that can fail, and be fixed."""
+    """A disk of 4 MB that can fail and be repaired."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.kept = folder / "disk", folder / "kept"
@@ -83,7 +83,7 @@ class Disk:
         mount("--bind", self.kept, self.folder)
 
     def fill(self) -> None:
-        """To the last byte, and stay: as another program would."""
+        """Fill it to the last byte, as another program would."""
         with (self.folder / "filler").open("wb", buffering=0) as stream:
             for size in (65536, 4096, 1):
                 with suppress(OSError):
@@ -91,7 +91,7 @@ class Disk:
                         stream.write(b"x" * size)
 
     def make_read_only(self) -> None:
-        """By a read-only view of it on top: Linux does not take the right to write from those who hold open files."""
+        """Mount a read-only view of it on top: Linux refuses to make a mount read-only while files are open for writing."""
         mount("--bind", self.folder, self.folder)
         mount("-o", "remount,bind,ro", self.folder)
 
@@ -99,7 +99,7 @@ class Disk:
         unmount(self.folder)
 
     def fix(self) -> None:
-        """Let it be again as it was."""
+        """Restore it as it was."""
         (self.kept / "filler").unlink(missing_ok=True)
         self.remove(self.folder)
         mount("--bind", self.kept, self.folder)
@@ -138,7 +138,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         ("take_away", 1, "disk taken away, and the worker started again without it"),
     ],
 )
-def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_disk_is_mended(
+def test_a_failed_disk_ends_the_run_with_one_line_and_it_resumes_once_the_disk_is_repaired(
     disaster: str,
     restarts: int,
     scenario: str,
@@ -160,13 +160,13 @@ def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_dis
     assert "cannot be written" in launch.log
     assert ("is gone" if disaster == "take_away" else "needed") in launch.log
     assert "Traceback" not in launch.log
-    assert "MLflow" not in launch.log  # it is not to blame
+    assert "MLflow" not in launch.log  # MLflow is not the cause
     (run,) = launch.mlflow_runs()
     assert run.info.status == "FAILED"
     if disaster == "take_away":
-        assert list(disk.folder.iterdir()) == []  # nothing is begun anew on the disk below
+        assert list(disk.folder.iterdir()) == []  # nothing is written to the disk below
     disk.fix()
-    if (launch.status() or {})["status"] == "RUNNING" and disaster != "take_away":  # a file that is removed makes room for a status
+    if (launch.status() or {})["status"] == "RUNNING" and disaster != "take_away":  # the status could not be written
         assert f"raytrain2p.runs reconcile {run.info.run_id[:8]}" in launch.log
     checkpoints = launch.directories()[0] / "lightning_checkpoints"
     assert (checkpoints / "last.ckpt").is_file()
@@ -176,7 +176,7 @@ def test_the_disk_fails_the_run_is_failed_with_one_line_and_goes_on_when_the_dis
     assert (launch.status() or {})["status"] == "FAILED"
     history = launch.client.get_metric_history(run.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == launch.steps()
-    judged(verdict(scenario, launch, undisturbed(1, MANY_STEPS), 1, gone_on(launch)))
+    judged(verdict(scenario, launch, undisturbed(1, MANY_STEPS), 1, seconds_to_resume(launch)))
 
 
 @only_long
@@ -191,13 +191,13 @@ def test_a_sweep_whose_disk_is_taken_away_ends_with_one_line(tmp_path: Path, dis
     *_, what, why = launch.log.splitlines()
     assert "the sweep failed" in what
     assert "is gone" in why
-    assert {path.name for path in disk.folder.iterdir()} <= {".ray"}  # Ray Tune's own notes: nothing is begun anew
+    assert {path.name for path in disk.folder.iterdir()} <= {".ray"}  # Ray Tune's own state; no run is started there
     assert {run.info.status for run in launch.mlflow_runs()} == {"FAILED"}
 
 
 @only_long
 @pytest.mark.parametrize("torn", ["cut off", "one bit wrong"])
-def test_a_damaged_last_checkpoint_is_named_and_the_best_is_used(
+def test_a_damaged_last_checkpoint_is_reported_and_the_best_is_used(
     torn: str, tmp_path: Path, ray_head: str, tiny_config: Path, undisturbed: Undisturbed, judged: Judged
 ) -> None:
     launch = launch_in(tmp_path / "launch", tiny_config, RAY_ADDRESS=ray_head)
@@ -205,21 +205,21 @@ def test_a_damaged_last_checkpoint_is_named_and_the_best_is_used(
     launch.wait_for_steps(150)
     assert kill_driver(launch)
     launch.wait()
-    time.sleep(5)  # Ray ends the workers of a dead driver
+    time.sleep(5)  # until Ray has ended the killed driver's workers
     (directory,) = launch.directories()
     last = directory / "lightning_checkpoints" / "last.ckpt"
     content = bytearray(last.read_bytes())
-    last.unlink()  # it may be the best one under a second name
+    last.unlink()  # it may be a hard link of the best one
     content[len(content) // 2] ^= 1
     last.write_bytes(content[: len(content) // 2] if torn == "cut off" else content)
-    waits = gone_on(launch)
+    waits = seconds_to_resume(launch)
     assert f"{last} is damaged" in launch.log
     assert "going on from best-epoch=" in launch.log
     judged(verdict(f"driver killed, and last.ckpt {torn}", launch, undisturbed(), 1, waits))
 
 
-def gone_on(launch: Launch) -> list[float]:
-    """Launch it again, to its end; the seconds to its next step."""
+def seconds_to_resume(launch: Launch) -> list[float]:
+    """Launch it again, to its end, and return the seconds to its next step."""
     stopwatch = Stopwatch(launch)
     stopwatch.start(time.time())
     launch.start()

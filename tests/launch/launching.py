@@ -1,4 +1,4 @@
-"""Launches as a user makes them: the command in a process of its own, on a Ray that all these tests share."""
+"""Commands as a user runs them, each in a process of its own, on a Ray cluster that the tests share."""
 
 import json
 import os
@@ -32,25 +32,25 @@ SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3
 
 @pytest.fixture(scope="session")
 def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A feature store for the embedded set, whose images take a minute to encode: once for all tests that take it."""
+    """A feature store for the embedded set, whose images take a minute to encode: shared by all tests that use them."""
     return str(tmp_path_factory.mktemp("embedded_features"))
 
 
 @pytest.fixture(scope="session")
 def ray_head(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[str]:
-    """The address of a Ray head with 2 CPUs, started by hand with cluster/head.sh; stopped by its process ID."""
+    """The address of a Ray head with 2 CPUs, started with cluster/head.sh; stopped by its process ID."""
     options = ["--num-cpus=2", "--object-store-memory=200000000", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}"]
     options += [f"--node-ip-address={HEAD}", f"--ray-client-server-port={PORT + 10}"]
     options += [f"--min-worker-port={WORKER_PORTS}", f"--max-worker-port={WORKER_PORTS + 999}"]
     command = ["bash", str(ROOT / "cluster" / "head.sh"), *options]
-    # As beside any other Ray: the port is taken on which an agent listens by default, without which no job is taken.
-    with taken(52365), ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):  # of jobs
+    # The default port of the node's agent, which takes jobs, is in use, as beside another Ray cluster. Jobs use these features.
+    with port_in_use(52365), ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):
         yield f"{HEAD}:{PORT}"
 
 
 @contextmanager
-def taken(port: int) -> Iterator[None]:
-    """Within, the port of 127.0.0.1 is in use, by this process or by one that has it already."""
+def port_in_use(port: int) -> Iterator[None]:
+    """Within, the port of 127.0.0.1 is in use, by this process or by another one."""
     with socket.socket() as listener:
         with suppress(OSError):
             listener.bind(("127.0.0.1", port))
@@ -60,7 +60,7 @@ def taken(port: int) -> Iterator[None]:
 
 @contextmanager
 def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator[None]:
-    """Within, the node that the command starts is up; stopped by its process ID."""
+    """Within, the node that the command starts is running; stopped by its process ID."""
     environment = os.environ | {
         "RAY_AUTH_MODE": "disabled",
         "RAYTRAIN2P_HOME": str(folder / "home"),
@@ -82,10 +82,10 @@ def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
-    """By its process ID. `ray start --block` ends its daemons at once, but itself takes its time now and then."""
+    """End a node by its process ID. `ray start --block` ends its daemons within 2 seconds, but often not itself."""
     node.terminate()
     try:
-        node.wait(timeout=10)
+        node.wait(timeout=4)
     except subprocess.TimeoutExpired:
         node.kill()
         node.wait()
@@ -93,7 +93,7 @@ def stop(node: subprocess.Popen[bytes]) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    """What a command left: its exit code, its output, and the object of `--json`."""
+    """The result of a command: its exit code and its output."""
 
     code: int
     out: str
@@ -101,6 +101,7 @@ class Command:
 
     @property
     def outcome(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
         assert self.code == 0, self.err[-4000:]
         return json.loads(self.out.strip().splitlines()[-1])
 
@@ -119,23 +120,23 @@ Run = Callable[..., Command]
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory in which a module's commands run one after the other, empty at first."""
-    return tmp_path_factory.mktemp("workshop")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of the commands of a test module; empty at first."""
+    return tmp_path_factory.mktemp("workdir")
 
 
 @pytest.fixture(scope="module")
-def run(workshop: Path, ray_head: str) -> Run:
-    """Runs `python -m raytrain2p.COMMAND ...` in the workshop, against the shared head."""
+def run(workdir: Path, ray_head: str) -> Run:
+    """Runs `python -m raytrain2p.COMMAND ...` in `workdir`, on the shared cluster."""
 
-    def in_workshop(*arguments: str, **environment: str) -> Command:
-        return run_command(workshop, *arguments, **({"RAY_ADDRESS": ray_head} | environment))
+    def in_workdir(*arguments: str, **environment: str) -> Command:
+        return run_command(workdir, *arguments, **({"RAY_ADDRESS": ray_head} | environment))
 
-    return in_workshop
+    return in_workdir
 
 
 def command_environment(folder: Path, **environment: str) -> dict[str, str]:
-    """This process's, with outputs and features kept in the folder."""
+    """The environment of this process, with outputs and features in the folder."""
     settings = {
         "OMP_NUM_THREADS": "1",
         "RAYTRAIN2P_HOME": str(folder),
@@ -145,11 +146,11 @@ def command_environment(folder: Path, **environment: str) -> dict[str, str]:
     return os.environ | settings | environment
 
 
-STARTED: list[subprocess.Popen[bytes]] = []  # in the background, by tests
+STARTED: list[subprocess.Popen[bytes]] = []  # background commands of the current test
 
 
 def start_command(folder: Path, log: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
-    """`python -m ...` in the background; ended with the test at the latest, lest it hold the CPUs of the shared Ray."""
+    """Start `python -m ...` in the background. It is ended after the test at the latest, so that it frees its CPUs of the cluster."""
     with log.open("wb") as stream:
         started = subprocess.Popen(
             [sys.executable, "-m", *arguments],
@@ -163,8 +164,8 @@ def start_command(folder: Path, log: Path, *arguments: str, **environment: str) 
 
 
 @pytest.fixture(autouse=True)
-def nothing_runs_on() -> Iterator[None]:
-    """Whatever a failed test left running is ended by its process ID."""
+def end_background_commands() -> Iterator[None]:
+    """End what a failed test left running, by process ID."""
     yield
     while STARTED:
         command = STARTED.pop()
@@ -187,7 +188,7 @@ def run_command(folder: Path, *arguments: str, **environment: str) -> Command:
 
 
 def ray_job(words: str) -> subprocess.CompletedProcess[str]:
-    """`ray job ...` of the head started by hand, in the project's directory."""
+    """`ray job ...` on the shared head, in the project's directory."""
     environment = os.environ | {
         "RAY_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}",
         "RAY_AUTH_MODE": "disabled",
@@ -198,12 +199,12 @@ def ray_job(words: str) -> subprocess.CompletedProcess[str]:
 
 
 def submit(command: str) -> dict[str, Any]:
-    """Submit a job to the head started by hand, follow it to its end, and return the outcome that it prints."""
+    """Submit a job to the shared head, wait for its end, and return the outcome that it prints."""
     done = ray_job(f"submit --working-dir . -- {command}")
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said[-5000:]
-    assert "succeeded" in said
-    outcome: dict[str, Any] = json.loads(next(line for line in said.splitlines() if line.startswith('{"run_id"')))
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-5000:]
+    assert "succeeded" in output
+    outcome: dict[str, Any] = json.loads(next(line for line in output.splitlines() if line.startswith('{"run_id"')))
     return outcome
 
 
@@ -211,7 +212,7 @@ def submit(command: str) -> dict[str, Any]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images of coloured shapes, as records of both phases: phase1.jsonl and phase2.jsonl (with a text-only record)."""
     folder = tmp_path_factory.mktemp("shapes")
-    pairs, dialogues = [], []
+    pairs, instructions = [], []
     for number in range(48):
         colour, shape = COLOURS[number % len(COLOURS)], SHAPES[number // len(COLOURS) % len(SHAPES)]
         image = Image.new("RGB", (32, 32), "white")
@@ -221,9 +222,9 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (draw.ellipse if shape == "circle" else draw.rectangle)(box, fill=colour)
         image.save(folder / f"{number}.png")
         pairs.append({"text": f"a {colour} {shape}", "image": f"{number}.png"})
-        dialogues.append({"instruction": "Which colour?", "response": colour, "image": f"{number}.png", "task": "colour"})
-    dialogues[5] = {"instruction": "Say yes.", "response": "yes"}
-    for name, rows in (("phase1", pairs), ("phase2", dialogues)):
+        instructions.append({"instruction": "Which colour?", "response": colour, "image": f"{number}.png", "task": "colour"})
+    instructions[5] = {"instruction": "Say yes.", "response": "yes"}
+    for name, rows in (("phase1", pairs), ("phase2", instructions)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -264,7 +265,7 @@ def sweep_config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def untrained_aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
-    """An aligner.pt for tiny_vit, as phase 1 leaves it; not trained."""
+    """An aligner.pt for tiny_vit, as phase 1 writes it; not trained."""
     torch.manual_seed(3)
     aligner = Aligner({"image": 32}, hidden=32, dimension=16)
     path = tmp_path_factory.mktemp("aligner") / "aligner.pt"

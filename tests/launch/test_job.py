@@ -1,4 +1,4 @@
-"""Both phases with the packaged pretrained models on the embedded set, as jobs submitted to a Ray head started by hand."""
+"""Both phases with the packaged models on the embedded set, as jobs submitted to a Ray head."""
 
 from pathlib import Path
 
@@ -27,6 +27,6 @@ def test_both_phases_run_as_submitted_jobs_the_losses_fall_and_the_result_answer
 
     image = tmp_path / "image.png"
     image.write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
-    said = run_command(tmp_path, "raytrain2p.predict", "--run", second["directory"], "--image", str(image), "What does it show?")
-    assert said.code == 0, said.err
-    assert said.out.strip()
+    answer = run_command(tmp_path, "raytrain2p.predict", "--run", second["directory"], "--image", str(image), "What does it show?")
+    assert answer.code == 0, answer.err
+    assert answer.out.strip()

@@ -1,4 +1,4 @@
-"""Why a training failed, as the user reads it: a traceback for a bug, one line for a disk."""
+"""The printed cause of a failed training: a traceback for a bug, one line for a disk."""
 
 import errno
 import os
@@ -14,12 +14,12 @@ from raytrain2p.tracking.run import disk_gone
 
 
 class WorkersFailed(TrainingFailedError):
-    """As Ray's own for failed workers."""
+    """Like Ray's own error for failed workers."""
 
     def __init__(self, first: Exception) -> None:
         snippet = "".join(traceback.format_exception(raised(first)))
         super().__init__(f"Training failed due to worker errors:\n[Rank 0 Error Snippet]:\n{snippet}")
-        self.worker_failures = {0: first, 1: RuntimeError("another worker's")}
+        self.worker_failures = {0: first, 1: RuntimeError("of another worker")}
 
 
 def raised(error: Exception) -> Exception:
@@ -31,13 +31,13 @@ def raised(error: Exception) -> Exception:
 
 
 def test_a_bug_has_the_workers_traceback_without_passwords() -> None:
-    text = cause_of(WorkersFailed(KeyError("http://me:secret@server")), None)  # Ray takes the traceback from the error itself
+    text = cause_of(WorkersFailed(KeyError("http://me:secret@server")), None)  # Ray's error holds its traceback
     assert text.startswith("[Rank 0 Error Snippet]:\nTraceback (most recent call last):\n  File")
     assert "KeyError" in text
     assert "secret" not in text
 
 
-def test_an_error_of_rays_own_has_its_traceback() -> None:
+def test_an_error_of_ray_has_its_traceback() -> None:
     assert cause_of(raised(KeyError("key")), None).startswith("Traceback (most recent call last):\n  File")
 
 
@@ -48,17 +48,17 @@ def test_a_disk_that_failed_has_one_line(line: str) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
-def test_a_disk_that_failed_where_nothing_of_ours_looked_has_one_line(number: int) -> None:
+def test_a_disk_error_outside_our_own_writes_has_one_line(number: int) -> None:
     text = cause_of(WorkersFailed(OSError(number, os.strerror(number), "/disk/file")), None)
     assert text == f"[Errno {number}] {os.strerror(number)}: '/disk/file'"
     assert "Traceback" in cause_of(WorkersFailed(FileNotFoundError(errno.ENOENT, "No such file", "/a/bug")), None)
 
 
-def test_whoever_finds_the_disk_gone_it_is_told_in_one_line(tmp_path: Path) -> None:
-    of_rays = RuntimeError("Unable to set up cluster storage with the following settings: StorageContext<...>")
+def test_a_disk_that_is_gone_has_one_line_whatever_met_it_first(tmp_path: Path) -> None:
+    error_of_ray = RuntimeError("Unable to set up cluster storage with the following settings: StorageContext<...>")
     (tmp_path / "there" / ".launches").mkdir(parents=True)
     assert disk_gone(str(tmp_path / "there"), "launch-1") is None
     gone = disk_gone(str(tmp_path / "gone"), "launch-1")
-    for error in (of_rays, WorkersFailed(of_rays)):
+    for error in (error_of_ray, WorkersFailed(error_of_ray)):
         assert cause_of(error, gone).startswith(f"{tmp_path / 'gone'} cannot be written: {tmp_path / 'gone' / '.launches'} is gone, ")
         assert "StorageContext" in cause_of(error, None)

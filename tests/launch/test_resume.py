@@ -1,4 +1,4 @@
-"""Going on with a run: after a death, after a request to stop, with other settings, or when there is nothing left to do."""
+"""Resuming a run: after a kill, after a request to stop, with other settings, or after its end."""
 
 import json
 import signal
@@ -12,12 +12,12 @@ import torch
 from tests.chaos.killing import Launch, kill_driver, last, losses, only_long
 from tests.launch.launching import Command, ray_job, run_command
 
-pytestmark = only_long  # tests/phases/test_base.py goes on from every step, in seconds
+pytestmark = only_long  # tests/phases/test_base.py resumes from every step, in seconds
 STEPS = 60
 
 
 def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, workers: int = 1) -> Launch:
-    """60 steps of phase 2 with several passes a step and dropout: what a resume must restore."""
+    """60 steps of phase 2 with gradient accumulation and dropout, which a resume must restore."""
     arguments = [
         "--phase=2",
         f"--config={tiny_config}/phase2.yaml",
@@ -36,15 +36,15 @@ def phase2_in(folder: Path, tiny_config: Path, ray_head: str, *more: str, worker
 
 
 @pytest.fixture(scope="module")
-def undisturbed(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> Launch:
-    launch = phase2_in(workshop / "undisturbed", tiny_config, ray_head, f"model.aligner={untrained_aligner}")
+def undisturbed(workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> Launch:
+    launch = phase2_in(workdir / "undisturbed", tiny_config, ray_head, f"model.aligner={untrained_aligner}")
     launch.start()
     assert launch.wait() == 0, launch.log
     return launch
 
 
 def status(launch: Launch) -> str:
-    """What MLflow says of the launch's one run."""
+    """The status of the launch's one run in MLflow."""
     (run,) = launch.mlflow_runs()
     return str(run.info.status)
 
@@ -65,12 +65,12 @@ def resume(launch: Launch, *arguments: str) -> Command:
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp"])
 def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbed_run(
-    strategy: str, workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path, undisturbed: Launch
+    strategy: str, workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path, undisturbed: Launch
 ) -> None:
     more = (f"model.aligner={untrained_aligner}", f"launch.strategy={'fsdp' if strategy == 'fsdp' else 'ddp'}")
-    launch = phase2_in(workshop / f"stopped_{strategy}", tiny_config, ray_head, *more, workers=1 if strategy == "single" else 2)
-    if strategy != "single":  # dropout differs from worker to worker: two of them have losses of their own
-        undisturbed = phase2_in(workshop / f"undisturbed_{strategy}", tiny_config, ray_head, *more, workers=2)
+    launch = phase2_in(workdir / f"stopped_{strategy}", tiny_config, ray_head, *more, workers=1 if strategy == "single" else 2)
+    if strategy != "single":  # dropout differs between workers: two of them have other losses
+        undisturbed = phase2_in(workdir / f"undisturbed_{strategy}", tiny_config, ray_head, *more, workers=2)
         undisturbed.start()
         assert undisturbed.wait() == 0, undisturbed.log
     launch.start()
@@ -93,8 +93,8 @@ def test_a_request_to_stop_keeps_a_checkpoint_and_a_resume_equals_the_undisturbe
     assert len(launch.directories()) == 1
 
 
-def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
-    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+def test_workers_stop_on_request_where_every_step_ends_an_epoch(
+    workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:
     more = (
         f"model.aligner={untrained_aligner}",
@@ -102,7 +102,7 @@ def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
         "training.micro_batch_size=12",
         "training.max_steps=5000",
     )
-    launch = phase2_in(workshop / "short_epochs", tiny_config, ray_head, *more, workers=2)
+    launch = phase2_in(workdir / "short_epochs", tiny_config, ray_head, *more, workers=2)
     launch.start()
     launch.wait_for_steps(8)
     assert launch.process is not None
@@ -115,9 +115,9 @@ def test_workers_hear_a_request_to_stop_where_every_step_ends_an_epoch(
 
 
 def test_a_job_that_is_stopped_keeps_a_checkpoint_and_its_run_is_killed(
-    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+    workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:
-    folder = workshop / "stopped_job"
+    folder = workdir / "stopped_job"
     launch = phase2_in(folder, tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=5000")
     where = f"output.root={folder}/checkpoints tracking.uri=sqlite:///{folder}/mlflow.db"
     command = f"python -m raytrain2p.train {' '.join(launch.arguments)} {where}"
@@ -136,8 +136,8 @@ def test_a_job_that_is_stopped_keeps_a_checkpoint_and_its_run_is_killed(
     assert stopped_at == max(launch.steps()), "the steps since the last checkpoint were lost"
 
 
-def test_a_launch_that_is_under_way_is_not_started_twice(workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> None:
-    launch = phase2_in(workshop / "twice", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=2000")
+def test_a_launch_that_is_under_way_is_not_started_twice(workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path) -> None:
+    launch = phase2_in(workdir / "twice", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=2000")
     launch.start()
     launch.wait_for_steps(4)
     second = Launch(launch.folder, launch.arguments, launch.environment, starts=1)
@@ -159,7 +159,7 @@ def test_a_finished_run_is_not_trained_again_unless_it_is_given_more_steps(undis
     assert len(undisturbed.directories()) == 1
 
 
-def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed: Launch) -> None:
+def test_settings_that_cannot_change_are_refused_together_with_both_values(undisturbed: Launch) -> None:
     changes = ("model.soft_tokens=2", "training.global_batch_size=16", "training.learning_rate=1e-4", "seed=7", "launch.strategy=fsdp")
     done = resume(undisturbed, *changes)
     assert done.code == 2
@@ -175,7 +175,7 @@ def test_what_cannot_change_is_refused_with_both_values_all_at_once(undisturbed:
         assert line in done.err, done.err
 
 
-def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Path) -> None:
+def test_settings_that_may_change_are_printed_and_recorded(undisturbed: Launch, workdir: Path) -> None:
     done = resume(undisturbed, f"training.max_steps={STEPS + 4}", "training.log_every=2")
     assert done.code == 0, done.err
     assert f"changed since the run began: training.max_steps: {STEPS} -> {STEPS + 4}" in done.err
@@ -187,27 +187,27 @@ def test_what_may_change_is_shown_and_recorded(undisturbed: Launch, workshop: Pa
     assert tags["raytrain2p.changed.training.max_steps"] == str(STEPS + 4)
 
 
-def test_a_run_that_is_not_there_is_bad_input(undisturbed: Launch) -> None:
+def test_a_run_that_does_not_exist_is_bad_input(undisturbed: Launch) -> None:
     done = run_command(undisturbed.folder, "raytrain2p.train", "--phase=2", "--resume", "ffff", **undisturbed.environment)
     assert done.code == 2
     assert "--resume ffff" in done.err
     assert "there is no such run" in done.err
 
 
-def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
-    workshop: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+def test_reconcile_marks_a_run_whose_driver_was_killed_as_failed(
+    workdir: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
 ) -> None:
-    launch = phase2_in(workshop / "dead", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=4000")
+    launch = phase2_in(workdir / "dead", tiny_config, ray_head, f"model.aligner={untrained_aligner}", "training.max_steps=4000")
     launch.start()
     launch.wait_for_steps(4)
-    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
-    assert "under way" in looked.out
+    reconciled = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert "under way" in reconciled.out
     kill_driver(launch)
     launch.wait()
     time.sleep(5)  # until Ray has ended the dead driver's workers
     assert status(launch) == "RUNNING"
-    looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
-    assert looked.code == 0, looked.err
-    assert "died without a word: FAILED" in looked.out
+    reconciled = run_command(launch.folder, "raytrain2p.runs", "reconcile")
+    assert reconciled.code == 0, reconciled.err
+    assert "died without a word: FAILED" in reconciled.out
     assert status(launch) == "FAILED"
     assert len(launch.directories()) == 1

@@ -29,15 +29,15 @@ def tuned(run: Run, tiny_config: Path, aligned: Command) -> Command:
     return train(run, tiny_config, 2)
 
 
-def test_phase_2_takes_up_the_aligner_of_phase_1_and_answers_in_a_fresh_process(
-    run: Run, shapes: Path, aligned: Command, tuned: Command, workshop: Path
+def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
+    run: Run, shapes: Path, aligned: Command, tuned: Command, workdir: Path
 ) -> None:
     first, outcome = aligned.outcome, tuned.outcome
     directory = Path(outcome["directory"])
 
-    assert first["artifact"] in tuned.err, "it says which aligner `latest` was"
+    assert first["artifact"] in tuned.err, "it prints the aligner that `latest` stands for"
     assert "0 computed" in tuned.err, "the encoder ran in phase 1 and does not run again"
-    assert directory.parent == workshop / "checkpoints" / "phase2"
+    assert directory.parent == workdir / "checkpoints" / "phase2"
     assert directory.name.startswith(outcome["run_id"] + "_")
     assert {path.name for path in directory.iterdir()} >= {
         "lightning_checkpoints",
@@ -59,14 +59,14 @@ def test_phase_2_takes_up_the_aligner_of_phase_1_and_answers_in_a_fresh_process(
     assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
 
 
-def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, workshop: Path) -> None:
+def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, workdir: Path) -> None:
     outcome = aligned.outcome
-    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
-    made = client.get_run(outcome["run_id"])
+    client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+    recorded = client.get_run(outcome["run_id"])
 
-    assert made.info.status == "FINISHED"
-    assert made.data.tags["raytrain2p.directory"] == outcome["directory"]
-    assert made.data.params["training.global_batch_size"] == "16"
+    assert recorded.info.status == "FINISHED"
+    assert recorded.data.tags["raytrain2p.directory"] == outcome["directory"]
+    assert recorded.data.params["training.global_batch_size"] == "16"
     assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
     assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
 
@@ -88,7 +88,7 @@ def test_two_workers_with_the_same_settings_have_the_losses_of_one(
     assert together.losses == pytest.approx(alone.losses, abs=1e-4)
     assert alone.losses[-1] < alone.losses[0]
     for name, value in alone.outcome["metrics"].items():
-        if "exact" not in name and "recall" not in name:  # those jump where two scores are all but equal
+        if "exact" not in name and "recall" not in name:  # these jump where two scores are nearly equal
             assert together.outcome["metrics"][name] == pytest.approx(value, abs=1e-3), name
 
 
@@ -99,22 +99,22 @@ def test_encoding_in_the_step_gives_the_losses_of_stored_features(run: Run, tiny
 
 
 @only_long
-def test_accumulating_passes_gives_the_losses_of_one_large_pass(run: Run, tiny_config: Path, tuned: Command) -> None:
+def test_accumulating_gradients_gives_the_losses_of_one_large_pass(run: Run, tiny_config: Path, tuned: Command) -> None:
     parts = train(run, tiny_config, 2, "training.micro_batch_size=2")
     assert parts.losses == pytest.approx(tuned.losses, abs=1e-4)
 
 
 @only_long
-def test_a_run_on_a_ray_of_its_own_is_not_ended_by_another_ray_beside_it(run: Run, tiny_config: Path, ray_head: str) -> None:
-    """Ray Train watches its controller through "the" Ray of the machine, which need not be the run's own."""
+def test_a_run_on_its_own_cluster_is_not_ended_by_another_cluster_on_the_machine(run: Run, tiny_config: Path, ray_head: str) -> None:
+    """Ray Train would look for its controller in the cluster that was started last on this machine."""
     config = str(tiny_config / "phase1.yaml")
     alone = run("raytrain2p.train", "--phase", "1", "--config", config, "training.max_steps=400", RAY_ADDRESS="local")
     assert alone.code == 0, alone.err
 
 
-def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workshop: Path, ray_head: str) -> None:
+def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workdir: Path, ray_head: str) -> None:
     arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "training.max_steps=100000"]
-    launch = Launch(workshop / "stopped", arguments, {"RAY_ADDRESS": ray_head})
+    launch = Launch(workdir / "stopped", arguments, {"RAY_ADDRESS": ray_head})
     launch.start()
     launch.wait_for_steps(1)
     assert launch.process is not None
@@ -125,13 +125,13 @@ def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workshop: Path, ray_he
 
 
 @only_long
-def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workshop: Path) -> None:
-    overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker finds out
+def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workdir: Path) -> None:
+    overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker checks
     failed = train(run, tiny_config, 2, *overrides)
     assert failed.code == 1, failed.err
     assert "training failed" in failed.err
-    assert "flash" in failed.err.lower(), "the worker's own words"
-    client = mlflow.MlflowClient(f"sqlite:///{workshop}/mlflow.db")
+    assert "flash" in failed.err.lower(), "the worker's own error"
+    client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("phase2_training_with_pretrained_aligner")
-    (made,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")
-    assert made.info.status == "FAILED"
+    (recorded,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")
+    assert recorded.info.status == "FAILED"

@@ -1,4 +1,4 @@
-"""cluster/node.sh joins a second Ray node to the head: runs and trials spread over both, on one machine and on two."""
+"""cluster/node.sh adds a second Ray node: runs and trials use both, on one machine and on two."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ OTHER_MACHINE = "other-machine"
 
 
 def node(head: str) -> list[str]:
-    """What starts a node with one CPU."""
+    """The command that starts a node with one CPU."""
     return ["bash", str(ROOT / "cluster" / "node.sh"), head, "--num-cpus=1", "--object-store-memory=100000000"]
 
 
@@ -49,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def hosts(folder: Path) -> set[str]:
-    """Where the processes ran that wrote to the run directories."""
+    """The machines of the processes that wrote to the run directories."""
     return {json.loads(path.read_text())["host"] for path in folder.glob("*/status.json")}
 
 
@@ -76,12 +76,12 @@ def test_a_store_on_one_machines_disk_is_refused_on_two_machines(
     assert not (tmp_path / "mlflow.db").exists()
 
 
-def test_workers_on_two_machines_make_one_run(run: Run, tiny_config: Path, second_machine: None, server: Server, tmp_path: Path) -> None:
+def test_workers_on_two_machines_create_one_run(run: Run, tiny_config: Path, second_machine: None, server: Server, tmp_path: Path) -> None:
     done = run(*three_workers(tiny_config), f"output.root={tmp_path}/checkpoints", f"tracking.uri={server.uri}")
     assert done.losses[-1] < done.losses[0]
-    made = mlflow.MlflowClient(server.uri).get_run(done.outcome["run_id"])
-    assert made.info.status == "FINISHED"
-    assert [path.name[:32] for path in (tmp_path / "checkpoints" / "alignment").iterdir()] == [made.info.run_id]
+    recorded = mlflow.MlflowClient(server.uri).get_run(done.outcome["run_id"])
+    assert recorded.info.status == "FINISHED"
+    assert [path.name[:32] for path in (tmp_path / "checkpoints" / "alignment").iterdir()] == [recorded.info.run_id]
 
 
 def test_trials_run_on_two_machines(run: Run, sweep_config: Path, second_machine: None, server: Server, tmp_path: Path) -> None:

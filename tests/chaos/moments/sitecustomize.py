@@ -1,5 +1,5 @@
-"""Put on PYTHONPATH, this kills a process at a named moment, once: RAYTRAIN2P_CHAOS_MOMENT names it, and the file
-RAYTRAIN2P_CHAOS_DONE is made when it has struck. The program itself knows nothing of it.
+"""On PYTHONPATH, this kills a process once, at the moment that RAYTRAIN2P_CHAOS_MOMENT names, and creates the file
+RAYTRAIN2P_CHAOS_DONE. The package has no code for it.
 """
 
 import importlib.abc
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# name: module, what in it, whether to strike before it, after it or half-way through its file, in which call
+# moment: module, function in it, whether to kill before it, after it or half-way through its file, in which call
 MOMENTS = {
     "before the run exists": ("raytrain2p.tracking.run", "_find_or_make", "before", 1),
     "between making the run and recording it": ("raytrain2p.tracking.run", "_find_or_make", "after", 1),
@@ -25,7 +25,7 @@ MOMENTS = {
 }
 
 
-def strike() -> None:
+def kill_once() -> None:
     try:
         os.close(os.open(os.environ["RAYTRAIN2P_CHAOS_DONE"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -36,25 +36,25 @@ def strike() -> None:
 def wrapped(function: Any, when: str, wanted: int) -> Any:
     calls = 0
 
-    def striking(*arguments: Any, **options: Any) -> Any:
+    def killing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == wanted and when == "before":
-            strike()
+            kill_once()
         if calls == wanted and when == "half":
             path = next(argument for argument in arguments if isinstance(argument, Path))
             path.with_name(f".{path.name}.aside-{os.getpid()}").write_bytes(b"PK half of a file")
-            strike()
+            kill_once()
         result = function(*arguments, **options)
         if calls == wanted and when == "after":
-            strike()
+            kill_once()
         return result
 
-    return striking
+    return killing
 
 
 class Patching(importlib.abc.MetaPathFinder):
-    """Patches one module right after it is loaded."""
+    """Patches one function of a module when that is loaded."""
 
     def __init__(self, module: str, name: str, when: str, wanted: int) -> None:
         self.module, self.name, self.when, self.wanted = module, name, when, wanted

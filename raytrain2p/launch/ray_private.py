@@ -1,0 +1,38 @@
+"""All that is imported from private modules of Ray, each with its reason; other modules import it from here.
+
+Checked against CHECKED_VERSION: tests/launch/test_ray_private.py fails on another one, and lists the private methods that are
+overridden elsewhere.
+"""
+
+# Ray Train shards its own datasets by it. Ours come through the object store. No public option leaves it out.
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+# A process that frees a launch's CPUs after its controller was killed. It would outlive the trials that Tune stops, and
+# serves nothing where Ray ends with the driver. No public option leaves it out.
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+# Public `TorchTrainer.fit` runs it in an actor. A trial of Tune has a process already, with which its workers must end.
+from ray.train.v2._internal.execution.controller import TrainController
+
+# It starts an actor that asks the autoscaler for nodes. `ScalingConfig` cannot turn this off, and `fit` takes no policy.
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+
+# The address that `ray start` recorded on this machine. `ray.init(address="auto")` uses it too, but waits for minutes if that
+# cluster is gone, and falls back to any Ray on the machine, such as that of another launch.
+from ray._private.services import find_bootstrap_address  # isort: skip
+
+# The CPUs that `ray.init` would count, container limits included. `os.cpu_count` ignores those limits, and
+# `ray.cluster_resources` needs a Ray that runs: too many workers are refused before one is started.
+from ray._private.utils import get_num_cpus  # isort: skip
+
+CHECKED_VERSION = "2.60.0"
+
+__all__ = [
+    "CHECKED_VERSION",
+    "DatasetsCallback",
+    "FixedScalingPolicy",
+    "PlacementGroupCleanerCallback",
+    "TrainController",
+    "find_bootstrap_address",
+    "get_num_cpus",
+]

@@ -1,0 +1,71 @@
+"""What is used of Ray's private modules and methods exists in the installed version, and was checked against it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.train.torch import TorchTrainer
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+
+from raytrain2p.launch import ray_private
+
+PACKAGE = Path(__file__).parents[2] / "raytrain2p"
+# Private methods and attributes that our subclasses override or use, by class
+OVERRIDDEN = {
+    TorchTrainer: {"_create_default_callbacks", "_initialize_and_run_controller"},  # launch/trainer.py LeanTrainer
+    ray_private.FixedScalingPolicy: {"after_controller_start", "_maybe_send_resource_request"},  # WithoutAutoscaler
+    ray_private.TrainController: {"run", "get_result"},  # LeanTrainer
+    PopulationBasedTraining: {"_exploit"},  # sweep/pbt.py ResumablePbt
+}
+
+
+def test_the_installed_version_of_ray_is_the_one_that_was_checked() -> None:
+    assert ray.__version__ == ray_private.CHECKED_VERSION, (
+        f"Ray {ray.__version__} is installed, but what is used of Ray's private modules was checked against "
+        f"{ray_private.CHECKED_VERSION}: read each entry of launch/ray_private.py and the classes of OVERRIDDEN in the new "
+        "source, run `make chaos`, then set CHECKED_VERSION"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in ray_private.__all__ if name != "CHECKED_VERSION"])
+def test_each_private_name_comes_from_ray(name: str) -> None:
+    found = getattr(ray_private, name)
+    assert callable(found)
+    assert found.__module__.startswith(("ray._private", "ray.train.v2._internal"))
+
+
+@pytest.mark.parametrize("kind", OVERRIDDEN, ids=lambda kind: kind.__name__)
+def test_each_method_that_a_subclass_overrides_exists(kind: type) -> None:
+    """LeanTrainer._create_default_callbacks and _initialize_and_run_controller, WithoutAutoscaler.after_controller_start and
+    _maybe_send_resource_request, ResumablePbt._exploit.
+    """
+    assert {name for name in OVERRIDDEN[kind] if not callable(getattr(kind, name, None))} == set()
+
+
+def test_each_private_attribute_that_a_subclass_uses_exists() -> None:
+    """ResumableAsha: `_brackets`, each with `_rungs`. ResumablePbt: `_next_perturbation_sync`, `_perturbation_interval`, `_trial_state`."""
+    asha: Any = ASHAScheduler(time_attr="step", metric="loss", mode="min")
+    (bracket,) = asha._brackets
+    assert bracket._rungs
+    pbt: Any = PopulationBasedTraining(time_attr="step", metric="loss", mode="min", hyperparam_mutations={"rate": [1, 2]})
+    assert pbt._next_perturbation_sync == pbt._perturbation_interval
+    assert pbt._trial_state == {}
+
+
+def test_private_modules_are_imported_in_one_file() -> None:
+    users = {path.name for path in PACKAGE.rglob("*.py") if "ray._private" in (text := path.read_text()) or "v2._internal" in text}
+    assert users == {"ray_private.py"}
+
+
+@pytest.mark.parametrize("package", ["launch", "sweep"])
+def test_ray_does_not_start_by_itself(package: str, tmp_path: Path) -> None:
+    """A thread of Ray Tune may outlive `ray.shutdown`, and would start another Ray by its next call."""
+    script = f"import raytrain2p.{package}, ray; ray.put(1)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Ray has not been started yet" in done.stderr
