@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 import ray
+from rich.console import Console as RichConsole
 
 from raytrain2p.launch.quiet import own_stderr
 
@@ -31,6 +32,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or own_stderr()
         self.live = self.stream.isatty()
+        self.rich = RichConsole(file=self.stream)
         self.shown, self.since = "", float("-inf")
 
     def say(self, line: str) -> None:

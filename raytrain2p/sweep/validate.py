@@ -1,4 +1,4 @@
-"""What is wrong with a sweep: with the settings that vary, their values, and what does not go with its search or scheduler."""
+"""Checks of a sweep: the settings that vary, their values, and what contradicts the search or the scheduler."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ CHANGEABLE = (
 
 
 def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
-    """Overrides of settings that vary: they would reach the first trial alone, if any."""
+    """Overrides of settings that vary: they would apply to the defaults only."""
     varying = {axis.setting for axis in sweep.axes}
     return [
         Problem(override, "varies: it is in sweep.space", f"to fix it, sweep.space.{setting}='{{choice: [{value}]}}'")
@@ -33,7 +33,7 @@ def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
 
 
 def space_problems(sweep: Sweep) -> list[Problem]:
-    """What is wrong with the settings that vary, and with the values that they may take."""
+    """Problems of the settings that vary, and of their values."""
     options = sweep.options
     findings = Findings()
     if not sweep.axes:
@@ -65,12 +65,12 @@ def space_problems(sweep: Sweep) -> list[Problem]:
     if options.search != "grid" and grids:
         findings.add(Problem(f"sweep.search={options.search}", f"{', '.join(grids)} is a grid", "set sweep.search=grid, or write `choice`"))
     if options.search != "grid" and options.num_trials is None:
-        findings.add(Problem("sweep.num_trials", "is missing", "set it: only a grid has an end of its own"))
+        findings.add(Problem("sweep.num_trials", "is missing", "set it: only search=grid ends without it"))
     return findings.problems
 
 
 def schedule_problems(sweep: Sweep) -> list[Problem]:
-    """What does not go with the scheduler."""
+    """Settings that contradict the metric or the scheduler."""
     options, base = sweep.options, sweep.base
     findings = Findings()
     if options.metric == "val/loss" and base.data.val is None:
@@ -83,7 +83,7 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
         findings.add(
             Problem(
                 f"sweep.scheduler={options.scheduler}",
-                "compares trials by step, but they are measured at epochs' ends alone",
+                "compares trials by step, but they are measured at epochs' ends only",
                 "set checkpoint.best_of=saves and checkpoint.every_steps",
             )
         )
@@ -101,23 +101,23 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
 
 
 def retry_problems(sweep: Sweep) -> list[Problem]:
-    """Workers that were started again while the sweep stops or pauses their trial would keep CPUs that nobody knows of."""
+    """Workers that are restarted while the sweep stops or pauses their trial would keep CPUs that no scheduler counts."""
     restarts = sweep.base.launch.max_failures
     if not restarts:
         return []
     fix = f"set launch.max_failures=0 and sweep.max_failures={restarts}"
-    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a trial that fails is started again by the sweep", fix)]
+    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a failed trial is restarted by the sweep", fix)]
 
 
 def pbt_problems(sweep: Sweep) -> list[Problem]:
-    """Population-based training changes settings while weights stay."""
+    """Settings that contradict population-based training, which changes settings and keeps weights."""
     options, every = sweep.options, sweep.base.checkpoint.every_steps
     findings = Findings()
     if every is not None and options.pbt.interval % every:
         findings.add(
             Problem(
                 f"sweep.pbt.interval={options.pbt.interval}",
-                f"must be a multiple of checkpoint.every_steps={every}: weights are taken over from a checkpoint",
+                f"must be a multiple of checkpoint.every_steps={every}: weights are copied from a checkpoint",
                 f"set it to {math.ceil(options.pbt.interval / every) * every}",
             )
         )
@@ -133,9 +133,7 @@ def pbt_problems(sweep: Sweep) -> list[Problem]:
     if options.search != "random":
         findings.add(Problem(f"sweep.search={options.search}", "population-based training searches by itself", "set sweep.search=random"))
     if options.try_defaults and (unset := [key for key, value in sweep.default_values().items() if value is None]):
-        findings.add(
-            Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to be changed a little", "set it, or leave that out")
-        )
+        findings.add(Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to vary", "set it, or leave out try_defaults"))
     if (options.num_trials or 2) < 2:
-        findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is no population", "set 2 or more"))
+        findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is not a population", "set 2 or more"))
     return findings.problems
