@@ -63,7 +63,7 @@ class SweepTuner:
         known = self.records.results()
         unfinished = [replace(result.trial, values=result.values) for result in known if result.state not in OVER]
         if known:
-            self.console.say(f"going on: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
+            self.console.say(f"resuming: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
         search = Search(self.sweep, open_journal(self.job.parent.path / JOURNAL), known)
         queue = TrialQueue(unfinished, len(known), search, self._begin, self.records.result)
         table = LiveTable(self.records, self.sweep, self.job.channel, self.console)

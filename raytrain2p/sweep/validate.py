@@ -7,6 +7,7 @@ from raytrain2p.config.loading import known_keys, nearest_key
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.space import Axis
 
 # These belong to the sweep as a whole: what a trial is compared by, where it goes, and what it may use.
 SHARED = ("output.", "tracking.", "launch.", "checkpoint.", "evaluation.", "data.feature_store", "data.val", "data.test")
@@ -38,25 +39,8 @@ def space_problems(sweep: Sweep) -> list[Problem]:
     findings = Findings()
     if not sweep.axes:
         findings.add(Problem("sweep.space", "is empty: nothing varies", "name at least one setting, such as training.learning_rate"))
-    known = known_keys(SETTINGS_OF_PHASE[options.phase])
     for axis in sweep.axes:
-        where = f"sweep.space.{axis.setting}"
-        if axis.setting not in known:
-            nearest = nearest_key(SETTINGS_OF_PHASE[options.phase], axis.setting)
-            findings.add(Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else ""))
-        elif axis.setting.startswith(SHARED):
-            findings.add(Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}"))
-        elif len(options.space[axis.setting]) != 1:
-            findings.add(Problem(where, "has more than one distribution, or none", "give one"))
-        elif found := axis.problem():
-            findings.add(Problem(f"{where} = {{{axis.distribution}: {list(axis.arguments)}}}", found))
-        else:
-            for value in axis.probes():
-                try:
-                    sweep.settings({axis.setting: value})
-                except InputError as error:
-                    what = "; ".join(problem.what for problem in error.problems)
-                    findings.add(Problem(f"{where}, value {value!r}", what))
+        findings.extend(axis_problems(sweep, axis))
     grids = [axis.setting for axis in sweep.axes if axis.distribution == "grid"]
     if options.search == "grid" and (rest := [axis.setting for axis in sweep.axes if axis.values is None]):
         findings.add(
@@ -67,6 +51,27 @@ def space_problems(sweep: Sweep) -> list[Problem]:
     if options.search != "grid" and options.num_trials is None:
         findings.add(Problem("sweep.num_trials", "is missing", "set it: only search=grid ends without it"))
     return findings.problems
+
+
+def axis_problems(sweep: Sweep, axis: Axis) -> list[Problem]:
+    """Problems of one setting that varies: its name, its distribution, or its values."""
+    kind, where = SETTINGS_OF_PHASE[sweep.options.phase], f"sweep.space.{axis.setting}"
+    if axis.setting not in known_keys(kind):
+        nearest = nearest_key(kind, axis.setting)
+        return [Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else "")]
+    if axis.setting.startswith(SHARED):
+        return [Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}")]
+    if len(sweep.options.space[axis.setting]) != 1:
+        return [Problem(where, "has more than one distribution, or none", "give one")]
+    if found := axis.problem():
+        return [Problem(f"{where} = {{{axis.distribution}: {list(axis.arguments)}}}", found)]
+    problems = []
+    for value in axis.probes():
+        try:
+            sweep.settings({axis.setting: value})
+        except InputError as error:
+            problems.append(Problem(f"{where}, value {value!r}", "; ".join(problem.what for problem in error.problems)))
+    return problems
 
 
 def schedule_problems(sweep: Sweep) -> list[Problem]:

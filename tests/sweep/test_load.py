@@ -1,4 +1,4 @@
-"""The sweep's settings: what varies, and everything that can be wrong with it, told at once."""
+"""The sweep's settings: what varies, and everything that can be wrong with it, reported at once."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def problems(folder: Path, *overrides: str, base: dict[str, Any] | None = None, 
     return str(caught.value)
 
 
-def test_the_shipped_sweep_is_valid_and_varies_what_nobody_guesses() -> None:
+def test_the_shipped_sweep_is_valid_and_varies_several_settings() -> None:
     sweep = load_sweep(None)
     assert sweep.options.num_trials == 8
     assert {axis.setting for axis in sweep.axes} >= {"training.learning_rate", "model.lora.rank", "model.soft_tokens"}
@@ -71,7 +71,7 @@ def test_the_checkpoint_that_is_kept_is_the_best_by_the_sweeps_own_metric(tmp_pa
     assert loaded(tmp_path).base.checkpoint.monitor == "val/loss"
 
 
-def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_that_is_wrong_with_a_space_is_reported_at_once(tmp_path: Path) -> None:
     said = problems(
         tmp_path,
         space={
@@ -126,7 +126,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict[str,
     assert expected in problems(tmp_path, *overrides, **options)
 
 
-def test_a_problem_of_the_sweep_and_one_of_the_trials_are_told_together(tmp_path: Path) -> None:
+def test_a_problem_of_the_sweep_and_one_of_the_trials_are_reported_together(tmp_path: Path) -> None:
     said = problems(tmp_path, "training.max_stepps=3", num_trial=3)
     assert "sweep.num_trials" in said
     assert "training.max_steps" in said

@@ -75,7 +75,7 @@ def test_states_come_from_the_runs(trial_records: TrialRecords) -> None:
 def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path: Path) -> None:
     trial_records = records_in(tmp_path)
     trial = begun(tmp_path, trial_records, 0, "FAILED", [(10, 2.0)])
-    assert trial_records.result(trial).state == "killed", "a driver that goes on tries it again"
+    assert trial_records.result(trial).state == "killed", "a driver that resumes tries it again"
     trial_records.give_up(0, "the reason")
     assert trial_records.result(trial).state == "failed"
 
@@ -137,7 +137,7 @@ def test_an_empty_sweep_has_an_empty_table_and_no_best(tmp_path: Path) -> None:
     assert not (tmp_path / "best.json").exists()
 
 
-def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(trial_records: TrialRecords, tmp_path: Path) -> None:
+def test_a_trial_that_took_over_weights_has_the_settings_that_it_continues_with(trial_records: TrialRecords, tmp_path: Path) -> None:
     run = trial_records.results()[0].run
     assert run is not None
     add_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
@@ -158,7 +158,7 @@ def test_tags_that_are_added_stay_beside_those_that_are_there(trial_records: Tri
     assert read_json(run.path / "run.json")["described"] > first, "or MLflow would not get them: sync would not send them"
 
 
-def test_a_sweep_that_goes_on_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
+def test_a_resumed_sweep_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
     sweep = load_sweep(None, ["tracking.uri=sqlite:////x/m.db"])
     run = Run("a" * 32, str(tmp_path), "e", "t", "sweep-1", "sweeps", "u")
     path = tmp_path / "config.json"

@@ -134,7 +134,7 @@ def test_unfinished_trials_come_first_under_their_own_numbers(tmp_path: Path) ->
     trials = drained(TrialQueue(known[1:], 3, search, begin, TrialResult))
     assert [trial.number for trial in trials] == [1, 2, 3, 4, 5]
     assert trials[0] == known[1]
-    assert trials[2].values == undisturbed[3], "as it would have been without the death"
+    assert trials[2].values == undisturbed[3], "as it would have been without the kill"
 
 
 def test_optuna_goes_to_where_it_was_good(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_the_lock_of_a_driver_that_was_killed_in_a_write_does_not_hold_up_the_ne
     assert time.monotonic() - start < 5
 
 
-def test_what_is_no_number_is_worse_than_any(tmp_path: Path) -> None:
+def test_what_is_not_a_number_is_worse_than_any(tmp_path: Path) -> None:
     scheduler = asha(tmp_path, [])
     assert decision(scheduler, 0, 10, 5.0) == TrialScheduler.CONTINUE
     assert decision(scheduler, 1, 10, comparable(float("nan"), "min")) == TrialScheduler.STOP
@@ -298,20 +298,20 @@ def test_rungs_lie_below_the_end_and_the_worse_half_stops_there(tmp_path: Path) 
     assert decision(scheduler, 0, 100, 9.0) == TrialScheduler.CONTINUE, "its own end is no rung"
 
 
-def test_a_sweep_that_goes_on_compares_with_the_trials_before_it(tmp_path: Path) -> None:
+def test_a_resumed_sweep_compares_with_the_trials_before_it(tmp_path: Path) -> None:
     known = [TrialResult(begin(0, {}), FINISHED, None, ((10, 1.0), (20, 0.9)))]
     assert decision(asha(tmp_path, known), 1, 10, 2.0) == TrialScheduler.STOP
-    assert decision(asha(tmp_path, []), 1, 10, 2.0) == TrialScheduler.CONTINUE, "without memory it would have gone on"
+    assert decision(asha(tmp_path, []), 1, 10, 2.0) == TrialScheduler.CONTINUE, "without the earlier trials it would have continued"
 
 
-def test_a_trial_that_goes_on_is_not_compared_with_itself(tmp_path: Path) -> None:
+def test_a_resumed_trial_is_not_compared_with_itself(tmp_path: Path) -> None:
     known = [TrialResult(begin(0, {}), FINISHED, None, ((10, 1.0),)), TrialResult(begin(1, {}), "running", None, ((10, 0.5),))]
     scheduler = asha(tmp_path, known)
     assert decision(scheduler, 1, 10, 3.0) == TrialScheduler.CONTINUE, "it passed that rung before"
     assert decision(scheduler, 1, 20, 3.0) == TrialScheduler.CONTINUE, "the first on its rung"
 
 
-def test_a_report_without_a_number_holds_its_place_after_the_drivers_death(tmp_path: Path) -> None:
+def test_a_report_without_a_number_holds_its_place_after_its_driver_was_killed(tmp_path: Path) -> None:
     known = [TrialResult(begin(0, {}), "running", None, ((10, float("nan")),))]
     ((_, recorded),) = [rung for rung in asha(tmp_path, known)._brackets[0]._rungs if rung[0] == 10]
     assert list(recorded.values()) == [-comparable(float("nan"), "min")], "as it was when it came"
