@@ -4,12 +4,15 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import FAILED, describe_settings, exit_code
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import Sweep, SweepSettings
+
+if TYPE_CHECKING:
+    from raytrain2p.tracking.run import Run
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -22,20 +25,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file: a `sweep` group, and settings of the trials (default: configs/sweep.yaml)"
     )
-    parser.add_argument("--resume", metavar="SWEEP", help="go on with a sweep: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--resume", metavar="SWEEP", help="resume a sweep: its directory, run ID or the start of one, or `latest`")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
-    parser.add_argument("--ray-logs", action="store_true", help="let Ray's own output through")
+    parser.add_argument("--ray-logs", action="store_true", help="show Ray's own output")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings by dotted path: sweep.num_trials=4, training.max_steps=60"
     )
     return parser.parse_intermixed_args(arguments)
 
 
-def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
-    """The sweep to go on with, and its run.
+def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
+    """The sweep to resume, and its run.
 
     Raises:
-        InputError: there is none, or it cannot go on with these settings.
+        InputError: there is none, or it cannot be resumed with these settings.
     """
     from raytrain2p.config.phases import SWEEPS
     from raytrain2p.storage.files import read_json
@@ -44,8 +47,8 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
     from raytrain2p.tracking.mlflow_store import check_password
 
     if options.config is not None:
-        what = "a sweep goes on with the settings that it began with"
-        raise InputError(Problem("--resume with --config", what, "give what is to change as key=value"))
+        what = "a sweep is resumed with its own settings"
+        raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
     run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
     if (run.path / "config.json").is_file():
         sweep = load_sweep(run.path / "config.json", options.overrides)
@@ -56,13 +59,13 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (no trial, or not every one, came to an end) or 2; 130 and 143 if stopped."""
+    """Run the command and return its exit code: 0, 1 (a trial did not end, or none succeeded) or 2; 130 and 143 if stopped."""
     options = parse(arguments)
     return exit_code(lambda: tune(options))
 
 
 def tune(options: argparse.Namespace) -> int:
-    """The sweep, its trials, summary.
+    """Load the sweep, run it, print the summary.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -80,10 +83,10 @@ def tune(options: argparse.Namespace) -> int:
     try:
         outcome = run_sweep(sweep, run, options.ray_logs, console)
     except StoppedError as stopped:
-        console.say(f"raytrain2p: {stopped}; go on with --resume latest")
+        console.say(f"raytrain2p: {stopped}; resume with --resume latest")
         return stopped.exit_code
     except SweepFailedError as failed:
-        console.say(f"raytrain2p: the sweep failed; once its disk is fixed, go on with --resume latest\n{failed}")
+        console.say(f"raytrain2p: the sweep failed; once its disk is fixed, resume with --resume latest\n{failed}")
         return FAILED
     console.say(sweep_summary(outcome, sweep))
     if options.json:

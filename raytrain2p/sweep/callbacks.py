@@ -1,4 +1,4 @@
-"""What Ray Tune calls while a sweep is under way: when to stop, and news of trials."""
+"""What Ray Tune calls during a sweep: whether to stop, and on changes of trials."""
 
 import time
 from collections.abc import Callable
@@ -16,10 +16,10 @@ from raytrain2p.sweep.results import FAILED, FINISHED, RUNNING, WAITING
 
 
 class StopRequest(Stopper):
-    """Ends the sweep between two results: on request, or when its time is up.
+    """Ends the sweep between two results: on request, or after so many seconds (None: no limit).
 
-    Args:
-        seconds: how long it may take; None for no limit.
+    Attributes:
+        reason: why the sweep ends; empty while it runs.
     """
 
     def __init__(self, seconds: float | None) -> None:
@@ -35,20 +35,20 @@ class StopRequest(Stopper):
         return bool(self.reason)
 
 
-def free_place(channel: Any, number: int) -> None:
-    """End what is left of a trial's workers, and give back their CPUs."""
+def remove_workers(channel: Any, number: int) -> None:
+    """Remove the placement group of a trial: it ends the workers that are left, and frees their CPUs."""
     with suppress(ray.exceptions.RayError, ValueError):
         if (group := ray.get(channel.place_of.remote(number), timeout=10)) is not None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
-class Watch(Callback):
-    """Tune's news, for the table and for the trials that it stops.
+class SweepCallback(Callback):
+    """Passes changes of trials to the table and the finalizer, and removes the workers of trials that Tune stops or pauses.
 
     Args:
         table: shows the state of each trial.
-        channel: of the sweep, which knows where a trial's workers are placed.
-        on_over: called with the number of a trial that Tune is done with.
+        channel: of the sweep; it has the placement groups of the trials.
+        on_over: called with the number of a trial that Tune has ended.
         on_failed: called with the number of a trial that Tune does not try again, and the reason.
     """
 
@@ -70,7 +70,7 @@ class Watch(Callback):
             elif number in self.placed:
                 self.placed.discard(number)
                 self.table.changed(number, WAITING)
-                free_place(self.channel, number)
+                remove_workers(self.channel, number)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.on_over(trial.config["trial"])

@@ -1,4 +1,4 @@
-"""What can be known of a sweep before its first trial: whether its settings work, and how many trials run at once."""
+"""Checks before the first trial: whether the settings work with the data, and how many trials run at once."""
 
 import itertools
 from contextlib import suppress
@@ -16,17 +16,17 @@ from raytrain2p.phases.registry import read_inputs
 from raytrain2p.sweep.results import OVER, TrialRecords
 from raytrain2p.sweep.schedulers import longest
 from raytrain2p.sweep.settings import Sweep
-from raytrain2p.sweep.space import Axis
+from raytrain2p.sweep.space import Axis, Values
 from raytrain2p.sweep.trial import splits_key
 
-MOST_SPLITS = 32  # combinations of settings with splits of their own that are prepared before the first trial
+MOST_SPLITS = 32  # distinct splits that are prepared before the first trial
 
 
 def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
-    """Everything that can be known before a cluster is asked.
+    """Every check that needs no cluster.
 
     Returns:
-        The sweep with the aligner resolved, and the inputs_by_key by `splits_key`.
+        The sweep with the aligner resolved, and the inputs by `splits_key`.
 
     Raises:
         InputError: every problem at once.
@@ -46,15 +46,15 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
     console.clear()
     for axis in sweep.axes:
         for value in axis.probes() if inputs_by_key else ():
-            with suppress(InputError):  # told already
+            with suppress(InputError):  # reported already
                 check_global_batch(sweep.settings({axis.setting: value}), next(iter(inputs_by_key.values())).records, findings)
     findings.extend(rung_problems(sweep, inputs_by_key))
     findings.raise_any()
     return sweep, inputs_by_key
 
 
-def split_variants(sweep: Sweep) -> list[dict[str, Any]]:
-    """Values of the settings on which the splits depend, in every combination, if these are few; else one at a time."""
+def split_variants(sweep: Sweep) -> list[Values]:
+    """Values of the settings on which the splits depend: all combinations, or one at a time if there are too many."""
     base = splits_key(sweep.base)
     moving: list[Axis] = []
     for axis in sweep.axes:
@@ -69,13 +69,13 @@ def split_variants(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def rung_problems(sweep: Sweep, inputs_by_key: dict[str, Any]) -> list[Problem]:
-    """Halving, or an exchange of weights, beyond the end of training would never come."""
+    """A first rung, or a first exchange of weights, that is beyond the end of training."""
     options = sweep.options
     if options.scheduler == "none" or not inputs_by_key:
         return []
     most = longest(sweep, next(iter(inputs_by_key.values())).records)
     if options.scheduler == "pbt":
-        what = f"a trial has {most} steps: no weights would ever be taken over"
+        what = f"a trial has {most} steps: no weights would ever be copied"
         late = options.pbt.interval >= most
         return [Problem(f"sweep.pbt.interval={options.pbt.interval}", what, "set it lower, or set sweep.scheduler=none")] if late else []
     if options.asha.grace_period < most:
@@ -90,32 +90,32 @@ def rung_problems(sweep: Sweep, inputs_by_key: dict[str, Any]) -> list[Problem]:
 
 
 def check_trials(trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[str, Any]) -> None:
-    """Whether the trials that are not over can go on as they began.
+    """Check that the trials that are not over can be resumed.
 
     Raises:
-        InputError: every setting, and every number of records, that is another one now.
+        InputError: every setting, and every number of records, that has changed.
     """
     findings = Findings()
-    for row in trial_records.rows():
-        if row.run is not None and row.state not in OVER and not row.lineage:
+    for result in trial_records.results():
+        if result.run is not None and result.state not in OVER and not result.lineage:
             with findings:
-                settings = sweep.settings(row.values)
+                settings = sweep.settings(result.values)
                 inputs = inputs_by_key.get(splits_key(settings))
-                check_resumable(row.run, settings, inputs.digests if inputs is not None else None)
+                check_resumable(result.run, settings, inputs.digests if inputs is not None else None)
     findings.raise_any()
 
 
 def sweep_launch(sweep: Sweep) -> LaunchSettings:
-    """What each trial asks of the cluster: in a sweep, one CPU a worker unless it is set."""
+    """The resources of a trial: one CPU per worker unless set."""
     launch = sweep.base.launch
     return launch if launch.cpus_per_worker is not None else launch.model_copy(update={"cpus_per_worker": 1})
 
 
 def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
-    """As many as the cluster has room for, or fewer if so set; the trials' own drivers take no CPU."""
+    """As many as fit the cluster, or `max_concurrent` if that is less. The trials' own drivers take no CPU."""
     launch = sweep_launch(sweep)
     gpus = 1 if launch.use_gpu else 0
-    room = 1
-    while capacity.fits((room + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
-        room += 1
-    return min(room, sweep.options.max_concurrent or room)
+    most = 1
+    while capacity.fits((most + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
+        most += 1
+    return min(most, sweep.options.max_concurrent or most)

@@ -1,4 +1,4 @@
-"""What the user sees while a sweep is under way: one live table, or plain lines where nobody looks all the time."""
+"""Progress of a sweep: a live table in a terminal, lines elsewhere."""
 
 import threading
 import time
@@ -7,39 +7,35 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from rich.console import Console as RichConsole
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from raytrain2p.launch.progress import POLL_SECONDS, Console
-from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_row
+from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
 
-PLAIN_SECONDS = 30.0  # between two lines about trials that go on
-PAUSE_PER_READING = 20  # times as long as it took to read the trials' files passes before they are read again
+PLAIN_SECONDS = 30.0  # between two lines about a trial whose state does not change
+PAUSE_PER_READING = 20  # the pause between two readings of the trials' files, in times of what a reading takes
 
 
 class LiveTable:
-    """Trial, state, what varies, step, metric, and the best so far; read from the trials' own runs.
+    """State, settings, step and metric of each trial, read from the trials' own runs.
 
     Args:
-        trial_records: of the trials.
-        sweep: the sweep.
-        channel: where trials leave word.
-        console: where it is shown.
+        channel: of the sweep; messages of the trials arrive there.
     """
 
-    def __init__(self, trial_records: TrialRecords, sweep: Sweep, channel: Any, console: Console) -> None:
-        self.trial_records, self.sweep, self.channel, self.console = trial_records, sweep, channel, console
+    def __init__(self, records: TrialRecords, sweep: Sweep, channel: Any, console: Console) -> None:
+        self.records, self.sweep, self.channel, self.console = records, sweep, channel, console
         self.settings = [axis.setting for axis in sweep.axes]
-        self.words: dict[int, str] = {}  # by trial: what its worker said last
+        self.progress: dict[int, str] = {}  # by trial: the last line of its worker
         self.running: set[int] = set()
-        self.told: dict[int, tuple[str, int]] = {}
-        self.told_at = time.monotonic()
+        self.printed: dict[int, tuple[str, int]] = {}  # by trial: state and number of reports, as last printed
+        self.printed_at = time.monotonic()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="trial-table", daemon=True)
-        self.live = Live(console=RichConsole(file=console.stream), auto_refresh=False) if console.live else None
+        self.live = Live(console=console.rich, auto_refresh=False) if console.live else None
 
     def __enter__(self) -> "LiveTable":
         if self.live is not None:
@@ -51,91 +47,92 @@ class LiveTable:
         self.done.set()
         self.thread.join(timeout=10)
         with suppress(ray.exceptions.RayError):
-            self._hear(0.1)
+            self._receive(0.1)
+        self._draw(self.records.results(), all_trials=False)
         if self.live is not None:
-            self.live.update(self.table(self.trial_records.rows()), refresh=True)
             self.live.stop()
-        else:
-            self._tell(self.trial_records.rows(), everything=False)
 
     def changed(self, number: int, state: str) -> None:
-        """Tune has started a trial, or is done with it."""
+        """Tune has started, paused or ended a trial."""
         (self.running.add if state == RUNNING else self.running.discard)(number)
 
     def _follow(self) -> None:
         while not self.done.is_set():
             try:
-                self._hear(POLL_SECONDS)
+                self._receive(POLL_SECONDS)
             except ray.exceptions.RayError:
                 self.done.wait(POLL_SECONDS)
                 continue
-            began = time.monotonic()
-            rows = self.trial_records.rows()
-            took = time.monotonic() - began
-            if self.live is not None:
-                self.live.update(self.table(rows), refresh=True)
-            else:
-                self._tell(rows, everything=time.monotonic() - self.told_at >= PLAIN_SECONDS)
+            started = time.monotonic()
+            results = self.records.results()
+            took = time.monotonic() - started
+            self._draw(results, all_trials=time.monotonic() - self.printed_at >= PLAIN_SECONDS)
             self.done.wait(max(1.0, PAUSE_PER_READING * took))  # long trials have long files, and Tune needs this process too
 
-    def _hear(self, seconds: float) -> None:
-        """What trials have to say, at once or within so long."""
-        word, lines = ray.get(self.channel.next.remote(seconds), timeout=seconds + 3 * POLL_SECONDS)
-        if word:
-            self.words[word["trial"]] = word["line"]
+    def _receive(self, seconds: float) -> None:
+        """Wait for messages of the trials, for at most so long."""
+        message, lines = ray.get(self.channel.next.remote(seconds), timeout=seconds + 3 * POLL_SECONDS)
+        if message:
+            self.progress[message["trial"]] = message["line"]
         for line in lines:
             if self.live is not None:
-                self.live.console.print(line, markup=False, highlight=False)
+                self.console.rich.print(line, markup=False, highlight=False)
             else:
                 self.console.say(line)
 
-    def state(self, row: TrialResult) -> str:
-        """A run says RUNNING from its birth to its end: while Tune does not run it, the trial waits."""
-        if row.state in OVER:
-            return row.state
-        return RUNNING if row.trial.number in self.running else WAITING
+    def _draw(self, results: list[TrialResult], all_trials: bool) -> None:
+        if self.live is not None:
+            self.live.update(self.table(results), refresh=True)
+        else:
+            self._print(results, all_trials)
 
-    def table(self, rows: list[TrialResult]) -> Table:
-        """All trials, the best one marked."""
-        mode, best = self.sweep.options.mode, best_row(rows, self.sweep.options.mode)
+    def state(self, result: TrialResult) -> str:
+        """A run is RUNNING from its start to its end; while Tune does not run the trial, it is waiting."""
+        if result.state in OVER:
+            return result.state
+        return RUNNING if result.trial.number in self.running else WAITING
+
+    def table(self, results: list[TrialResult]) -> Table:
+        """All trials, the best one in bold."""
+        mode, best = self.sweep.options.mode, best_result(results, self.sweep.options.mode)
         table = Table(box=None, pad_edge=False)
-        for heading in ("trial", "state", *(setting.removeprefix("training.").removeprefix("model.") for setting in self.settings)):
+        for heading in ("trial", "state", *map(short_name, self.settings)):
             table.add_column(heading, no_wrap=True)
         for heading in ("step", self.sweep.options.metric):
             table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("now")  # where a terminal is narrow, this one is cut, and stays on its line
-        for row in rows:
-            found = row.best(mode)
+        table.add_column("now")  # cut where the terminal is narrow
+        for result in results:
+            found = result.best(mode)
             table.add_row(
-                str(row.trial.number),
-                self.state(row),
-                *(short(row.values.get(setting)) for setting in self.settings),
-                str(row.steps),
+                str(result.trial.number),
+                self.state(result),
+                *(short(result.values.get(setting)) for setting in self.settings),
+                str(result.steps),
                 "" if found is None else f"{found[1]:.4f}",
-                Text("" if row.state in OVER else self.words.get(row.trial.number, ""), no_wrap=True, overflow="ellipsis"),
-                style="bold" if best is not None and row.trial.number == best.trial.number else None,
+                Text("" if result.state in OVER else self.progress.get(result.trial.number, ""), no_wrap=True, overflow="ellipsis"),
+                style="bold" if best is not None and result.trial.number == best.trial.number else None,
             )
         return table
 
-    def _tell(self, rows: list[TrialResult], everything: bool) -> None:
-        """A line for each trial whose state changed, and now and then for each that goes on."""
-        mode, best = self.sweep.options.mode, best_row(rows, self.sweep.options.mode)
-        for row in rows:
-            now = (self.state(row), len(row.reports))
-            before = self.told.get(row.trial.number, ("", 0))
-            if now[0] != before[0] or (everything and now != before):
-                self.told[row.trial.number] = now
-                self.console.say(self.line(row, mode, best))
-        if everything:
-            self.told_at = time.monotonic()
+    def _print(self, results: list[TrialResult], all_trials: bool) -> None:
+        """Print a line for each trial whose state has changed; if `all_trials`, also for each that has reported since."""
+        mode, best = self.sweep.options.mode, best_result(results, self.sweep.options.mode)
+        for result in results:
+            now = (self.state(result), len(result.reports))
+            before = self.printed.get(result.trial.number, ("", 0))
+            if now[0] != before[0] or (all_trials and now != before):
+                self.printed[result.trial.number] = now
+                self.console.say(self.line(result, mode, best))
+        if all_trials:
+            self.printed_at = time.monotonic()
 
-    def line(self, row: TrialResult, mode: str, best: TrialResult | None) -> str:
+    def line(self, result: TrialResult, mode: str, best: TrialResult | None) -> str:
         """One trial, such as `trial 3  running  learning_rate=0.0012  step 30  val/loss 1.2345  best so far: trial 1, 1.1`."""
-        found = row.best(mode)
-        parts = [f"trial {row.trial.number}", self.state(row)]
-        parts += [f"{setting.rpartition('.')[2]}={short(row.values.get(setting))}" for setting in self.settings]
-        if row.steps:
-            parts.append(f"step {row.steps}")
+        found = result.best(mode)
+        parts = [f"trial {result.trial.number}", self.state(result)]
+        parts += [f"{setting.rpartition('.')[2]}={short(result.values.get(setting))}" for setting in self.settings]
+        if result.steps:
+            parts.append(f"step {result.steps}")
         if found is not None:
             parts.append(f"{self.sweep.options.metric} {found[1]:.4f}")
         if best is not None and (value := best.best(mode)) is not None:
@@ -143,6 +140,11 @@ class LiveTable:
         return "  ".join(parts)
 
 
+def short_name(setting: str) -> str:
+    """A setting without its first group, for headings."""
+    return setting.removeprefix("training.").removeprefix("model.")
+
+
 def short(value: Any) -> str:
-    """A value as a person reads it in a table."""
+    """A value with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a checked sweep; every problem is told at once."""
+"""From a YAML file and `key=value` overrides to a checked sweep; all problems are reported at once."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
     """Read and check a sweep.
 
     Args:
-        config: YAML file: a `sweep` group, and beside it settings that all trials share; None takes the packaged one.
-        overrides: `dotted.key=value` pairs, of the sweep (`sweep.num_trials=4`) or of the trials (`training.max_steps=60`).
+        config: YAML file with a `sweep` group and settings that all trials share; None: the packaged one.
+        overrides: `dotted.key=value`, of the sweep (`sweep.num_trials=4`) or of the trials (`training.max_steps=60`).
 
     Raises:
-        InputError: everything that is wrong, at once.
+        InputError: every problem.
     """
     path = Path(config) if config is not None else packaged_config("sweep")
     tree = read_yaml(path)
@@ -55,10 +55,10 @@ def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Swee
 
 
 def merge_space(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """`sweep.space.SETTING={distribution: arguments}`: the dots of the setting make no groups.
+    """Merge `sweep.space.SETTING={distribution: arguments}`, where the dots of SETTING do not separate groups.
 
     Raises:
-        InputError: one is not of that form.
+        InputError: an override does not have that form.
     """
     for override in overrides:
         setting, _, text = override.partition("=")
@@ -70,17 +70,17 @@ def merge_space(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 class _Wrapped(SettingsGroup):
-    """So that messages name `sweep.num_trials`, as the user wrote it."""
+    """Makes messages name `sweep.num_trials`, as the user wrote it."""
 
     sweep: SweepSettings
 
 
 def base_settings(group: dict[str, Any], tree: dict[str, Any], path: Path, overrides: Sequence[str]) -> Settings:
-    """The phase's file, over it what stands beside the `sweep` group, checked.
+    """The settings that the trials share: those of the phase's file, replaced by those beside the `sweep` group.
 
     Args:
-        group: the `sweep` group, which may be wrong itself.
-        tree: what stands beside it.
+        group: the `sweep` group, not checked.
+        tree: the settings beside it.
         path: of the file.
         overrides: for messages.
 
@@ -94,13 +94,13 @@ def base_settings(group: dict[str, Any], tree: dict[str, Any], path: Path, overr
     merged = merge(read_yaml(under), tree)
     data, checkpoint = merged.get("data"), merged.get("checkpoint", {})
     measured = metric == "train_loss" or (isinstance(data, dict) and data.get("val") is not None)
-    if measured and isinstance(checkpoint, dict):  # the checkpoint that is kept is the best by what trials are compared by
+    if measured and isinstance(checkpoint, dict):  # keep the checkpoint that is best by the sweep's metric
         merged["checkpoint"] = checkpoint | {"monitor": metric, "mode": mode}
     return settings_of(phase, merged, path, [one for one in overrides if not one.startswith("sweep.")])
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Nested groups, the second over the first. A mapping of records' files (`data.test`) is replaced as a whole."""
+    """Nested groups, with those of the second replacing those of the first. `data.test` is replaced as a whole."""
     merged = dict(under)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict) and key != "test"
@@ -109,7 +109,7 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def axes_of(options: SweepSettings) -> tuple[Axis, ...]:
-    """As written; a setting with more than one distribution appears as often."""
+    """The axes as written: a setting with several distributions appears several times."""
     return tuple(
         Axis(setting, distribution, tuple(arguments))
         for setting, distributions in options.space.items()

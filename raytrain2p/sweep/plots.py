@@ -1,180 +1,148 @@
-"""Images of a sweep, made to be looked at."""
+"""Plots of a sweep, drawn by Optuna from the results of its trials."""
 
-import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
+import optuna
+from matplotlib.ticker import MaxNLocator
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import PedAnovaImportanceEvaluator
+from optuna.trial import TrialState, create_trial
+from optuna.visualization import matplotlib as optuna_plots
 
-from raytrain2p.sweep.results import EARLY, TrialResult, best_row
-from raytrain2p.sweep.space import Axis
-from raytrain2p.tracking.plots import BLUE, GREY, ORANGE, save
+from raytrain2p.sweep.live_table import short_name
+from raytrain2p.sweep.results import EARLY, TrialResult, best_result
+from raytrain2p.sweep.space import NUMBERS, Axis
+from raytrain2p.tracking.plots import BLUE, ORANGE, save
 
-COLOURS = plt.get_cmap("viridis_r")
+LEAST_FOR_IMPORTANCES = 8  # trials: with fewer, chance decides which setting comes first
+TRIALS_ON_TOP = 5  # so many of the best are compared with all, as Optuna recommends; but at most half
+DARK_GREY = "#718096"
 
 
-def draw_sweep(directory: Path, rows: Sequence[TrialResult], axes: Sequence[Axis], mode: str, metric: str) -> None:
-    """All images, into `plots/`; none of a sweep of which nothing was reported.
-
-    Args:
-        directory: of the sweep.
-        rows: its trials.
-        axes: what varied.
-        mode: `min` or `max`.
-        metric: what the objective is.
-    """
-    reported = [row for row in rows if row.best(mode) is not None]
-    if not reported:
+def draw_sweep(directory: Path, results: Sequence[TrialResult], axes: Sequence[Axis], mode: str, metric: str) -> None:
+    """Draw all plots into `plots/`; none if no trial has reported."""
+    if all(result.best(mode) is None for result in results):
         return
-    title = f"sweep {directory.name[:8]}"
-    objective_by_trial(reported, mode, metric, title, directory / "plots" / "objective_by_trial.png")
-    learning_curves(reported, mode, metric, title, directory / "plots" / "learning_curves.png")
-    parallel_coordinates(reported, axes, mode, metric, title, directory / "plots" / "parallel_coordinates.png")
-    each_setting(reported, axes, mode, metric, title, directory / "plots" / "each_setting.png")
+    study = study_of(results, axes, mode)
+    plots: dict[str, Callable[[], object]] = {
+        "objective_by_trial": lambda: plot_history(study, results, mode, metric),
+        "learning_curves": lambda: plot_learning_curves(study, results, mode, metric),
+        "parallel_coordinates": lambda: optuna_plots.plot_parallel_coordinate(study, target_name=metric),
+        "each_setting": lambda: plot_each_setting(study, metric),
+        "importances": lambda: plot_importances(study, metric),
+    }
+    if len(completed(study)) < LEAST_FOR_IMPORTANCES:
+        del plots["importances"]
+    width = max(8.0, 1.6 * (len(axes) + 1))
+    for name, plot in plots.items():
+        style = {"savefig.bbox": "tight", "figure.figsize": (6.4 if name == "each_setting" else width, 4.8)}  # plot_slice multiplies it
+        with plt.rc_context(style), warnings.catch_warnings():  # Optuna's functions change the style for all later plots
+            warnings.simplefilter("ignore")  # its plots are experimental; matplotlib warns where a setting has one value
+            plot()
+            save(plt.gcf(), directory / "plots" / f"{name}.png")
 
 
-def objectives(rows: Sequence[TrialResult], mode: str) -> np.ndarray:
-    """Each trial's best report."""
-    return np.array([found[1] for row in rows if (found := row.best(mode)) is not None])
+def study_of(results: Sequence[TrialResult], axes: Sequence[Axis], mode: str) -> optuna.Study:
+    """A study in memory with the current values of all trials, under their own numbers.
 
-
-def objective_by_trial(rows: Sequence[TrialResult], mode: str, metric: str, title: str, target: Path) -> None:
-    """Each trial's best, and the best so far."""
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    numbers, values = np.array([row.trial.number for row in rows]), objectives(rows, mode)
-    best = (np.minimum if mode == "min" else np.maximum).accumulate(values)
-    axes.step(numbers, best, where="post", color=GREY, label="best so far")
-    for early, colour, label in ((False, BLUE, "ran to its end"), (True, ORANGE, "stopped early")):
-        chosen = np.array([(row.state == EARLY) == early for row in rows])
-        if chosen.any():
-            axes.plot(numbers[chosen], values[chosen], "o", color=colour, label=label)
-    axes.set_xlabel("trial")
-    axes.set_ylabel(f"best {metric}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _finish(axes, title)
-    axes.legend(frameon=False)
-    save(figure, target)
-
-
-def learning_curves(rows: Sequence[TrialResult], mode: str, metric: str, title: str, target: Path) -> None:
-    """Every report of every trial: the best one in colour, a cross where a trial was stopped early."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    best = best_row(rows, mode)
-    for row in rows:
-        steps, values = zip(*row.reports, strict=True)
-        is_best = best is not None and row.trial.number == best.trial.number
-        axes.plot(
-            steps, values, "o-", color=BLUE if is_best else GREY, markersize=3, linewidth=2 if is_best else 1, zorder=3 if is_best else 2
+    A trial that was stopped early counts as complete with its best report, since Optuna plots no others; one without a report fails.
+    """
+    study = optuna.create_study(direction="minimize" if mode == "min" else "maximize")
+    names, distributions = names_of(axes), [distribution_of(axis, results) for axis in axes]
+    for result in results:
+        if (best := result.best(mode)) is None:
+            study.add_trial(create_trial(state=TrialState.FAIL))
+            continue
+        params = [(axis, distribution, param_of(axis, result)) for axis, distribution in zip(axes, distributions, strict=True)]
+        params = [entry for entry in params if entry[0].values is not None or entry[2] is not None]
+        study.add_trial(
+            create_trial(
+                value=best[1],
+                params={names[axis.setting]: param for axis, _, param in params},
+                distributions={names[axis.setting]: distribution for axis, distribution, _ in params},
+                intermediate_values={step: value for step, value in result.reports if math.isfinite(value)},
+            )
         )
-        if row.state == EARLY:
-            axes.plot(steps[-1], values[-1], "x", color=ORANGE, markersize=8, zorder=4)
-        axes.annotate(f" {row.trial.number}", (steps[-1], values[-1]), fontsize=8, color=BLUE if is_best else "#4a5568", va="center")
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel(metric)
-    if best is not None:
-        axes.plot([], [], "o-", color=BLUE, markersize=3, label=f"trial {best.trial.number}, the best")
-    if any(row.state == EARLY for row in rows):
-        axes.plot([], [], "x", color=ORANGE, label="stopped early")
-    _finish(axes, title)
-    axes.legend(frameon=False)
-    save(figure, target)
+    return study
 
 
-def parallel_coordinates(rows: Sequence[TrialResult], axes: Sequence[Axis], mode: str, metric: str, title: str, target: Path) -> None:
-    """A line for each trial through its settings, coloured by its objective: the darkest is the best."""
-    values = objectives(rows, mode)
-    columns = [place_of(axis, rows) for axis in axes]
-    heights = np.array([[place(row.values.get(axis.setting)) for axis, (place, _) in zip(axes, columns, strict=True)] for row in rows])
-    scaled = (values - values.min()) / (np.ptp(values) or 1.0)
-    goodness = 1 - scaled if mode == "min" else scaled
-    figure, plot = plt.subplots(figsize=(max(7.0, 1.9 * (len(axes) + 1)), 4.5), layout="constrained")
-    positions = np.arange(len(axes) + 1)
-    for index in map(int, np.argsort(goodness)):
-        line = [*heights[index], scaled[index]]
-        plot.plot(positions, line, color=COLOURS(goodness[index]), linewidth=1 + 2 * goodness[index], alpha=0.9)
-    for position, (_, ticks) in enumerate(columns):
-        for height, label in ticks:
-            plot.annotate(label, (position, height), xytext=(-4, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
-    for height, value in ((0.0, values.min()), (1.0, values.max())):
-        plot.annotate(f"{value:.4g}", (len(axes), height), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-    for position in range(len(positions)):
-        plot.axvline(position, color=GREY, linewidth=0.8, zorder=0)
-    plot.set_xticks(positions, [axis.setting.replace(".", ".\n", 1) for axis in axes] + [metric], fontsize=9)
-    plot.set_yticks([])
-    plot.set_xlim(-0.45, len(axes) + 0.35)
-    plot.spines[:].set_visible(False)
-    plot.set_title(f"{title}: darkest is best", loc="left", fontsize=11)
-    save(figure, target)
+def completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
-def each_setting(rows: Sequence[TrialResult], axes: Sequence[Axis], mode: str, metric: str, title: str, target: Path) -> None:
-    """Objective against each setting, with the rank correlation: how much each one seems to matter."""
-    columns = min(3, len(axes))
-    lines = -(-len(axes) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(3.6 * columns, 3.1 * lines), squeeze=False, sharey=True, layout="constrained")
-    values = objectives(rows, mode)
-    for plot in grid.flat[len(axes) :]:
-        plot.axis("off")
-    for plot, axis in zip(grid.flat, axes, strict=False):
-        place, ticks = place_of(axis, rows)
-        heights = np.array([place(row.values.get(axis.setting)) for row in rows])
-        early = np.array([row.state == EARLY for row in rows])
-        plot.plot(heights[~early], values[~early], "o", color=BLUE)
-        plot.plot(heights[early], values[early], "o", color=ORANGE)
-        plot.set_xticks([height for height, _ in ticks], [label for _, label in ticks], fontsize=8)
-        plot.set_xlim(-0.08, 1.08)
-        plot.set_xlabel(f"{axis.setting}\nrank correlation {rank_correlation(heights, values):+.2f}", fontsize=9)
-        plot.spines[["top", "right"]].set_visible(False)
-    for plot in grid[:, 0]:
-        plot.set_ylabel(f"best {metric}")
-    figure.suptitle(f"{title} (orange: stopped early, so not comparable in full)", fontsize=11, x=0.01, ha="left")
-    save(figure, target)
+def names_of(axes: Sequence[Axis]) -> dict[str, str]:
+    """Labels of the settings: short ones, if these are distinct."""
+    names = {axis.setting: short_name(axis.setting) for axis in axes}
+    return names if len(set(names.values())) == len(names) else {setting: setting for setting in names}
 
 
-def place_of(axis: Axis, rows: Sequence[TrialResult]) -> tuple[Callable[[Any], float], list[tuple[float, str]]]:
-    """Where a value lies between 0 and 1, and the ticks: choices side by side, ranges to scale, what lies outside at the edge."""
+def distribution_of(axis: Axis, results: Sequence[TrialResult]) -> BaseDistribution:
+    """The choices or the range of an axis, extended by values outside it: the defaults need not be in the space."""
+    values = [param_of(axis, result) for result in results]
     if axis.values is not None:
-        extra = [row.values.get(axis.setting) for row in rows]
-        known = {json.dumps(value): value for value in [*axis.values, *extra]}  # defaults need not be among the choices
-        numeric = all(isinstance(value, int | float) and not isinstance(value, bool) for value in known.values())
-        order = sorted(known, key=lambda key: known[key]) if numeric else list(known)
-        step = 1 / max(1, len(order) - 1)
-        return (lambda value: order.index(json.dumps(value)) * step), [
-            (index * step, _label(known[key])) for index, key in enumerate(order)
-        ]
-    scale = math.log if axis.distribution == "loguniform" else float
-    outside = [value for row in rows if isinstance(value := row.values.get(axis.setting), int | float)]
-    low, high = min([axis.arguments[0], *outside]), max([axis.arguments[1], *outside])
-    if axis.distribution == "loguniform" and low <= 0:
-        scale = float
-    width = scale(high) - scale(low) or 1.0
-
-    def place(value: Any) -> float:
-        return (scale(value) - scale(low)) / width if isinstance(value, int | float) else 0.0
-
-    return place, [(0.0, _label(low)), (1.0, _label(high))]
+        return CategoricalDistribution(list(dict.fromkeys([*map(hashable, axis.values), *values])))
+    numbers = [*axis.arguments[:2], *(value for value in values if value is not None)]
+    return FloatDistribution(float(min(numbers)), float(max(numbers)), log=axis.distribution == "loguniform" and min(numbers) > 0)
 
 
-def _label(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def param_of(axis: Axis, result: TrialResult) -> Any:
+    """A trial's value as Optuna can hold it; None on a range if it is not a number."""
+    value = result.values.get(axis.setting)
+    if axis.values is not None:
+        return hashable(value)
+    return float(value) if isinstance(value, NUMBERS) else None
 
 
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's, with mean ranks for ties; 0 where one of them does not vary."""
-
-    def ranks(values: np.ndarray) -> np.ndarray:
-        return np.array([(np.sum(values < value) + np.sum(values <= value) + 1) / 2 for value in values])
-
-    one, other = ranks(first), ranks(second)
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return float(np.corrcoef(one, other)[0, 1])
+def hashable(value: Any) -> Any:
+    return str(value) if isinstance(value, list | dict) else value
 
 
-def _finish(axes: Axes, title: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=11)
+def plot_history(study: optuna.Study, results: Sequence[TrialResult], mode: str, metric: str) -> None:
+    """Each trial's best report, and the best so far."""
+    axes = optuna_plots.plot_optimization_history(study, target_name=f"best {metric}")
+    early = [(result.trial.number, best[1]) for result in results if result.state == EARLY and (best := result.best(mode)) is not None]
+    if early:
+        axes.scatter(*zip(*early, strict=True), color=ORANGE, zorder=3, label="stopped early")
+        axes.legend(bbox_to_anchor=(1.05, 1.0), loc="upper left")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_learning_curves(study: optuna.Study, results: Sequence[TrialResult], mode: str, metric: str) -> None:
+    """Every report of every trial: the best trial in colour, a cross where a trial was stopped early.
+
+    Optuna's colours repeat after 20 trials, and its legend outgrows the plot: each line has its trial's number at its end instead.
+    """
+    axes = optuna_plots.plot_intermediate_values(study)
+    axes.set(title="Learning Curves", xlabel="optimizer step", ylabel=metric)
+    best = best_result(results, mode)
+    for line in axes.lines:
+        number = str(line.get_label()).removeprefix("Trial")
+        is_best = best is not None and number == str(best.trial.number)
+        line.set(color=BLUE if is_best else DARK_GREY, linewidth=2.5 if is_best else 1, zorder=3 if is_best else 2)
+        line.set_label(f"trial {number}, the best" if is_best else "_")
+        axes.annotate(f"  {number}", tuple(line.get_xydata()[-1]), fontsize=8, va="center")  # type: ignore[index, arg-type]
+    ends = [result.reports[-1] for result in results if result.state == EARLY and result.reports]
+    if ends:
+        axes.plot(*zip(*ends, strict=True), "x", color=ORANGE, markersize=8, zorder=4, label="stopped early")
+    axes.legend(bbox_to_anchor=(1.05, 1.0), loc="upper left")
+
+
+def plot_each_setting(study: optuna.Study, metric: str) -> None:
+    """Best report against each setting; the colour is the trial's number."""
+    panels = optuna_plots.plot_slice(study, target_name=f"best {metric}")
+    for axes in np.atleast_1d(np.asarray(panels, dtype=object)):
+        axes.tick_params(axis="x", which="both", rotation=45)  # on a log scale, labels overlap otherwise
+
+
+def plot_importances(study: optuna.Study, metric: str) -> None:
+    """How much the values of each setting differ between the best trials and all (PED-ANOVA, arXiv:2304.10255)."""
+    quantile = max(0.1, min(0.5, TRIALS_ON_TOP / len(completed(study))))
+    evaluator = PedAnovaImportanceEvaluator(target_quantile=quantile)
+    axes = optuna_plots.plot_param_importances(study, evaluator=evaluator, target_name=metric)
+    axes.legend().remove()

@@ -1,6 +1,6 @@
-"""A sweep on disk: which trials there are, what came out of each, and the files for people.
+"""A sweep on disk: the records of its trials, their results, and the files for people.
 
-What a trial did is read from its own run directory, never noted twice: the table says what the runs say.
+The results of a trial are read from its own run directory and stored nowhere else.
 """
 
 import csv
@@ -19,6 +19,7 @@ from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.sweep.settings import Sweep, SweepSettings
+from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
 from raytrain2p.worker.job import OBJECTIVE
@@ -32,33 +33,33 @@ OVER = (FINISHED, EARLY, FAILED)
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial, as it was begun.
+    """The record of one trial, written before it starts.
 
     Args:
         number: from 0.
-        values: the settings that vary, by dotted path; those that are not in it are the base's.
-        launch_id: of its launch: whoever starts it again goes on with the same run.
+        values: the settings that vary; all others are those of the base.
+        launch_id: of its launch: starting it again resumes the same run.
     """
 
     number: int
-    values: dict[str, Any]
+    values: Values
     launch_id: str
 
 
 @dataclass(frozen=True)
 class Inheritance:
-    """A trial took over another's weights, and went on with settings of its own (population-based training)."""
+    """A trial took over the weights of another and continued with changed settings (population-based training)."""
 
     at_step: int
     from_trial: int
     from_run: str
     from_step: int
-    settings: dict[str, Any]
+    settings: Values
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What came of a trial so far."""
+    """The state of a trial, and its results so far."""
 
     trial: Trial
     state: str = WAITING
@@ -67,7 +68,7 @@ class TrialResult:
     steps: int = 0
     reason: str = ""
     lineage: tuple[Inheritance, ...] = ()
-    values: dict[str, Any] = field(default_factory=dict)  # as they are by now
+    values: Values = field(default_factory=dict)  # the current ones, after any inheritance
 
     def best(self, mode: str) -> tuple[int, float] | None:
         """Step and value of the best report."""
@@ -77,7 +78,7 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """What a sweep leaves: what `--json` prints."""
+    """The results of a sweep: what `--json` prints."""
 
     run_id: str
     directory: str
@@ -90,16 +91,16 @@ class SweepOutcome:
 
 
 class TrialRecords:
-    """The trials of a sweep, one file each, written before the trial begins.
+    """The trials of a sweep, one file each, written before the trial starts.
 
     Args:
         directory: of the sweep's run.
-        root: where run directories are.
+        root: the output root, which holds the run directories.
     """
 
     def __init__(self, directory: Path, root: str) -> None:
         self.folder, self.root = directory / TRIALS, root
-        self.over: dict[int, TrialResult] = {}  # what is over does not change
+        self.over: dict[int, TrialResult] = {}  # cached: these do not change any more
 
     def begin(self, trial: Trial) -> None:
         write_json(self.folder / f"{trial.number:03d}.json", asdict(trial))
@@ -112,27 +113,27 @@ class TrialRecords:
         return Trial(**read_json(self.folder / f"{number:03d}.json"))
 
     def give_up(self, number: int, reason: str) -> None:
-        """Note that a trial failed and is not tried again. A run that says FAILED may be."""
+        """Record that a trial failed and is not tried again. (A run with the status FAILED may be tried again.)"""
         write_file(self.folder / f"{number:03d}.failed", reason + "\n")
 
-    def rows(self) -> list[TrialResult]:
-        return [self.row(trial) for trial in self.trials()]
+    def results(self) -> list[TrialResult]:
+        return [self.result(trial) for trial in self.trials()]
 
-    def row(self, trial: Trial) -> TrialResult:
-        """What the trial's own run directory says."""
+    def result(self, trial: Trial) -> TrialResult:
+        """The results so far, from the trial's run directory."""
         if trial.number in self.over:
             return self.over[trial.number]
         run = recorded_run(self.root, trial.launch_id)
-        row = row_of(trial, run) if run is not None and run.path.is_dir() else TrialResult(trial, values=trial.values)
-        if (self.folder / f"{trial.number:03d}.failed").is_file() and row.state not in OVER:
-            row = replace(row, state=FAILED)
-        if row.state in OVER:
-            self.over[trial.number] = row
-        return row
+        result = read_trial_result(trial, run) if run is not None and run.path.is_dir() else TrialResult(trial, values=trial.values)
+        if (self.folder / f"{trial.number:03d}.failed").is_file() and result.state not in OVER:
+            result = replace(result, state=FAILED)
+        if result.state in OVER:
+            self.over[trial.number] = result
+        return result
 
 
-def row_of(trial: Trial, run: Run) -> TrialResult:
-    """What a trial's run directory says."""
+def read_trial_result(trial: Trial, run: Run) -> TrialResult:
+    """The results in a trial's run directory."""
     points = list(read_points(run.path / "metrics.jsonl"))
     lineage = tuple(read_lineage(run.path))
     reason = run_tags(run.path).get(EARLY_TAG, "")
@@ -149,93 +150,88 @@ def row_of(trial: Trial, run: Run) -> TrialResult:
 
 
 def state_of(status: str, reason: str) -> str:
-    """A run's status, in the words of the table. One that failed is tried again, unless the sweep has given it up."""
+    """The state of a trial, from the status of its run. One that failed is tried again, unless the sweep has given it up."""
     if status == "FINISHED":
         return EARLY if reason else FINISHED
     return RUNNING if status == "RUNNING" else KILLED
 
 
 def read_lineage(directory: Path) -> Iterator[Inheritance]:
-    """What a trial took over from others, the oldest first."""
+    """The inheritances of a trial, the oldest first."""
     path = directory / "lineage.jsonl"
     if path.is_file():
         for line in path.read_text().splitlines():
             yield Inheritance(**json.loads(line))
 
 
-def note_inheritance(directory: Path, one: Inheritance) -> None:
-    """Add a line to lineage.jsonl, which is replaced as a whole."""
+def add_inheritance(directory: Path, inheritance: Inheritance) -> None:
+    """Add a line to lineage.jsonl; the file is replaced atomically."""
     lines = [json.dumps(asdict(known)) for known in read_lineage(directory)]
-    write_file(directory / "lineage.jsonl", "\n".join([*lines, json.dumps(asdict(one))]) + "\n")
+    write_file(directory / "lineage.jsonl", "\n".join([*lines, json.dumps(asdict(inheritance))]) + "\n")
 
 
-def best_row(rows: Sequence[TrialResult], mode: str) -> TrialResult | None:
-    """The trial with the best report: of those that came to their end, as they alone have a result; else of all."""
-    reported = [row for row in rows if row.best(mode) is not None]
-    reported = [row for row in reported if row.state == FINISHED] or reported
-
-    def value(row: TrialResult) -> float:
-        found = row.best(mode)
-        assert found is not None
-        return found[1] if mode == "min" else -found[1]
-
-    return min(reported, key=value, default=None)
+def best_result(results: Sequence[TrialResult], mode: str) -> TrialResult | None:
+    """The trial with the best report among those that finished; among all, if none did."""
+    reported = [(best[1], result) for result in results if (best := result.best(mode)) is not None]
+    reported = [(value, result) for value, result in reported if result.state == FINISHED] or reported
+    found = (min if mode == "min" else max)(reported, key=lambda pair: pair[0], default=None)
+    return found[1] if found is not None else None
 
 
-def table_of(rows: Sequence[TrialResult], settings: Sequence[str], mode: str) -> list[dict[str, Any]]:
-    """The table of trials: plain values by column."""
+def trial_table(results: Sequence[TrialResult], settings: Sequence[str], mode: str) -> list[dict[str, Any]]:
+    """A line for each trial, with plain values by column."""
     return [
         {
-            "trial": row.trial.number,
-            "state": row.state,
-            OBJECTIVE: best[1] if (best := row.best(mode)) else None,
+            "trial": result.trial.number,
+            "state": result.state,
+            OBJECTIVE: best[1] if (best := result.best(mode)) else None,
             "at_step": best[0] if best else None,
-            "steps": row.steps,
-            **{setting: row.values.get(setting) for setting in settings},
-            "stopped_early": row.reason,
-            "run_id": row.run.run_id if row.run else "",
-            "directory": row.run.directory if row.run else "",
+            "steps": result.steps,
+            **{setting: result.values.get(setting) for setting in settings},
+            "stopped_early": result.reason,
+            "run_id": result.run.run_id if result.run else "",
+            "directory": result.run.directory if result.run else "",
         }
-        for row in rows
+        for result in results
     ]
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """As CSV, each value in the words of MLflow's parameters (`False`, and not `false`)."""
+def write_table(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Write CSV, with values as MLflow's parameters have them (`False`, not `false`)."""
     stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, list(rows[0]) if rows else ["trial"])
+    writer = csv.DictWriter(stream, list(lines[0]) if lines else ["trial"])
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(lines)
     write_file(path, stream.getvalue())
 
 
-def write_results(directory: Path, rows: Sequence[TrialResult], settings: Sequence[str], mode: str, phase: int) -> dict[str, Any] | None:
-    """trials.csv, and best.json: the best trial, with the command that trains it again; which is returned too."""
-    write_table(directory / "trials.csv", table_of(rows, settings, mode))
-    row = best_row(rows, mode)
-    if row is None or row.run is None or (found := row.best(mode)) is None:
+def write_results(directory: Path, results: Sequence[TrialResult], settings: Sequence[str], mode: str, phase: int) -> dict[str, Any] | None:
+    """Write trials.csv and best.json: the best trial, with the command that trains it again. Returns the content of best.json."""
+    write_table(directory / "trials.csv", trial_table(results, settings, mode))
+    result = best_result(results, mode)
+    if result is None or result.run is None or (found := result.best(mode)) is None:
         return None
     best = {
-        "trial": row.trial.number,
-        "run_id": row.run.run_id,
-        "directory": row.run.directory,
+        "trial": result.trial.number,
+        "run_id": result.run.run_id,
+        "directory": result.run.directory,
         OBJECTIVE: found[1],
         "at_step": found[0],
-        "settings": row.values,
-        "command": again(row.run, phase),
+        "settings": result.values,
+        "command": retrain_command(result.run, phase),
     }
     write_json(directory / "best.json", best)
     return best
 
 
-def again(run: Run, phase: int) -> str:
-    """The command that trains a trial again, in a run of its own, with all CPUs that there are."""
+def retrain_command(run: Run, phase: int) -> str:
+    """The command that trains a trial again, in a new run and with all CPUs."""
     config = shlex.quote(f"{run.directory}/config.json")
     return f"python -m raytrain2p.train --phase {phase} --config {config} launch.cpus_per_worker=null"
 
 
 def sweep_config(sweep: Sweep) -> dict[str, Any]:
-    """A sweep with every setting resolved: what `--config` takes, and what goes to MLflow. Without a password."""
+    """A sweep with every setting resolved, without passwords: what `--config` takes and what is sent to MLflow."""
     config: dict[str, Any] = without_passwords(json.loads(sweep.base.model_dump_json()))
     return {"sweep": json.loads(sweep.options.model_dump_json()) | {"base": None}} | config
 
@@ -246,12 +242,10 @@ def may_change(kind: type[SettingsGroup], prefix: str = "") -> tuple[str, ...]:
 
 
 def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
-    """Whether a sweep can go on with these settings.
+    """Check that a sweep can be resumed with these settings.
 
     Args:
-        run: of the sweep.
-        sweep: as it is to go on.
-        before: its config.json, as it began.
+        before: the sweep's config.json, as it was started.
 
     Raises:
         InputError: every setting that differs and must not.
@@ -260,7 +254,7 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
     free = (*may_change(SweepSettings, "sweep."), *may_change(type(sweep.base)))
     problems = [
         Problem(
-            f"{key}={new.get(key)}", f"cannot change: sweep {run.run_id[:8]} began with {old.get(key)}", "leave it, or begin a new sweep"
+            f"{key}={new.get(key)}", f"cannot change: sweep {run.run_id[:8]} began with {old.get(key)}", "leave it, or start a new sweep"
         )
         for key in dict.fromkeys([*old, *new])
         if old.get(key) != new.get(key) and not belongs_to(key, free)
@@ -279,15 +273,16 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a p
 |---|---|
 | `trials.csv` | every trial: its state, its settings, its best objective, its run and directory |
 | `best.json` | the best trial, and the command that trains it again |
-| `plots/` | objective by trial, settings against objective, learning curves |
+| `plots/` | objective by trial, learning curves, settings against objective, and which settings matter |
 | `config.json` | the space and every other setting |
-| `trials/` | each trial as it was begun |
+| `trials/` | the record of each trial |
+| `study.jsonl` | the Optuna study: what the search has proposed and learnt |
 
 Started with
 
     {masked(command)}
 
-Go on with it, if it did not finish:
+Resume it, if it did not finish:
 
     python -m raytrain2p.tune --resume {run.run_id[:8]}
 """

@@ -1,12 +1,13 @@
-"""The driver's side of a sweep: check it, prepare once what its trials share, and let them run."""
+"""A sweep as a recipe: check it, prepare once what its trials share, run the trials."""
 
 import uuid
 from contextlib import ExitStack
+from typing import Any
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
-from raytrain2p.launch.cluster import connected
+from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
 from raytrain2p.launch.progress import Console
@@ -24,21 +25,19 @@ from raytrain2p.worker.channel import RunChannel
 
 
 class SweepFailedError(RuntimeError):
-    """The disk of a sweep failed. Its text is one line for the user."""
+    """The disk of a sweep failed. The message is one line for the user."""
 
 
 def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
-    """Run a sweep, or go on with one.
+    """Run a sweep, or resume one.
 
     Args:
-        sweep: checked.
-        resumed: the sweep's run, if there is one already.
-        verbose: let Ray's own output through.
-        console: where progress goes.
+        resumed: the run of a sweep to resume.
+        verbose: show Ray's own output.
 
     Raises:
         InputError: bad input; nothing was started.
-        StoppedError: a signal ended it; `--resume` goes on.
+        StoppedError: a signal ended the sweep; it can be resumed.
         SweepFailedError: its disk is full, read-only or gone.
     """
     if not verbose:
@@ -53,15 +52,10 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         prepare_store(sweep.base, experiment)
         holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
         if holder is not None:
-            raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
+            raise InputError(Problem(f"--resume {launch_id}", f"is already running: {holder}", "wait for its end"))
         if resumed is not None:
             check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key)
-        splits: dict[str, PreparedSplits] = {}
-        for key, inputs in inputs_by_key.items():
-            if not splits or any(job.store.missing(job.items) for job in inputs.jobs):  # most share their features: said once
-                with muted_stderr(verbose):
-                    encode(inputs, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
-            splits[key] = prepared(inputs)
+        splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
         except (OSError, StorageError) as error:
@@ -72,15 +66,28 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             raise SweepFailedError(one_line(gone or error, 1000)) from error
 
 
+def prepare_splits(
+    sweep: Sweep, inputs_by_key: dict[str, Any], capacity: Capacity, verbose: bool, console: Console
+) -> dict[str, PreparedSplits]:
+    """Compute missing features, and put the splits that the trials share into Ray's object store."""
+    splits: dict[str, PreparedSplits] = {}
+    for key, inputs in inputs_by_key.items():
+        if not splits or any(job.store.missing(job.items) for job in inputs.jobs):  # most share features: log them once
+            with muted_stderr(verbose):
+                encode(inputs, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+        splits[key] = prepared(inputs)
+    return splits
+
+
 def run_trials(
     sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
 ) -> SweepOutcome:
-    """Make the sweep's run, or find it, and let the trials run."""
+    """Create the sweep's run, or find it, and run the trials."""
     run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, folder=TRIALS)
     command = typed_command("raytrain2p.tune")
     describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
-        plan = SweepJob(
+        job = SweepJob(
             sweep,
             launch_id,
             command,
@@ -93,4 +100,4 @@ def run_trials(
             verbose,
         )
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
-        return SweepTuner(plan, writer, at_once, console).run()
+        return SweepTuner(job, writer, at_once, console).run()

@@ -1,4 +1,4 @@
-"""What Ray Tune does about bad trials, with the memory that a sweep needs which goes on after its driver's death."""
+"""Schedulers, which end bad trials early, with the results of trials under earlier drivers of the sweep."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from raytrain2p.phases.inputs import planned_steps
 from raytrain2p.sweep.pbt import ResumablePbt, domain_of, within
 from raytrain2p.sweep.results import OVER, TrialResult
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.space import Values
 from raytrain2p.worker.ray_reports import comparable
 
-NO_LIMIT = 10**9  # a trial ends by itself, and writes down how: Tune must not end it for being old
+NO_LIMIT = 10**9  # Tune must not end a trial for its steps: the trial ends, and records that, itself
 
 
 def scheduler_of(sweep: Sweep, known: list[TrialResult], records: int) -> TrialScheduler:
-    """The scheduler that a sweep asks for.
+    """The scheduler in the settings.
 
     Args:
-        sweep: the sweep.
-        known: trials of an earlier driver.
-        records: training records.
+        known: the trials of earlier drivers.
+        records: number of training records.
     """
     options = sweep.options
     if options.scheduler == "asha":
@@ -27,40 +27,39 @@ def scheduler_of(sweep: Sweep, known: list[TrialResult], records: int) -> TrialS
     if options.scheduler == "pbt":
         ranges = {axis.setting: axis for axis in sweep.axes}
         return ResumablePbt(
-            max((row.steps for row in known if row.state not in OVER), default=0),
+            max((result.steps for result in known if result.state not in OVER), default=0),
             time_attr="step",
             perturbation_interval=options.pbt.interval,
             quantile_fraction=options.pbt.quantile,
             hyperparam_mutations={setting: domain_of(axis) for setting, axis in ranges.items()},
             custom_explore_fn=lambda config: within(config, ranges),
-            synch=True,  # all at one step: a trial's steps stay one sequence, whosever weights it goes on with
+            synch=True,  # all at one step: a trial's steps stay one sequence, whichever weights it continues with
             require_attrs=False,
             log_config=False,
         )
     return FIFOScheduler()
 
 
-def steps_per_epoch(sweep: Sweep, values: dict[str, Any], records: int) -> int:
+def steps_per_epoch(sweep: Sweep, values: Values, records: int) -> int:
     """Of a trial with these values."""
     return max(1, records // sweep.settings(values).training.global_batch_size)
 
 
 def longest(sweep: Sweep, records: int) -> int:
-    """Steps or epochs, whichever rungs are counted in, of a whole trial with the base's settings."""
+    """Length of a trial with the base's settings, in the unit in which trials are compared: steps or epochs."""
     steps = planned_steps(sweep.base.training, records)
     by_step = sweep.options.scheduler == "pbt" or sweep.options.asha.time_attr == "step"
     return steps if by_step else -(-steps // steps_per_epoch(sweep, {}, records))
 
 
 class ResumableAsha(ASHAScheduler):
-    """ASHA, which knows the rungs that trials reached under an earlier driver of the sweep.
+    """ASHA with the rungs that trials reached under earlier drivers of the sweep.
 
-    Rungs are at grace_period x reduction_factor^k below the end of training: at the end there is nothing to be saved.
+    Rungs are at grace_period x reduction_factor^k, below the end of training: stopping a trial there would save nothing.
 
     Args:
-        sweep: the sweep.
-        known: trials of an earlier driver.
-        records: training records.
+        known: the trials of earlier drivers.
+        records: number of training records.
     """
 
     def __init__(self, sweep: Sweep, known: list[TrialResult], records: int) -> None:
@@ -74,15 +73,15 @@ class ResumableAsha(ASHAScheduler):
         sign = 1 if sweep.options.mode == "max" else -1
         while milestone < end:
             recorded = {}
-            for row in known:
-                unit = 1 if options.time_attr == "step" else steps_per_epoch(sweep, row.trial.values, records)
-                reached = [comparable(value, sweep.options.mode) for step, value in row.reports if step // unit >= milestone]
-                recorded.update({self._name(row.trial.number): sign * value for value in reached[:1]})
-            bracket._rungs.insert(0, (milestone, recorded))  # from the last one to the first, as ASHA has them
+            for result in known:
+                unit = 1 if options.time_attr == "step" else steps_per_epoch(sweep, result.trial.values, records)
+                reached = [comparable(value, sweep.options.mode) for step, value in result.reports if step // unit >= milestone]
+                recorded.update({self._name(result.trial.number): sign * value for value in reached[:1]})
+            bracket._rungs.insert(0, (milestone, recorded))  # ASHA has the last one first
             milestone *= options.reduction_factor
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """A trial that goes on keeps its places under its new name."""
+        """Tune gives a resumed trial a new name: its places on the rungs are moved to that."""
         super().on_trial_add(tune_controller, trial)
         name = self._name(trial.config["trial"])
         for bracket in self._brackets:
@@ -92,4 +91,4 @@ class ResumableAsha(ASHAScheduler):
 
     @staticmethod
     def _name(number: int) -> str:
-        return f"of an earlier driver: {number}"
+        return f"earlier driver: {number}"

@@ -1,4 +1,4 @@
-"""What a sweep is: which settings vary, how trials are searched, and when a bad one is stopped."""
+"""The settings of a sweep: what varies, how values are searched, and when a bad trial is stopped."""
 
 import copy
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pydantic import Field
 from raytrain2p.config.loading import Settings, settings_of
 from raytrain2p.config.metadata import FIXED, FREE, SHARED, Metadata, setting
 from raytrain2p.config.settings import PositiveFloat, PositiveInt, SettingsGroup
-from raytrain2p.sweep.space import Axis
+from raytrain2p.sweep.space import Axis, Values
 
 _SEARCH = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED)  # no trial has these settings, only the sweep
 
@@ -62,13 +62,12 @@ class SweepSettings(SettingsGroup):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep, checked.
+    """A checked sweep.
 
     Args:
-        options: how it searches.
         axes: what varies.
         base: the settings that the trials share.
-        path: the file that it came from.
+        path: the file that it was read from.
     """
 
     options: SweepSettings
@@ -76,21 +75,18 @@ class Sweep:
     base: Settings
     path: Path
 
-    def settings(self, values: dict[str, Any]) -> Settings:
-        """A trial's settings.
-
-        Args:
-            values: by dotted path; what is not in it is as in the base.
+    def settings(self, values: Values) -> Settings:
+        """A trial's settings: the base with these values.
 
         Raises:
-            InputError: they do not go together.
+            InputError: a value is not valid, or contradicts another setting.
         """
         tree = copy.deepcopy(self.base.model_dump())
         for key, value in values.items():
             put(tree, key, value)
         return settings_of(self.options.phase, tree, self.path)
 
-    def default_values(self) -> dict[str, Any]:
+    def default_values(self) -> Values:
         """The settings that vary, as the base has them."""
         tree = self.base.model_dump()
         return {axis.setting: look_up(tree, axis.setting) for axis in self.axes}

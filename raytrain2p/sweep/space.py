@@ -1,12 +1,12 @@
 """The settings that vary in a sweep, and the distributions that their values come from."""
 
 import math
-import random
 from dataclasses import dataclass
 from typing import Any
 
 NUMBERS = (int, float)
-# Distribution: its arguments, as they are written, and what they must be
+Values = dict[str, Any]  # of settings, by dotted path
+# Distribution: its arguments
 DISTRIBUTIONS = {
     "choice": "[VALUE, ...]",
     "grid": "[VALUE, ...]",
@@ -24,7 +24,7 @@ class Axis:
     Args:
         setting: dotted path.
         distribution: key of DISTRIBUTIONS.
-        arguments: as written.
+        arguments: as in the settings.
     """
 
     setting: str
@@ -33,33 +33,21 @@ class Axis:
 
     @property
     def values(self) -> tuple[Any, ...] | None:
-        """All of them, where they can be told."""
+        """All values, if they are listed."""
         if self.distribution in ("choice", "grid"):
             return self.arguments
         return None
 
     def probes(self) -> tuple[Any, ...]:
-        """Values that are checked before anything starts: all, or the outermost, of the type that is drawn."""
+        """Values to check before anything starts: all, or the limits, in the type that is sampled."""
         if self.distribution == "randint":
             return (self.arguments[0], self.arguments[1] - 1)
         if self.distribution == "quniform":
             return tuple(self.rounded(end) for end in self.arguments[:2])
         return self.values or tuple(map(float, self.arguments))
 
-    def sample(self, draw: random.Random) -> Any:
-        """A value drawn at random."""
-        if self.values is not None:
-            return draw.choice(self.values)
-        low, high = self.arguments[:2]
-        if self.distribution == "randint":
-            return draw.randrange(low, high)
-        if self.distribution == "loguniform":
-            return math.exp(draw.uniform(math.log(low), math.log(high)))
-        value = draw.uniform(low, high)
-        return self.rounded(value) if self.distribution == "quniform" else value
-
     def rounded(self, value: float) -> Any:
-        """The nearest of LOWEST, LOWEST + STEP, ..., up to the highest: as Optuna has them."""
+        """The nearest of LOWEST, LOWEST + STEP, ... up to HIGHEST."""
         low, high, step = self.arguments
         nearest = low + min(max(round((value - low) / step), 0), math.floor((high - low) / step + 1e-9)) * step
         return int(nearest) if all(isinstance(one, int) for one in self.arguments) else float(f"{nearest:.12g}")

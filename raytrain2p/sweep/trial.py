@@ -1,4 +1,4 @@
-"""One trial of a sweep, in its own process: a launch like any other, which reports and can be stopped."""
+"""One trial of a sweep, in its own process: a launch that reports to Ray Tune and can be stopped by it."""
 
 import math
 import os
@@ -24,19 +24,20 @@ from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, Trial
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import quiet
 from raytrain2p.storage.files import read_json, write_json
-from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial, note_inheritance, row_of
+from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial, add_inheritance, read_trial_result
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
 
-SECONDS_TO_INHERIT = 120.0  # a predecessor that was killed may take so long to let go
-SECONDS_BETWEEN_WORDS = 2.0
+SECONDS_TO_INHERIT = 120.0  # a killed process of this trial may hold the lock for so long
+SECONDS_BETWEEN_LINES = 2.0
 
 
 def splits_key(settings: Settings) -> str:
-    """Equal for settings with equal splits."""
+    """A key that is equal for settings with equal splits."""
     names = settings_where(type(settings), lambda metadata: metadata.splits)
     return repr({key: value for key, value in flatten(settings).items() if belongs_to(key, names)})
 
@@ -46,16 +47,15 @@ class SweepJob:
     """What all trials of a sweep share.
 
     Args:
-        sweep: what varies, and over which settings.
-        launch_id: of the sweep; a trial's has its number behind it.
+        launch_id: of the sweep; a trial's is this and its number.
         command: shell line that started the sweep.
         parent: the sweep's run.
         tags: of each trial's run.
-        splits: prepared ones, by `splits_key`.
+        splits: by `splits_key`.
         threads: CPUs of a worker.
-        channel: where trials leave word for the sweep's driver.
+        channel: actor that passes messages of the trials to the sweep's driver.
         environment: variables that MLflow needs.
-        verbose: let Ray's own output through.
+        verbose: show Ray's own output.
     """
 
     sweep: Sweep = field(repr=False)  # its tracking URI may have a password
@@ -74,55 +74,60 @@ def trial_launch_id(sweep: str, number: int) -> str:
     return f"{sweep}-{number:03d}"
 
 
-def run_trial(config: dict[str, Any], plan: SweepJob) -> None:
-    """The function that Ray Tune runs: train one trial, and go on with it if it has been begun before.
+def run_trial(config: Values, job: SweepJob) -> None:
+    """The function that Ray Tune runs: train one trial, or resume it.
 
     Args:
         config: the trial's number and the settings that vary, flat.
-        plan: what all trials share.
     """
-    os.environ.update(plan.environment)
-    if not plan.verbose:
+    os.environ.update(job.environment)
+    if not job.verbose:
         quiet()
     values = dict(config)
     number = values.pop("trial")
-    settings = plan.sweep.settings(values)
-    phase, root, launch_id = plan.sweep.options.phase, settings.output.root, trial_launch_id(plan.launch_id, number)
-    console = TrialConsole(plan.channel, number)
-    if (gone := disk_gone(root, launch_id)) is not None:  # or the lock would be on the disk below
+    launch_id, root = trial_launch_id(job.launch_id, number), job.sweep.base.output.root
+    trial = Trial(number, values, launch_id)
+    if (gone := disk_gone(root, launch_id)) is not None:  # the lock would be written below the mount point
         raise gone
     with launch_lock(root, launch_id).held(SECONDS_TO_INHERIT) as holder:
         if holder is not None:
-            raise RuntimeError(f"trial {number} is under way already: {holder}")
+            raise RuntimeError(f"trial {number} is already running: {holder}")
         run = recorded_run(root, launch_id)
-        trial, mode, by_step = Trial(number, values, launch_id), plan.sweep.options.mode, plan.sweep.options.scheduler != "pbt"
-        if run is not None and read_status(run.path)["status"] == "FINISHED":
-            report_end(trial, run, mode, by_step)
-            return
-        if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
-            with checkpoint.as_directory() as folder:
-                inherit(run, number, Path(folder), values)
-        splits = plan.splits.get(splits_key(settings)) or prepare(settings, phase, console)
-        exchange = plan.sweep.options.pbt.interval if plan.sweep.options.scheduler == "pbt" else None
-        part = TrialLaunch(
-            TrialContext(number, plan.sweep.options.metric, plan.channel),
-            plan.tags | {TRIAL_TAG: str(number)},
-            f"{plan.command}  # trial {number}",
-            partial(reported, number=number, exchange=exchange),
-        )
-        try:
-            train(settings, splits, phase, launch_id, plan.threads, console, part)
-        except TrainingFailedError as error:
-            reason = [line for line in str(error).splitlines() if line.strip()][-2:][0]
-            console.say(f"failed: {reason}")
-            raise
-        run = recorded_run(root, launch_id)
-        assert run is not None
-        report_end(trial, run, mode, by_step)
+        if run is None or read_status(run.path)["status"] != "FINISHED":
+            if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
+                with checkpoint.as_directory() as folder:
+                    inherit(run, number, Path(folder), values)
+            train_trial(trial, job)
+            run = recorded_run(root, launch_id)
+            assert run is not None
+        report_end(trial, run, job.sweep.options.mode, job.sweep.options.scheduler != "pbt")
+
+
+def train_trial(trial: Trial, job: SweepJob) -> None:
+    """Train a trial to its end, as any launch.
+
+    Raises:
+        TrainingFailedError: after the reason was sent to the sweep's driver.
+    """
+    settings, options, console = job.sweep.settings(trial.values), job.sweep.options, TrialConsole(job.channel, trial.number)
+    splits = job.splits.get(splits_key(settings)) or prepare(settings, options.phase, console)
+    exchange = options.pbt.interval if options.scheduler == "pbt" else None
+    launch = TrialLaunch(
+        TrialContext(trial.number, options.metric, job.channel),
+        job.tags | {TRIAL_TAG: str(trial.number)},
+        f"{job.command}  # trial {trial.number}",
+        partial(forward_reports, number=trial.number, exchange=exchange),
+    )
+    try:
+        train(settings, splits, options.phase, trial.launch_id, job.threads, console, launch)
+    except TrainingFailedError as error:
+        reason = [line for line in str(error).splitlines() if line.strip()][-2:][0]
+        console.say(f"failed: {reason}")
+        raise
 
 
 def prepare(settings: Settings, phase: int, console: "TrialConsole") -> PreparedSplits:
-    """Splits that no other trial was known to need."""
+    """Splits that were not prepared before the first trial, because too many trials differ in them."""
     from raytrain2p.launch.driver import encode, prepared
     from raytrain2p.phases.registry import read_inputs
 
@@ -132,116 +137,109 @@ def prepare(settings: Settings, phase: int, console: "TrialConsole") -> Prepared
 
 
 class TrialConsole(Console):
-    """What a trial has to say, on the sweep's channel.
-
-    Args:
-        channel: of the sweep.
-        number: of the trial.
-    """
+    """Sends a trial's messages to the sweep's driver."""
 
     def __init__(self, channel: Any, number: int) -> None:
         super().__init__(sys.stderr)
-        self.channel, self.number, self.told = channel, number, -SECONDS_BETWEEN_WORDS
+        self.channel, self.number, self.shown_at = channel, number, -SECONDS_BETWEEN_LINES
 
     def say(self, line: str) -> None:
-        with suppress(ray.exceptions.RayError):  # waited for: this process may be about to end
+        with suppress(ray.exceptions.RayError):  # wait: this process may be about to end
             ray.get(self.channel.say.remote(f"trial {self.number}: {line}"), timeout=10)
 
     def show(self, line: str) -> None:
-        if time.monotonic() - self.told >= SECONDS_BETWEEN_WORDS:
-            self.told = time.monotonic()
+        if time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
+            self.shown_at = time.monotonic()
             self.channel.put.remote({"trial": self.number, "line": line})
 
     def clear(self) -> None:
-        """Nothing is shown here."""
+        """The driver shows the lines."""
 
 
 @contextmanager
-def reported(channel: Any, number: int, exchange: int | None) -> Iterator[threading.Event]:
-    """Within, a thread hands rank 0's reports to Tune, and tells rank 0 when it may go on. If Tune stops the trial or
-    lets it pause, rank 0 never hears, and ends where it stands, with this process; the event that is yielded is set then.
+def forward_reports(channel: Any, number: int, exchange: int | None) -> Iterator[threading.Event]:
+    """Within, a thread forwards rank 0's reports to Tune, and then lets rank 0 continue.
+
+    If Tune stops or pauses the trial, rank 0 gets no answer and ends at that step, with this process. The event that is yielded is
+    set then.
 
     Args:
-        channel: between the two.
-        number: of the trial.
-        exchange: steps between two moments at which trials are compared and may take over weights; None for never.
+        exchange: steps between two comparisons of population-based training; None for other schedulers.
     """
+    stopped = threading.Event()
 
-    let_go = threading.Event()
-
-    def pass_on() -> None:
-        with suppress(ray.exceptions.RayError):  # this process or the worker is at its end
+    def forward() -> None:
+        with suppress(ray.exceptions.RayError):  # this process or the worker is ending
             while True:
-                word = ray.get(channel.next_report.remote())
+                message = ray.get(channel.next_report.remote())
                 try:
-                    report(word, number, exchange)
-                except SystemExit:  # Tune's way to end a trial's function
-                    let_go.set()
+                    report(message, number, exchange)
+                except SystemExit:  # Tune ends a trial's function with it
+                    stopped.set()
                     raise
-                except Exception as error:  # a full disk, for one: rank 0 must not wait for ever
-                    ray.get(channel.go_on.remote(f"the report could not be passed on: {type(error).__name__}: {error}"))
+                except Exception as error:  # a full disk, for example: rank 0 must not wait forever
+                    ray.get(channel.go_on.remote(f"the report could not be forwarded: {type(error).__name__}: {error}"))
                     return
                 ray.get(channel.go_on.remote())
 
-    threading.Thread(target=pass_on, name="reports", daemon=True).start()
-    yield let_go
+    threading.Thread(target=forward, name="reports", daemon=True).start()
+    yield stopped
 
 
-def report(word: dict[str, Any], number: int, exchange: int | None) -> None:
-    """Hand one report to Tune; does not return if the trial ends or pauses there."""
-    directory = Path(word.pop("directory"))
+def report(message: dict[str, Any], number: int, exchange: int | None) -> None:
+    """Report to Tune; does not return if Tune stops or pauses the trial."""
+    directory = Path(message.pop("directory"))
     if exchange is None:
-        tune.report(word)
-    elif word["step"] % exchange == 0 and not word["last"]:
-        report_with_weights(word, directory, number)
+        tune.report(message)
+    elif message["step"] % exchange == 0 and not message["last"]:
+        report_with_weights(message, directory, number)
     else:
-        del word["step"]  # in between, and at its end, a trial is not compared
-        tune.report(word)
+        del message["step"]  # between two exchanges, and at its end, a trial is not compared
+        tune.report(message)
 
 
 def report_end(trial: Trial, run: Run, mode: str, compared_by_step: bool) -> None:
-    """The last report once more: a trial that was killed after it has none otherwise, and Tune wants one of every trial."""
-    step, objective = next(reversed(row_of(trial, run).reports), (0, math.nan))
-    word = {OBJECTIVE: comparable(objective, mode), "last": True} | ({"step": step} if compared_by_step else {})
-    tune.report(word)
+    """Repeat the last report: Tune requires one of every trial, and a trial that was killed right after it has none otherwise."""
+    step, objective = next(reversed(read_trial_result(trial, run).reports), (0, math.nan))
+    tune.report({OBJECTIVE: comparable(objective, mode), "last": True} | ({"step": step} if compared_by_step else {}))
 
 
-def report_with_weights(word: dict[str, Any], directory: Path, number: int) -> None:
-    """The weights of this very step, and whose they are."""
+def report_with_weights(message: dict[str, Any], directory: Path, number: int) -> None:
+    """Report with a checkpoint of this step, and the trial that it belongs to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shutil.copyfile(directory / CHECKPOINTS / LAST, folder / LAST)
-        write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": word["step"]})
-        tune.report(word, checkpoint=tune.Checkpoint.from_directory(folder))
+        write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": message["step"]})
+        tune.report(message, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def inherit(run: Run, number: int, folder: Path, values: dict[str, Any]) -> None:
-    """Go on from another trial's weights, if they are another's: its checkpoint takes the place of this trial's last.
+def inherit(run: Run, number: int, folder: Path, values: Values) -> None:
+    """Replace this trial's last checkpoint by that of another trial, unless it is its own.
 
     Args:
-        run: of this trial.
-        number: of this trial.
-        folder: with the checkpoint, and `of.json`, which says whose it is.
-        values: the settings that this trial goes on with.
+        folder: with the checkpoint, and `of.json`: the trial, run and step that it belongs to.
+        values: the settings with which this trial continues.
 
     Raises:
-        RuntimeError: another process does not let go of the run.
+        RuntimeError: another process holds the run's lock.
     """
     source = read_json(folder / "of.json")
     if source["trial"] == number:
         return
-    row = row_of(Trial(number, values, run.launch_id), run)
-    one = Inheritance(row.steps, source["trial"], source["run_id"], source["step"], values)
-    if row.lineage and (row.lineage[-1].from_run, row.lineage[-1].from_step) == (one.from_run, one.from_step):
-        return  # it did so before it failed, and has gone on since
+    result = read_trial_result(Trial(number, values, run.launch_id), run)
+    inheritance = Inheritance(result.steps, source["trial"], source["run_id"], source["step"], values)
+    last = result.lineage[-1] if result.lineage else None
+    if last is not None and (last.from_run, last.from_step) == (inheritance.from_run, inheritance.from_step):
+        return  # done before the trial failed; it has trained since
     checkpoint = torch.load(folder / LAST, map_location="cpu", weights_only=True)
     for state in checkpoint["callbacks"].values():
         if "best" in state:
-            state["best"] = None  # the other trial's best file is not here
+            state["best"] = None  # the file of the other trial's best is not here
     with run_lock(run).held(SECONDS_TO_INHERIT) as holder:
         if holder is not None:
-            raise RuntimeError(f"another process writes to {run.directory} ({holder}), and does not end")
+            raise RuntimeError(f"another process still writes to {run.directory}: {holder}")
         write_checkpoint(checkpoint, run.checkpoints / LAST, None)
-        note_inheritance(run.path, one)
-        line = "; ".join(f"at step {each.at_step} from trial {each.from_trial} at step {each.from_step}" for each in (*row.lineage, one))
+        add_inheritance(run.path, inheritance)
+        lineage = (*result.lineage, inheritance)
+        line = "; ".join(f"at step {each.at_step} from trial {each.from_trial} at step {each.from_step}" for each in lineage)
         add_tags(run, {LINEAGE_TAG: line})

@@ -1,17 +1,18 @@
-"""What is wrong with a sweep: with the settings that vary, their values, and what does not go with its search or scheduler."""
+"""Checks of a sweep: the settings that vary, their values, and what contradicts the search or the scheduler."""
 
 import math
 from collections.abc import Sequence
 
 from raytrain2p.config.loading import nearest_key
-from raytrain2p.config.metadata import LIVE, SHARED, known_keys, metadata_of, settings_where
+from raytrain2p.config.metadata import LIVE, SHARED, known_keys, settings_where
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.space import Axis
 
 
 def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
-    """Overrides of settings that vary: they would reach the first trial alone, if any."""
+    """Overrides of settings that vary: they would apply to the defaults only."""
     varying = {axis.setting for axis in sweep.axes}
     return [
         Problem(override, "varies: it is in sweep.space", f"to fix it, sweep.space.{setting}='{{choice: [{value}]}}'")
@@ -22,30 +23,13 @@ def fixed_twice(sweep: Sweep, overrides: Sequence[str]) -> list[Problem]:
 
 
 def space_problems(sweep: Sweep) -> list[Problem]:
-    """What is wrong with the settings that vary, and with the values that they may take."""
+    """Problems of the settings that vary, and of their values."""
     options = sweep.options
     findings = Findings()
     if not sweep.axes:
         findings.add(Problem("sweep.space", "is empty: nothing varies", "name at least one setting, such as training.learning_rate"))
-    known = known_keys(SETTINGS_OF_PHASE[options.phase])
     for axis in sweep.axes:
-        where = f"sweep.space.{axis.setting}"
-        if axis.setting not in known:
-            nearest = nearest_key(SETTINGS_OF_PHASE[options.phase], axis.setting)
-            findings.add(Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else ""))
-        elif metadata_of(known[axis.setting]).trial == SHARED:
-            findings.add(Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}"))
-        elif len(options.space[axis.setting]) != 1:
-            findings.add(Problem(where, "has more than one distribution, or none", "give one"))
-        elif found := axis.problem():
-            findings.add(Problem(f"{where} = {{{axis.distribution}: {list(axis.arguments)}}}", found))
-        else:
-            for value in axis.probes():
-                try:
-                    sweep.settings({axis.setting: value})
-                except InputError as error:
-                    what = "; ".join(problem.what for problem in error.problems)
-                    findings.add(Problem(f"{where}, value {value!r}", what))
+        findings.extend(axis_problems(sweep, axis))
     grids = [axis.setting for axis in sweep.axes if axis.distribution == "grid"]
     if options.search == "grid" and (rest := [axis.setting for axis in sweep.axes if axis.values is None]):
         findings.add(
@@ -54,12 +38,34 @@ def space_problems(sweep: Sweep) -> list[Problem]:
     if options.search != "grid" and grids:
         findings.add(Problem(f"sweep.search={options.search}", f"{', '.join(grids)} is a grid", "set sweep.search=grid, or write `choice`"))
     if options.search != "grid" and options.num_trials is None:
-        findings.add(Problem("sweep.num_trials", "is missing", "set it: only a grid has an end of its own"))
+        findings.add(Problem("sweep.num_trials", "is missing", "set it: only search=grid ends without it"))
     return findings.problems
 
 
+def axis_problems(sweep: Sweep, axis: Axis) -> list[Problem]:
+    """Problems of one setting that varies: its name, its distribution, or its values."""
+    kind, where = SETTINGS_OF_PHASE[sweep.options.phase], f"sweep.space.{axis.setting}"
+    known = known_keys(kind)
+    if axis.setting not in known:
+        nearest = nearest_key(kind, axis.setting)
+        return [Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else "")]
+    if metadata_of(known[axis.setting]).trial == SHARED:
+        return [Problem(where, "is shared by all trials", f"set it beside the `sweep` group, as {axis.setting}")]
+    if len(sweep.options.space[axis.setting]) != 1:
+        return [Problem(where, "has more than one distribution, or none", "give one")]
+    if found := axis.problem():
+        return [Problem(f"{where} = {{{axis.distribution}: {list(axis.arguments)}}}", found)]
+    problems = []
+    for value in axis.probes():
+        try:
+            sweep.settings({axis.setting: value})
+        except InputError as error:
+            problems.append(Problem(f"{where}, value {value!r}", "; ".join(problem.what for problem in error.problems)))
+    return problems
+
+
 def schedule_problems(sweep: Sweep) -> list[Problem]:
-    """What does not go with the scheduler."""
+    """Settings that contradict the metric or the scheduler."""
     options, base = sweep.options, sweep.base
     findings = Findings()
     if options.metric == "val/loss" and base.data.val is None:
@@ -72,7 +78,7 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
         findings.add(
             Problem(
                 f"sweep.scheduler={options.scheduler}",
-                "compares trials by step, but they are measured at epochs' ends alone",
+                "compares trials by step, but they are measured at epochs' ends only",
                 "set checkpoint.best_of=saves and checkpoint.every_steps",
             )
         )
@@ -90,23 +96,23 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
 
 
 def retry_problems(sweep: Sweep) -> list[Problem]:
-    """Workers that were started again while the sweep stops or pauses their trial would keep CPUs that nobody knows of."""
+    """Workers that are restarted while the sweep stops or pauses their trial would keep CPUs that no scheduler counts."""
     restarts = sweep.base.launch.max_failures
     if not restarts:
         return []
     fix = f"set launch.max_failures=0 and sweep.max_failures={restarts}"
-    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a trial that fails is started again by the sweep", fix)]
+    return [Problem(f"launch.max_failures={restarts}", "in a sweep, a failed trial is restarted by the sweep", fix)]
 
 
 def pbt_problems(sweep: Sweep) -> list[Problem]:
-    """Population-based training changes settings while weights stay."""
+    """Settings that contradict population-based training, which changes settings and keeps weights."""
     options, every = sweep.options, sweep.base.checkpoint.every_steps
     findings = Findings()
     if every is not None and options.pbt.interval % every:
         findings.add(
             Problem(
                 f"sweep.pbt.interval={options.pbt.interval}",
-                f"must be a multiple of checkpoint.every_steps={every}: weights are taken over from a checkpoint",
+                f"must be a multiple of checkpoint.every_steps={every}: weights are copied from a checkpoint",
                 f"set it to {math.ceil(options.pbt.interval / every) * every}",
             )
         )
@@ -123,9 +129,7 @@ def pbt_problems(sweep: Sweep) -> list[Problem]:
     if options.search != "random":
         findings.add(Problem(f"sweep.search={options.search}", "population-based training searches by itself", "set sweep.search=random"))
     if options.try_defaults and (unset := [key for key, value in sweep.default_values().items() if value is None]):
-        findings.add(
-            Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to be changed a little", "set it, or leave that out")
-        )
+        findings.add(Problem("sweep.try_defaults=true", f"{', '.join(unset)} has no default to vary", "set it, or leave out try_defaults"))
     if (options.num_trials or 2) < 2:
-        findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is no population", "set 2 or more"))
+        findings.add(Problem(f"sweep.num_trials={options.num_trials}", "is not a population", "set 2 or more"))
     return findings.problems

@@ -1,4 +1,4 @@
-"""What a sweep shows while it is under way: the table in a terminal, and the lines elsewhere."""
+"""What a running sweep shows: the table in a terminal, and the lines elsewhere."""
 
 import io
 from pathlib import Path
@@ -13,18 +13,18 @@ from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.results import EARLY, KILLED, Trial, TrialResult
 
 RATE = "training.learning_rate"
-ROWS = [
+RESULTS = [
     TrialResult(Trial(0, {RATE: 0.001}, "s-0"), EARLY, None, ((20, 3.4121),), 20, "asha at step 20", (), {RATE: 0.001}),
     TrialResult(Trial(1, {RATE: 0.00206}, "s-1"), "running", None, ((20, 2.9), (40, 2.5)), 57, "", (), {RATE: 0.00206}),
     TrialResult(Trial(2, {RATE: 0.1}, "s-2"), KILLED, values={RATE: 0.1}),
 ]
 
 
-class Book:
-    """Of trials that are known."""
+class Records:
+    """Of three trials."""
 
-    def rows(self) -> list[TrialResult]:
-        return ROWS
+    def results(self) -> list[TrialResult]:
+        return RESULTS
 
 
 @pytest.fixture
@@ -36,9 +36,9 @@ def stream() -> io.StringIO:
 def table(tmp_path: Path, stream: io.StringIO) -> LiveTable:
     path = tmp_path / "sweep.yaml"
     path.write_text(f"sweep: {{num_trials: 3, space: {{{RATE}: {{loguniform: [1e-4, 0.1]}}}}}}\n")
-    trial_records: Any = Book()
+    trial_records: Any = Records()
     made = LiveTable(trial_records, load_sweep(path), None, Console(stream))
-    made.words[1] = "epoch 0  step 57/80  loss 0.961  8.9 samples/s  1:29 left"
+    made.progress[1] = "epoch 0  step 57/80  loss 0.961  8.9 samples/s  1:29 left"
     made.changed(1, "running")
     return made
 
@@ -46,10 +46,10 @@ def table(tmp_path: Path, stream: io.StringIO) -> LiveTable:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_has_a_line_for_each_trial_however_narrow_the_terminal(table: LiveTable, width: int) -> None:
     drawn = RichConsole(file=io.StringIO(), width=width, record=True)
-    drawn.print(table.table(ROWS))
+    drawn.print(table.table(RESULTS))
     heading, *lines = [line.rstrip() for line in drawn.export_text().splitlines()]
     assert heading.split()[:3] == ["trial", "state", "learning_rate"]
-    assert len(lines) == len(ROWS), "a word that does not fit is cut"
+    assert len(lines) == len(RESULTS), "a cell that does not fit is cut"
     assert lines[0].split() == ["0", "stopped", "early", "0.001", "20", "3.4121"]
     assert lines[1].startswith("1 ")
     assert "2.5000" in lines[1], "its best report"
@@ -57,10 +57,10 @@ def test_the_table_has_a_line_for_each_trial_however_narrow_the_terminal(table: 
     assert lines[2].split() == ["2", "waiting", "0.1", "0"], "it is tried again"
 
 
-def test_elsewhere_each_change_of_state_is_a_line_and_is_told_once(table: LiveTable, stream: io.StringIO) -> None:
-    table._tell(ROWS, everything=False)
+def test_elsewhere_each_change_of_state_is_a_line_and_is_printed_once(table: LiveTable, stream: io.StringIO) -> None:
+    table._print(RESULTS, all_trials=False)
     said = stream.getvalue().splitlines()
     assert [line.split("  ")[:2] for line in said] == [["trial 0", EARLY], ["trial 1", "running"], ["trial 2", "waiting"]]
     assert "best so far: trial 1, 2.5" in said[0]
-    table._tell(ROWS, everything=False)
+    table._print(RESULTS, all_trials=False)
     assert stream.getvalue().splitlines() == said

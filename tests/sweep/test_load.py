@@ -1,6 +1,5 @@
-"""The sweep's settings: what varies, and everything that can be wrong with it, told at once."""
+"""The sweep's settings: what varies, and everything that can be wrong with it, reported at once."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def problems(folder: Path, *overrides: str, base: dict[str, Any] | None = None, 
     return str(caught.value)
 
 
-def test_the_shipped_sweep_is_valid_and_varies_what_nobody_guesses() -> None:
+def test_the_shipped_sweep_is_valid_and_varies_several_settings() -> None:
     sweep = load_sweep(None)
     assert sweep.options.num_trials == 8
     assert {axis.setting for axis in sweep.axes} >= {"training.learning_rate", "model.lora.rank", "model.soft_tokens"}
@@ -72,33 +71,7 @@ def test_the_checkpoint_that_is_kept_is_the_best_by_the_sweeps_own_metric(tmp_pa
     assert loaded(tmp_path).base.checkpoint.monitor == "val/loss"
 
 
-@pytest.mark.parametrize(
-    ("distribution", "arguments", "inside"),
-    [
-        ("uniform", (0.0, 0.5), lambda value: 0 <= value <= 0.5),
-        ("loguniform", (1e-5, 1e-2), lambda value: 1e-5 <= value <= 1e-2),
-        ("randint", (2, 5), lambda value: value in (2, 3, 4)),
-        ("quniform", (0.0, 0.5, 0.1), lambda value: value in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)),
-        ("quniform", (0.05, 0.5, 0.2), lambda value: value in (0.05, 0.25, 0.45)),
-        ("quniform", (10, 40, 10), lambda value: value in (10, 20, 30, 40) and isinstance(value, int)),
-        ("choice", ([1], [2, 3]), lambda value: value in ([1], [2, 3])),
-    ],
-)
-def test_draws_lie_inside_and_are_the_same_for_the_same_seed(distribution: str, arguments: tuple[Any, ...], inside: Any) -> None:
-    axis = Axis("training.x", distribution, arguments)
-    drawn = [axis.sample(draw) for draw in [random.Random(4)] for _ in range(200)]
-    assert all(map(inside, drawn))
-    assert len({str(value) for value in drawn}) > 1
-    assert drawn == [axis.sample(draw) for draw in [random.Random(4)] for _ in range(200)]
-
-
-def test_a_loguniform_draw_favours_no_order_of_magnitude() -> None:
-    draw = random.Random(0)
-    drawn = [Axis("x", "loguniform", (1e-4, 1e-2)).sample(draw) for _ in range(2000)]
-    assert sum(value < 1e-3 for value in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
-
-
-def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -> None:
+def test_everything_that_is_wrong_with_a_space_is_reported_at_once(tmp_path: Path) -> None:
     said = problems(
         tmp_path,
         space={
@@ -136,11 +109,11 @@ def test_everything_that_is_wrong_with_a_space_is_told_at_once(tmp_path: Path) -
         ({"search": "grid"}, [], "training.learning_rate has no list of values"),
         ({"space": {"model.lora.rank": {"grid": [4, 8]}}}, [], "sweep.search=random\n    model.lora.rank is a grid"),
         ({"space": {}}, [], "nothing varies"),
-        ({"scheduler": "asha"}, ["checkpoint.best_of=epochs"], "measured at epochs' ends alone"),
+        ({"scheduler": "asha"}, ["checkpoint.best_of=epochs"], "measured at epochs' ends only"),
         ({"scheduler": "asha", "asha": {"grace_period": 15}}, [], "sweep.asha.grace_period=15\n    must be a multiple"),
         ({"scheduler": "pbt"}, [], "sweep.space.model.lora.rank\n    cannot change while weights stay"),
         ({"scheduler": "pbt", "pbt": {"interval": 15}}, [], "must be a multiple of checkpoint.every_steps=10"),
-        ({"scheduler": "pbt", "num_trials": 1}, [], "is no population"),
+        ({"scheduler": "pbt", "num_trials": 1}, [], "is not a population"),
         ({}, ["data.val=null"], "sweep.metric=val/loss\n    is measured on validation records"),
         ({"num_trial": 3}, [], "did you mean sweep.num_trials?"),
         ({"num_trials": 0}, [], "sweep.num_trials"),
@@ -153,7 +126,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict[str,
     assert expected in problems(tmp_path, *overrides, **options)
 
 
-def test_a_problem_of_the_sweep_and_one_of_the_trials_are_told_together(tmp_path: Path) -> None:
+def test_a_problem_of_the_sweep_and_one_of_the_trials_are_reported_together(tmp_path: Path) -> None:
     said = problems(tmp_path, "training.max_stepps=3", num_trial=3)
     assert "sweep.num_trials" in said
     assert "training.max_steps" in said

@@ -1,36 +1,38 @@
-"""A sweep on disk: the table says what the runs say."""
+"""A sweep on disk: its table agrees with the trials' runs."""
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from raytrain2p.config import InputError
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.sweep.load import load_sweep
-from raytrain2p.sweep.plots import draw_sweep, rank_correlation
+from raytrain2p.sweep.plots import draw_sweep, study_of
 from raytrain2p.sweep.results import (
     EARLY_TAG,
     Inheritance,
     Trial,
     TrialRecords,
-    best_row,
+    TrialResult,
+    add_inheritance,
+    best_result,
     check_unchanged,
-    note_inheritance,
     sweep_config,
-    table_of,
+    trial_table,
     write_results,
     write_table,
 )
+from raytrain2p.sweep.space import Axis
 from raytrain2p.tracking.run import Run, add_tags, launch_record, run_tags, write_status
 
 SETTINGS = ["training.learning_rate", "model.lora.rank"]
 
 
-def book_in(root: Path) -> TrialRecords:
-    """Of a sweep whose run has its directory, where a driver has its lock."""
+def records_in(root: Path) -> TrialRecords:
+    """Of a sweep with a run directory, and with a directory for launch records."""
     (root / "sweep").mkdir(exist_ok=True)
     launch_record(str(root), "any").parent.mkdir(exist_ok=True)
     return TrialRecords(root / "sweep", str(root))
@@ -55,7 +57,7 @@ def begun(root: Path, trial_records: TrialRecords, number: int, status: str, rep
 
 @pytest.fixture
 def trial_records(tmp_path: Path) -> TrialRecords:
-    trial_records = book_in(tmp_path)
+    trial_records = records_in(tmp_path)
     begun(tmp_path, trial_records, 0, "FINISHED", [(10, 2.0), (20, 1.0), (30, 1.5)])
     begun(tmp_path, trial_records, 1, "FINISHED", [(10, 3.0)], early="asha at step 10")
     begun(tmp_path, trial_records, 2, "FAILED", [(10, float("nan"))])
@@ -66,27 +68,27 @@ def trial_records(tmp_path: Path) -> TrialRecords:
 
 
 def test_states_come_from_the_runs(trial_records: TrialRecords) -> None:
-    assert [row.state for row in trial_records.rows()] == ["finished", "stopped early", "failed", "running", "waiting"]
-    assert [row.steps for row in trial_records.rows()] == [30, 10, 10, 0, 0]
+    assert [result.state for result in trial_records.results()] == ["finished", "stopped early", "failed", "running", "waiting"]
+    assert [result.steps for result in trial_records.results()] == [30, 10, 10, 0, 0]
 
 
 def test_a_run_that_failed_counts_as_begun_until_the_sweep_gives_it_up(tmp_path: Path) -> None:
-    trial_records = book_in(tmp_path)
+    trial_records = records_in(tmp_path)
     trial = begun(tmp_path, trial_records, 0, "FAILED", [(10, 2.0)])
-    assert trial_records.row(trial).state == "killed", "a driver that goes on tries it again"
+    assert trial_records.result(trial).state == "killed", "a driver that resumes tries it again"
     trial_records.give_up(0, "the reason")
-    assert trial_records.row(trial).state == "failed"
+    assert trial_records.result(trial).state == "failed"
 
 
 def test_a_trial_that_failed_before_it_had_a_run_is_failed(tmp_path: Path) -> None:
-    trial_records = book_in(tmp_path)
+    trial_records = records_in(tmp_path)
     trial_records.begin(Trial(0, {}, "sweep-0"))
     trial_records.give_up(0, "the reason")
-    assert [row.state for row in trial_records.rows()] == ["failed"]
+    assert [result.state for result in trial_records.results()] == ["failed"]
 
 
 def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path) -> None:
-    trial_records = book_in(tmp_path)
+    trial_records = records_in(tmp_path)
     for number in (1000, 101, 7):
         trial_records.begin(Trial(number, {}, f"sweep-{number}"))
     assert [trial.number for trial in trial_records.trials()] == [7, 101, 1000]
@@ -94,18 +96,18 @@ def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path
 
 
 def test_the_best_report_counts_not_the_last_and_nan_never(trial_records: TrialRecords) -> None:
-    rows = trial_records.rows()
-    assert rows[0].best("min") == (20, 1.0)
-    assert rows[0].best("max") == (10, 2.0)
-    assert rows[2].best("min") is None
-    assert best_row(rows, "min") == rows[0]
-    assert best_row(rows, "max") == rows[0], "one that was stopped early has no result"
-    assert best_row(rows[1:], "max") == rows[1]
-    assert best_row(rows[3:], "min") is None
+    results = trial_records.results()
+    assert results[0].best("min") == (20, 1.0)
+    assert results[0].best("max") == (10, 2.0)
+    assert results[2].best("min") is None
+    assert best_result(results, "min") == results[0]
+    assert best_result(results, "max") == results[0], "one that was stopped early has no result"
+    assert best_result(results[1:], "max") == results[1]
+    assert best_result(results[3:], "min") is None
 
 
 def test_the_csv_has_a_line_for_each_trial(trial_records: TrialRecords, tmp_path: Path) -> None:
-    write_results(tmp_path / "sweep", trial_records.rows(), SETTINGS, "min", 2)
+    write_results(tmp_path / "sweep", trial_records.results(), SETTINGS, "min", 2)
     with (tmp_path / "sweep" / "trials.csv").open(newline="") as stream:
         lines = list(csv.DictReader(stream))
     assert [(line["trial"], line["objective"], line["at_step"]) for line in lines] == [
@@ -135,19 +137,19 @@ def test_an_empty_sweep_has_an_empty_table_and_no_best(tmp_path: Path) -> None:
     assert not (tmp_path / "best.json").exists()
 
 
-def test_a_trial_that_took_over_weights_has_the_settings_that_it_goes_on_with(trial_records: TrialRecords, tmp_path: Path) -> None:
-    run = trial_records.rows()[0].run
+def test_a_trial_that_took_over_weights_has_the_settings_that_it_continues_with(trial_records: TrialRecords, tmp_path: Path) -> None:
+    run = trial_records.results()[0].run
     assert run is not None
-    note_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
-    note_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
-    (row, *_) = book_in(tmp_path).rows()
-    assert row.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
-    assert [one.from_trial for one in row.lineage] == [1, 3]
-    assert table_of([row], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
+    add_inheritance(run.path, Inheritance(20, 1, "f" * 32, 20, {"training.learning_rate": 0.5}))
+    add_inheritance(run.path, Inheritance(30, 3, "e" * 32, 30, {"training.learning_rate": 0.7}))
+    (result, *_) = records_in(tmp_path).results()
+    assert result.values == {"training.learning_rate": 0.7, "model.lora.rank": 4}
+    assert [each.from_trial for each in result.lineage] == [1, 3]
+    assert trial_table([result], SETTINGS, "min")[0]["training.learning_rate"] == 0.7
 
 
 def test_tags_that_are_added_stay_beside_those_that_are_there(trial_records: TrialRecords) -> None:
-    run = trial_records.rows()[0].run
+    run = trial_records.results()[0].run
     assert run is not None
     add_tags(run, {"one": "1"})
     first = read_json(run.path / "run.json")["described"]
@@ -156,7 +158,7 @@ def test_tags_that_are_added_stay_beside_those_that_are_there(trial_records: Tri
     assert read_json(run.path / "run.json")["described"] > first, "or MLflow would not get them: sync would not send them"
 
 
-def test_a_sweep_that_goes_on_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
+def test_a_resumed_sweep_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:
     sweep = load_sweep(None, ["tracking.uri=sqlite:////x/m.db"])
     run = Run("a" * 32, str(tmp_path), "e", "t", "sweep-1", "sweeps", "u")
     path = tmp_path / "config.json"
@@ -173,22 +175,37 @@ def test_a_password_is_not_in_a_sweeps_settings() -> None:
     assert "secret" not in json.dumps(sweep_config(sweep))
 
 
-def test_pictures_are_drawn_of_every_kind_of_setting(trial_records: TrialRecords, tmp_path: Path) -> None:
-    draw_sweep(tmp_path / "sweep", trial_records.rows(), load_sweep(None).axes, "min", "val/loss")
+def test_plots_are_drawn_of_every_kind_of_setting(trial_records: TrialRecords, tmp_path: Path) -> None:
+    draw_sweep(tmp_path / "sweep", trial_records.results(), load_sweep(None).axes, "min", "val/loss")
     made = {path.name: path.stat().st_size for path in (tmp_path / "sweep" / "plots").iterdir()}
     assert set(made) == {"objective_by_trial.png", "learning_curves.png", "parallel_coordinates.png", "each_setting.png"}
     assert min(made.values()) > 5000
 
 
+def test_importances_are_drawn_from_eight_trials_on(trial_records: TrialRecords, tmp_path: Path) -> None:
+    results = [replace(trial_records.results()[0], trial=Trial(number, {}, "s")) for number in range(8)]
+    draw_sweep(tmp_path / "sweep", results, load_sweep(None).axes, "max", "val/loss")
+    assert (tmp_path / "sweep" / "plots" / "importances.png").is_file()
+
+
+def test_plots_show_each_trial_under_its_own_number_with_the_choices_own_values() -> None:
+    axes = (
+        Axis("model.dropout", "uniform", (0.0, 0.5)),
+        Axis("training.flag", "choice", (False, True)),
+        Axis("training.names", "choice", (["a"], ["b"])),
+    )
+    values = {"model.dropout": 0.7, "training.flag": True, "training.names": ["b"]}  # the first is outside the space
+    results = [
+        TrialResult(Trial(0, values, "s-0"), "failed", values=values),
+        TrialResult(Trial(1, values, "s-1"), "stopped early", None, ((10, 2.0), (20, float("nan"))), values=values),
+        TrialResult(Trial(2, values, "s-2"), "finished", None, ((10, 1.0),), values=values | {"model.dropout": None}),
+    ]
+    failed, early, finished = study_of(results, axes, "min").trials
+    assert (failed.state.name, early.number, early.value, early.intermediate_values) == ("FAIL", 1, 2.0, {10: 2.0})
+    assert early.params == {"dropout": 0.7, "flag": True, "names": "['b']"}
+    assert finished.params == {"flag": True, "names": "['b']"}
+
+
 def test_nothing_is_drawn_where_nothing_was_reported(trial_records: TrialRecords, tmp_path: Path) -> None:
-    draw_sweep(tmp_path / "sweep", trial_records.rows()[2:], load_sweep(None).axes, "min", "val/loss")
+    draw_sweep(tmp_path / "sweep", trial_records.results()[2:], load_sweep(None).axes, "min", "val/loss")
     assert not (tmp_path / "sweep" / "plots").exists()
-
-
-def test_rank_correlation_is_spearmans() -> None:
-    from scipy.stats import spearmanr  # type: ignore[import-untyped]
-
-    draw = np.random.default_rng(0)
-    first, second = draw.integers(0, 4, 30).astype(float), draw.normal(size=30)
-    assert rank_correlation(first, second) == pytest.approx(spearmanr(first, second).statistic)
-    assert rank_correlation(np.ones(4), second[:4]) == 0.0

@@ -47,7 +47,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def assert_the_table_says_what_mlflow_says(folder: Path) -> None:
+def assert_the_table_agrees_with_mlflow(folder: Path) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     _, runs = children(folder)
     lines = table(folder)
@@ -85,7 +85,7 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
 
     done = tune(folder, ray_head, "--resume", "latest")
     assert done.code == 0, done.err
-    assert "going on: " in done.err
+    assert "resuming: " in done.err
     assert "Ray Tune ended" not in done.err
     outcome = done.outcome
     assert (outcome["trials"], outcome["failed"]) == (4, 0), done.err
@@ -97,8 +97,8 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     assert len(runs) == 4
     directories = {path.name for path in folder.glob("checkpoints/alignment/*")}
     assert len(directories) == 4
-    assert begun <= directories, "what was begun went on"
-    assert_the_table_says_what_mlflow_says(folder)
+    assert begun <= directories, "what was begun was resumed"
+    assert_the_table_agrees_with_mlflow(folder)
     assert {line["state"] for line in table(folder)} == {"finished", "stopped early"}
 
     directory = Path(outcome["directory"])
@@ -149,7 +149,7 @@ def train_losses(folder: Path, run: Any) -> dict[int, float]:
 
 
 @only_long
-def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+def test_population_based_training_continues_from_anothers_weights(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
     folder = tmp_path / "pbt"
     done = tune(folder, ray_head, f"--config={sweep_config}", *PBT)
     assert done.code == 0, done.err
@@ -173,7 +173,7 @@ def test_population_based_training_goes_on_from_anothers_weights(tmp_path: Path,
 
 
 @only_long
-def test_a_population_goes_on_after_its_driver_is_killed(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+def test_a_population_is_resumed_after_its_driver_is_killed(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
     folder = tmp_path / "pbt"
     launch = SweepLaunch(folder, [f"--config={sweep_config}", *PBT], {"RAY_ADDRESS": ray_head})
     launch.start()
@@ -203,11 +203,11 @@ def test_a_sweep_runs_as_a_submitted_job(tmp_path: Path, ray_head: str, sweep_co
     parent, runs = children(tmp_path)
     assert parent.info.run_id == outcome["run_id"]
     assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
-    assert_the_table_says_what_mlflow_says(tmp_path)
+    assert_the_table_agrees_with_mlflow(tmp_path)
 
 
 @only_long
-def test_ctrl_c_leaves_the_table_and_what_can_go_on(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+def test_ctrl_c_leaves_the_table_and_can_be_resumed(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
     folder = tmp_path / "stopped"
     launch = SweepLaunch(folder, [f"--config={sweep_config}", "training.max_steps=100000", "sweep.num_trials=3"], {"RAY_ADDRESS": ray_head})
     launch.start()

@@ -1,0 +1,101 @@
+"""The end of trials that could not record it themselves, and the end of a sweep: tables, plots and its status."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from raytrain2p.config.secrets import one_line
+from raytrain2p.launch.progress import Console
+from raytrain2p.sweep.callbacks import StopRequest, remove_workers
+from raytrain2p.sweep.plots import draw_sweep
+from raytrain2p.sweep.results import (
+    EARLY,
+    EARLY_TAG,
+    FAILED,
+    FINISHED,
+    KILLED,
+    OVER,
+    SweepOutcome,
+    TrialRecords,
+    TrialResult,
+    write_results,
+)
+from raytrain2p.sweep.trial import SweepJob, trial_launch_id
+from raytrain2p.tracking.run import add_tags, read_status, recorded_run
+from raytrain2p.tracking.run_writer import RunWriter, end_run, send_rest
+from raytrain2p.worker.job import OBJECTIVE
+
+
+class TrialFinalizer:
+    """Records the end of trials that could not do it: their process was stopped, or killed.
+
+    A stopped trial is FINISHED with the tag EARLY_TAG, or KILLED, which a resume continues; one that Tune gave up is FAILED.
+    """
+
+    def __init__(self, job: SweepJob, records: TrialRecords, stop: StopRequest, console: Console) -> None:
+        self.job, self.records, self.stop, self.console = job, records, stop, console
+        self.uri, self.root = job.sweep.base.tracking.uri, job.sweep.base.output.root
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="finalize")  # Tune's thread must not wait for MLflow
+
+    def settle_known(self) -> None:
+        """Finish what an earlier driver left: trials tagged as stopped early whose runs were not ended."""
+        for result in self.records.results():
+            if result.reason and result.state not in OVER:
+                self.settle(result.trial.number, EARLY)
+
+    def trial_over(self, number: int) -> None:
+        """Tune has ended a trial. One that did not end by itself was stopped early."""
+        self.executor.submit(self._settle_logged, number)
+
+    def trial_given_up(self, number: int, reason: str) -> None:
+        """Tune does not try a trial again. Its process has reported that, unless it was killed or had no run yet."""
+        self.records.give_up(number, reason)
+        run = recorded_run(self.root, trial_launch_id(self.job.launch_id, number))
+        if run is None or read_status(run.path)["status"] == "RUNNING":
+            self.console.say(f"trial {number}: failed: {reason}")
+            if run is not None:
+                self.executor.submit(end_run, run, self.uri, "FAILED")
+
+    def settle(self, number: int, state: str) -> None:
+        """Record how a trial ended, unless it did so itself."""
+        result = self.records.result(self.records.trial(number))
+        if result.run is None or result.state in OVER:
+            return
+        if state == EARLY:
+            reason = result.reason or f"{self.stop.reason or self.job.sweep.options.scheduler} at step {result.steps}"
+            add_tags(result.run, {EARLY_TAG: reason})
+        end_run(result.run, self.uri, {EARLY: "FINISHED", KILLED: "KILLED"}[state])
+
+    def settle_all(self, signalled: bool) -> None:
+        """Record the end of every trial that has a run, once Tune is done."""
+        for result in self.records.results():
+            if result.state not in OVER and result.run is not None:
+                if not signalled:
+                    remove_workers(self.job.channel, result.trial.number)
+                early = result.reason or (self.stop.reason and not signalled)
+                self.settle(result.trial.number, EARLY if early else KILLED)
+
+    def _settle_logged(self, number: int) -> None:
+        try:
+            self.settle(number, EARLY)
+        except Exception as error:  # in the executor, it would be lost
+            self.console.say(f"trial {number} could not be recorded as stopped early: {one_line(error)}")
+
+
+def write_outcome(job: SweepJob, results: Sequence[TrialResult], writer: RunWriter, console: Console) -> SweepOutcome:
+    """Send what MLflow lacks, write tables, plots and the objective of each trial, and count the trials."""
+    options, uri, directory = job.sweep.options, job.sweep.base.tracking.uri, job.parent.path
+    if not all(send_rest(result.run, uri) for result in results if result.run is not None):
+        console.say("some trials are not complete in MLflow; send the rest later: python -m raytrain2p.runs sync")
+    settings = [axis.setting for axis in job.sweep.axes]
+    best = write_results(directory, results, settings, options.mode, options.phase)
+    try:
+        draw_sweep(directory, results, job.sweep.axes, options.mode, options.metric)
+    except Exception as error:  # a plot is not worth a sweep
+        console.say(f"no plots: {type(error).__name__}: {one_line(error)}")
+    for result in results:
+        if (found := result.best(options.mode)) is not None and result.state in OVER:
+            writer.write_metrics({OBJECTIVE: found[1]}, result.trial.number)
+    count = [result.state for result in results].count
+    finished, early, failed = count(FINISHED), count(EARLY), count(FAILED)
+    unfinished = len(results) - finished - early - failed
+    return SweepOutcome(job.parent.run_id, job.parent.directory, len(results), finished, early, failed, unfinished, best)
