@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from raytrain2p.config.loading import nearest_key
-from raytrain2p.config.metadata import LIVE, SHARED, known_keys, settings_where
+from raytrain2p.config.metadata import LIVE, SHARED, known_keys, metadata_of, settings_where
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.sweep.settings import Sweep
