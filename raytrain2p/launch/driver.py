@@ -6,7 +6,6 @@ import uuid
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -18,6 +17,7 @@ from raytrain2p.launch.monitor import PreparedSplits, train
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.data import check_aligner
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.storage.files import read_json
@@ -27,7 +27,7 @@ from raytrain2p.tracking.run import Run, launch_lock, recorded_run
 from raytrain2p.worker.job import Outcome
 
 
-def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, Any]:
+def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, PhaseInputs]:
     """Everything that can be known before a cluster is asked: models, aligner, records, images, resources; and, for a
     launch that has a run already, whether these settings can go on with it.
 
@@ -51,6 +51,7 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
         with findings:
             check_resumable(run, settings, inputs.records if inputs is not None else None)
     findings.raise_any()
+    assert inputs is not None
     return settings, inputs
 
 
@@ -152,7 +153,7 @@ def check_phase_of_launch(run: Run, phase: int) -> None:
         )
 
 
-def encode(inputs: Any, settings: Settings, most_cpus: float, console: Console) -> None:
+def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: Console) -> None:
     """Run the frozen encoders over what the store does not have yet.
 
     Args:
@@ -176,7 +177,7 @@ def encode(inputs: Any, settings: Settings, most_cpus: float, console: Console) 
             console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
 
 
-def prepared(inputs: Any) -> PreparedSplits:
+def prepared(inputs: PhaseInputs) -> PreparedSplits:
     """What a inputs found, once everything is encoded."""
     return PreparedSplits(ray.put(inputs.prepare()), inputs.records)
 

@@ -1,32 +1,32 @@
 """`--dry-run`: what would run, how large it is, and roughly what memory a worker needs."""
 
 import json
-from typing import Any
 
 import torch
 import yaml
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
+from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.inputs import count_parameters, planned_steps
+from raytrain2p.phases.inputs import PhaseInputs, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
 GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments
 
 
-def dry_run(settings: Settings, inputs: Any) -> str:
+def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
     """The resolved settings and the sizes that follow from them, as text."""
     resolved = json.loads(settings.model_dump_json())
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
     counts = count_parameters(inputs.parts())
     steps = planned_steps(settings.training, inputs.records, settings.launch.num_workers)
     # encoders are in the worker's memory only where they run in the step
-    held = sum(count["frozen"] for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
-    frozen = sum(count["frozen"] for count in counts.values())
-    trained = sum(count["trained"] for count in counts.values())
+    held = sum(count.frozen for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
+    frozen = sum(count.frozen for count in counts.values())
+    trained = sum(count.trained for count in counts.values())
     lines = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), "", f"{'parameters':16}{'frozen':>14}{'trained':>14}"]
-    lines += [f"{name:16}{count['frozen']:>14,}{count['trained']:>14,}" for name, count in counts.items()]
+    lines += [f"{name:16}{count.frozen:>14,}{count.trained:>14,}" for name, count in counts.items()]
     lines += [
         f"{'together':16}{frozen:>14,}{trained:>14,}",
         "",
@@ -39,7 +39,7 @@ def dry_run(settings: Settings, inputs: Any) -> str:
     return "\n".join(lines)
 
 
-def memory_mb(settings: Settings, inputs: Any, frozen: int, trained: int) -> float:
+def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> float:
     """Weights, gradients, optimizer state and activations kept for the backward pass. An estimate: kernels add to it."""
     on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
     width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.use_gpu else 4

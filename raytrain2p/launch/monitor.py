@@ -7,10 +7,10 @@ import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -27,6 +27,9 @@ from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
 
+if TYPE_CHECKING:
+    from raytrain2p.phases.inputs import Split
+
 
 class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
@@ -40,7 +43,7 @@ class LetGoError(RuntimeError):
 class PreparedSplits:
     """The splits in Ray's object store, and how many training records there are. Several launches may share them."""
 
-    data: Any
+    data: "ray.ObjectRef[Mapping[str, Split]]"
     records: int
 
 
@@ -58,7 +61,7 @@ class TrialLaunch:
     membership: TrialContext
     tags: dict[str, str]
     command: str
-    reported: Callable[[Any], AbstractContextManager[threading.Event]]
+    reported: Callable[[RunChannel], AbstractContextManager[threading.Event]]
 
 
 def train(
@@ -72,7 +75,7 @@ def train(
         LetGoError: the sweep ended it.
     """
     root, uri = settings.output.root, settings.tracking.uri
-    channel = RunChannel.remote()  # type: ignore[attr-defined]
+    channel = RunChannel()
     plan = TrainJob(
         settings,
         phase,
@@ -83,7 +86,7 @@ def train(
         channel=channel,
         facts={"train_records": splits.records},
         environment=mlflow_environment(),
-        membership=trial.membership if trial else None,
+        trial=trial.membership if trial else None,
         tags=trial.tags if trial else {},
     )
     let_go = threading.Event()

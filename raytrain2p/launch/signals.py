@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from raytrain2p.worker.channel import RunChannel
+
 SECONDS_TO_STOP = 60.0  # a long step and a large checkpoint must fit into it
 
 
@@ -42,7 +44,7 @@ class StopSignals:
         self.news.set()
 
 
-def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str], None]) -> int | None:
+def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable[[str], None]) -> int | None:
     """Wait for the end of `fit`; if a signal came meanwhile, its number.
 
     It runs in a thread: in the main one, Ray would put a handler of its own in the place of ours, which saves nothing.
@@ -76,9 +78,9 @@ def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str],
         return signals.received[0] if signals.received else None
 
 
-def _request_stop(channel: Any) -> bool:
+def _request_stop(channel: RunChannel) -> bool:
     """Whether workers train, and will stop."""
     try:
-        return bool(ray.get(channel.request_stop.remote(), timeout=10))
+        return channel.request_stop()
     except ray.exceptions.RayError:  # a time-out among them: the channel's node is gone or slow
         return False

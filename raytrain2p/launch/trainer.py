@@ -46,7 +46,7 @@ def ray_trainer(plan: TrainJob) -> TorchTrainer:
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
         ),
-        is_trial=plan.membership is not None,
+        is_trial=plan.trial is not None,
     )
 
 

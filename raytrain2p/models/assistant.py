@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raytrain2p.models.aligner import Branch
+from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 
 
@@ -83,6 +84,23 @@ class Assistant(nn.Module):
         spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
         self.projector = Projector(dimension, embedding.shape[1], spread)
         self.soft_tokens = soft_tokens
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"language model": self.language_model, "aligner": self.branch, "projector": self.projector}
+
+    def freeze(self, tuning: str, train_aligner: bool) -> dict[str, ParameterCount]:
+        """Set which weights train, and count them by part.
+
+        Args:
+            tuning: of the language model: its adapters (`lora`), all of it (`full`), or nothing (`frozen`).
+            train_aligner: whether the branch's map trains. Its pooling query never does: phase 2 does not use it.
+        """
+        self.requires_grad_(False)
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_(tuning == "full" or (tuning == "lora" and "lora_" in name))
+        self.branch.map.requires_grad_(train_aligner)
+        self.projector.requires_grad_(True)
+        return count_parameters(self.parts())
 
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
         """Token embeddings with the images' soft tokens in their places, (B, L, E)."""
@@ -165,12 +183,13 @@ class AssistantShape:
 
 
 def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False) -> Assistant:
-    """The pretrained language model in `dtype`, prepared for tuning; aligner branch and projector untrained.
+    """The pretrained language model, with adapters if `shape.tuning` is `lora`; aligner branch and projector untrained.
+
+    Which weights train is for `Assistant.freeze` to set.
 
     Args:
-        shape: what to build.
         attention: kernel, as transformers names it.
-        dtype: of the frozen weights.
+        dtype: of the frozen weights; those that train are float32.
         empty: build from the configuration alone, without reading weights (for counting, on the meta device).
     """
     directory = model_directory(shape.language_model, "model.language_model")
@@ -179,19 +198,17 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     else:
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
     base.generation_config = GenerationConfig()
-    language_model = tune(base, shape.tuning, shape.lora)
+    if shape.tuning == "full":
+        base = base.float()
+    elif shape.tuning == "lora":
+        base = with_adapters(base, shape.lora)
     aligner = shape.aligner
     branch = Branch(aligner["widths"]["image"], aligner["hidden"], aligner["dimension"], dropout=0.0)
-    return Assistant(language_model, branch, aligner["dimension"], shape.soft_tokens)
+    return Assistant(base, branch, aligner["dimension"], shape.soft_tokens)
 
 
-def tune(language_model: Any, tuning: str, lora: dict[str, Any]) -> Any:
-    """Freeze the language model but for what `tuning` says: `lora` adapters (float32), everything (`full`), or nothing."""
-    if tuning == "full":
-        return language_model.float().requires_grad_(True)
-    language_model.requires_grad_(False)
-    if tuning == "frozen":
-        return language_model
+def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
+    """The model with LoRA adapters (arXiv:2106.09685) in float32, through peft."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

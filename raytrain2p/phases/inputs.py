@@ -16,6 +16,7 @@ from raytrain2p.data.media import ImageRef
 from raytrain2p.data.records import Record, read_records
 
 TRAIN, VAL = "train", "val"
+Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Split(Protocol):
     def supervised(self) -> np.ndarray:
         """Supervised tokens per record, (N,)."""
 
-    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """Tensors of one worker's part of a forward pass."""
 
 
@@ -118,16 +119,3 @@ def planned_steps(training: TrainingSettings, records: int, world_size: int) -> 
     per_epoch = records // (training.batch_size * training.accumulate * world_size)
     by_epochs = per_epoch * training.max_epochs if training.max_epochs is not None else None
     return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
-
-
-def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Frozen and trained parameters of each part, shared weights counted once."""
-    counts, seen = {}, set()
-    for name, part in parts.items():
-        count = {"frozen": 0, "trained": 0}
-        for parameter in part.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
-        counts[name] = count
-    return counts

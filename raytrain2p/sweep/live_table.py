@@ -15,6 +15,7 @@ from rich.text import Text
 from raytrain2p.launch.progress import POLL_SECONDS, Console
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_row
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.worker.channel import SweepChannel
 
 PLAIN_SECONDS = 30.0  # between two lines about trials that go on
 PAUSE_PER_READING = 20  # times as long as it took to read the trials' files passes before they are read again
@@ -30,7 +31,7 @@ class LiveTable:
         console: where it is shown.
     """
 
-    def __init__(self, trial_records: TrialRecords, sweep: Sweep, channel: Any, console: Console) -> None:
+    def __init__(self, trial_records: TrialRecords, sweep: Sweep, channel: SweepChannel, console: Console) -> None:
         self.trial_records, self.sweep, self.channel, self.console = trial_records, sweep, channel, console
         self.settings = [axis.setting for axis in sweep.axes]
         self.words: dict[int, str] = {}  # by trial: what its worker said last
@@ -80,9 +81,9 @@ class LiveTable:
 
     def _hear(self, seconds: float) -> None:
         """What trials have to say, at once or within so long."""
-        word, lines = ray.get(self.channel.next.remote(seconds), timeout=seconds + 3 * POLL_SECONDS)
-        if word:
-            self.words[word["trial"]] = word["line"]
+        update, lines = self.channel.next(seconds)
+        if update is not None:
+            self.words[update.trial] = update.line
         for line in lines:
             if self.live is not None:
                 self.live.console.print(line, markup=False, highlight=False)

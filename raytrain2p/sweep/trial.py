@@ -27,6 +27,7 @@ from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial,
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.worker.channel import RunChannel, SweepChannel, TrialProgress, TrialReport
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
 
@@ -77,7 +78,7 @@ class SweepJob:
     tags: dict[str, str]
     splits: dict[str, PreparedSplits]
     threads: int
-    channel: Any
+    channel: SweepChannel
     environment: dict[str, str] = field(repr=False)
     verbose: bool
 
@@ -151,25 +152,25 @@ class TrialConsole(Console):
         number: of the trial.
     """
 
-    def __init__(self, channel: Any, number: int) -> None:
+    def __init__(self, channel: SweepChannel, number: int) -> None:
         super().__init__(sys.stderr)
         self.channel, self.number, self.told = channel, number, -SECONDS_BETWEEN_WORDS
 
     def say(self, line: str) -> None:
         with suppress(ray.exceptions.RayError):  # waited for: this process may be about to end
-            ray.get(self.channel.say.remote(f"trial {self.number}: {line}"), timeout=10)
+            self.channel.say_and_wait(f"trial {self.number}: {line}")
 
     def show(self, line: str) -> None:
         if time.monotonic() - self.told >= SECONDS_BETWEEN_WORDS:
             self.told = time.monotonic()
-            self.channel.put.remote({"trial": self.number, "line": line})
+            self.channel.put(TrialProgress(self.number, line))
 
     def clear(self) -> None:
         """Nothing is shown here."""
 
 
 @contextmanager
-def reported(channel: Any, number: int, exchange: int | None) -> Iterator[threading.Event]:
+def reported(channel: RunChannel, number: int, exchange: int | None) -> Iterator[threading.Event]:
     """Within, a thread hands rank 0's reports to Tune, and tells rank 0 when it may go on. If Tune stops the trial or
     lets it pause, rank 0 never hears, and ends where it stands, with this process; the event that is yielded is set then.
 
@@ -184,30 +185,29 @@ def reported(channel: Any, number: int, exchange: int | None) -> Iterator[thread
     def pass_on() -> None:
         with suppress(ray.exceptions.RayError):  # this process or the worker is at its end
             while True:
-                word = ray.get(channel.next_report.remote())
+                one = channel.next_report()
                 try:
-                    report(word, number, exchange)
+                    report(one, number, exchange)
                 except SystemExit:  # Tune's way to end a trial's function
                     let_go.set()
                     raise
                 except Exception as error:  # a full disk, for one: rank 0 must not wait for ever
-                    ray.get(channel.go_on.remote(f"the report could not be passed on: {type(error).__name__}: {error}"))
+                    channel.accept_report(f"the report could not be passed on: {type(error).__name__}: {error}")
                     return
-                ray.get(channel.go_on.remote())
+                channel.accept_report()
 
     threading.Thread(target=pass_on, name="reports", daemon=True).start()
     yield let_go
 
 
-def report(word: dict[str, Any], number: int, exchange: int | None) -> None:
+def report(report: TrialReport, number: int, exchange: int | None) -> None:
     """Hand one report to Tune; does not return if the trial ends or pauses there."""
-    directory = Path(word.pop("directory"))
+    word = report.metrics | {"epoch": report.epoch, "last": report.last}
     if exchange is None:
-        tune.report(word)
-    elif word["step"] % exchange == 0 and not word["last"]:
-        report_with_weights(word, directory, number)
-    else:
-        del word["step"]  # in between, and at its end, a trial is not compared
+        tune.report(word | {"step": report.step})
+    elif report.step % exchange == 0 and not report.last:
+        report_with_weights(word | {"step": report.step}, Path(report.directory), number)
+    else:  # in between, and at its end, a trial is not compared
         tune.report(word)
 
 

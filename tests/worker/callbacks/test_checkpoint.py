@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from raytrain2p.config.settings import CheckpointSettings
 from raytrain2p.storage.errors import StorageError, storage_error
 from raytrain2p.tracking.checkpoints import (
     LAST,
@@ -29,7 +30,7 @@ from raytrain2p.tracking.checkpoints import (
 )
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
-from tests.training import trainer_in
+from tests.training import ScriptedMetrics, trainer_in
 
 Values = Callable[[int], dict[str, float]]
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
@@ -96,17 +97,13 @@ def fit(
 ) -> tuple[list[tuple[str, int]], list[int]]:
     """Train, and return what was done before and at each save, and at which steps a checkpoint competed."""
     notes = [] if notes is None else notes
-    judged: list[int] = []
+    scored: list[int] = []
     checkpoints = BestAndLastCheckpoints(
         folder,
-        monitor,
-        mode,
-        every_steps,
-        best_of,
+        CheckpointSettings.model_validate({"monitor": monitor, "mode": mode, "every_steps": every_steps, "best_of": best_of}),
         passes // accumulate,
-        lambda trainer, module: values(trainer.global_step),
-        lambda trainer: notes.append(("before", trainer.global_step)),
-        lambda metrics, score: judged.append(score.step),
+        ScriptedMetrics(values, lambda trainer: notes.append(("before", trainer.global_step))),
+        lambda metrics, score: scored.append(score.step),
         saved,
     )
     trainer = trainer_in(
@@ -119,7 +116,7 @@ def fit(
     )
     data: DataLoader[torch.Tensor] = DataLoader(torch.zeros(passes, 1))  # type: ignore[arg-type]
     trainer.fit(Scripted(size), data, ckpt_path=str(resume) if resume else None, weights_only=resume is not None)
-    return notes, judged
+    return notes, scored
 
 
 def load(path: Path | None) -> dict[str, Any]:
@@ -221,9 +218,9 @@ def test_without_any_number_there_is_a_last_and_no_best(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("best_of", "competed"), [("epochs", [5, 10]), ("saves", [2, 4, 5, 6, 8, 10])])
 def test_every_few_steps_and_at_each_epochs_end_it_is_saved_once(tmp_path: Path, best_of: str, competed: list[int]) -> None:
-    notes, judged = fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of=best_of, passes=5)
+    notes, scored = fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of=best_of, passes=5)
     assert saved_steps(notes) == [2, 4, 5, 6, 8, 10]
-    assert judged == competed
+    assert scored == competed
 
 
 def test_who_asks_for_it_is_told_once_that_very_checkpoint_is_on_disk(tmp_path: Path) -> None:
@@ -253,17 +250,17 @@ def test_without_a_number_of_steps_it_is_saved_at_epochs_ends_alone(tmp_path: Pa
     assert saved_steps(notes) == [2, 4]
 
 
-def test_a_run_that_ends_within_an_epoch_is_saved_and_judged_at_its_end(tmp_path: Path) -> None:
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=4), -1, every_steps=2, passes=4, max_steps=6)
+def test_a_run_that_ends_within_an_epoch_is_saved_and_scored_at_its_end(tmp_path: Path) -> None:
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=4), -1, every_steps=2, passes=4, max_steps=6)
     assert saved_steps(notes) == [2, 4, 6]
-    assert judged == [4, 6]
+    assert scored == [4, 6]
     assert step_of(last_checkpoint(tmp_path)) == 6
 
 
 def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0), 2, every_steps=1, passes=6, accumulate=3)
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0), 2, every_steps=1, passes=6, accumulate=3)
     assert saved_steps(notes) == [1, 2, 3, 4]
-    assert judged == [2, 4]
+    assert scored == [2, 4]
 
 
 def test_what_must_come_before_a_save_comes_before_each(tmp_path: Path) -> None:
@@ -312,9 +309,9 @@ def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path, values: tup
 def test_a_run_that_stopped_within_an_epoch_does_the_rest_of_it(tmp_path: Path, stopped: int) -> None:
     with pytest.raises(SIGTERMException):
         fit(tmp_path, by_epoch(1.0, per_epoch=5), 1, every_steps=2, passes=5, others=[Raising(stopped, SIGTERMException())])
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=5), 2, every_steps=2, passes=5, resume=last_checkpoint(tmp_path))
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=5), 2, every_steps=2, passes=5, resume=last_checkpoint(tmp_path))
     assert saved_steps(notes) == [4, 5, 6, 8, 10]
-    assert judged == [5, 10]
+    assert scored == [5, 10]
     assert step_of(last_checkpoint(tmp_path)) == 10
 
 

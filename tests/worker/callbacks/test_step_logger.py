@@ -11,11 +11,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from raytrain2p.config.settings import CheckpointSettings
 from raytrain2p.tracking.checkpoints import last_checkpoint
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.callbacks.step_logger import Mean, StepLogger
-from tests.training import trainer_in
+from raytrain2p.worker.channel import StepProgress
+from tests.training import ScriptedMetrics, trainer_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
@@ -67,7 +69,7 @@ class Kept:
 
     def __init__(self, every: int = 1, steps_per_epoch: int = 100, mean: Any = lambda losses: losses) -> None:
         self.writes: list[list[MetricPoint]] = []
-        self.shown: list[dict[str, Any]] = []
+        self.shown: list[StepProgress] = []
         self.log = StepLogger(every, 8, steps_per_epoch, mean, lambda points: self.writes.append(list(points)), self.shown.append)
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -75,7 +77,7 @@ class Kept:
 
     def saving(self, folder: Path, every_steps: int) -> BestAndLastCheckpoints:
         """The checkpoints of a run that this log is kept of, in the way that the workers do it; none is judged."""
-        return BestAndLastCheckpoints(folder, "train_loss", "min", every_steps, "epochs", 100, lambda *_: {}, self.log.hand_over)
+        return BestAndLastCheckpoints(folder, CheckpointSettings(every_steps=every_steps), 100, ScriptedMetrics({}, self.log.flush))
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
@@ -159,10 +161,10 @@ def test_every_worker_joins_the_mean_though_it_writes_nothing(tmp_path: Path) ->
 def test_what_is_shown_are_the_latest_numbers(tmp_path: Path) -> None:
     kept = Kept(every=2, steps_per_epoch=4)
     train(tmp_path, kept.log, passes=4, epochs=-1, steps=6)
-    assert [(word["epoch"], word["step"], word["loss"]) for word in kept.shown] == [(0, 2, 2.0), (0, 4, 4.0), (1, 6, 6.0)]
-    assert kept.shown[0]["seconds_left"] > 0
-    assert kept.shown[-1]["seconds_left"] == 0
-    assert all(word["samples_per_second"] > 0 for word in kept.shown)
+    assert [(shown.epoch, shown.step, shown.loss) for shown in kept.shown] == [(0, 2, 2.0), (0, 4, 4.0), (1, 6, 6.0)]
+    assert kept.shown[0].seconds_left > 0
+    assert kept.shown[-1].seconds_left == 0
+    assert all(shown.samples_per_second > 0 for shown in kept.shown)
 
 
 def test_nothing_is_handed_on_twice_when_a_save_asks_for_it(tmp_path: Path) -> None:
@@ -187,7 +189,7 @@ def test_the_mean_since_the_last_judgement_is_part_of_a_checkpoint(tmp_path: Pat
     with pytest.raises(DiedError):
         train(tmp_path, first.log, first.saving(tmp_path, 4), DieAt(5), passes=6)
     train(tmp_path, second.log, second.saving(tmp_path, 100), passes=6, resume=last_checkpoint(tmp_path))
-    assert second.log.since_scored.take() == 3.5
+    assert second.log.since_checkpoint.take() == 3.5
 
 
 def test_a_loss_that_is_no_number_is_handed_on_and_leaves_the_other_steps_alone(tmp_path: Path) -> None:
