@@ -38,7 +38,7 @@ class AssistantBatch:
 class Projector(nn.Module):
     """Shared space (.., S) to the language model's embedding space (.., E).
 
-    The output is normalized and then scaled to the spread of the model's own embeddings, where training starts well.
+    The output is normalized and then scaled to the spread of the model's own embeddings, which makes training start well.
     """
 
     def __init__(self, dimension: int, width: int, spread: float) -> None:
@@ -103,10 +103,10 @@ class Assistant(nn.Module):
         return count_parameters(self.parts())
 
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
-        """Token embeddings with the images' soft tokens in their places, (B, L, E)."""
+        """Token embeddings with the soft tokens of the images inserted, (B, L, E)."""
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
         features = batch.features
-        if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it
+        if features.shape[0] == 0:  # text only: DDP waits for gradients of every trained part
             idle = self.projector(self.branch.grid(features.new_zeros(1, 1, self.branch.width, dtype=self.branch.dtype)))
             return embeddings + 0 * idle.sum().to(embeddings.dtype)
         grid = self.branch.grid(features.to(self.branch.dtype))
@@ -118,7 +118,7 @@ class Assistant(nn.Module):
     def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (M, V) where the next token is supervised, and those tokens (M,).
 
-        The vocabulary is by far the widest layer: computed at every position, it costs more memory than all the rest.
+        The vocabulary is by far the widest layer: computed at every position, it needs more memory than the rest of the model.
         """
         assert batch.labels is not None
         targets = batch.labels[:, 1:]
@@ -128,7 +128,7 @@ class Assistant(nn.Module):
         return out.logits, targets[supervised]
 
     def loss_sum(self, batch: AssistantBatch) -> torch.Tensor:
-        """Cross entropy summed over the supervised positions; the caller knows how many there are in the whole step."""
+        """Cross entropy summed over the supervised positions; the caller divides by their number in the whole step."""
         logits, targets = self.supervised_logits(batch)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
@@ -155,7 +155,7 @@ class Assistant(nn.Module):
 def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     """Within, the output layer sees only the positions where `mask` (B, L - 1) is True, as (M, E).
 
-    A hook, so that the model's own forward does the rest: what some models do to logits (scaling, soft caps) stays theirs.
+    A hook, because the model's own forward may also scale or cap the logits.
     """
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -170,7 +170,7 @@ def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AssistantShape:
-    """What an assistant is built from, in plain types. `aligner` is the shape that aligner.pt carries."""
+    """What an assistant is built from, in plain types. `aligner` is the shape in aligner.pt."""
 
     language_model: str
     soft_tokens: int

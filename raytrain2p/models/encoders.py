@@ -1,4 +1,4 @@
-"""Frozen encoders: a name, a preprocessing, a fingerprint and a grid of vectors for each item.
+"""Frozen encoders: items to grids of vectors. ENCODERS maps a modality to its class.
 
 Shape letters: B items in a batch, T positions of the grid (1 for pooled text), D width of the encoder.
 """
@@ -18,8 +18,8 @@ import raytrain2p.models.efficientnet_lite  # noqa: F401 - registers it with Aut
 from raytrain2p.config import InputError, Problem
 from raytrain2p.models.pretrained import fingerprint, model_directory
 
-FEATURE_DTYPE = torch.float16  # stored and online features alike, so that both give equal results
-OUTPUT_FORM = 1  # part of the fingerprint: raise it when the same encoder gives other vectors
+FEATURE_DTYPE = torch.float16  # of stored and online features, so that both give equal results
+OUTPUT_FORM = 1  # part of the fingerprint: raise it when the same encoder gives different vectors
 
 
 class ImageEncoder:
@@ -28,7 +28,7 @@ class ImageEncoder:
     Args:
         name: model setting (hub ID, directory or packaged name).
         image_size: side in pixels; None takes the model's own.
-        device: where the model runs (default: a GPU if this process has one); pixels on another device take it along.
+        device: of the model (default: a GPU if this process has one); it moves to the device of the pixels.
 
     Raises:
         InputError: transformers cannot load it as a vision encoder.
@@ -42,7 +42,7 @@ class ImageEncoder:
         self.fingerprint = self.fingerprint_of(directory, image_size)
         self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.image_encoder")
-        model = getattr(model, "vision_model", model)  # the image half of a CLIP or SigLIP
+        model = getattr(model, "vision_model", model)  # of a CLIP or SigLIP, which also has a text encoder
         self.model = model.eval().requires_grad_(False).to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
@@ -73,7 +73,7 @@ class ImageEncoder:
         if pixels.device != self.device:
             self.device = pixels.device
             self.model.to(self.device)
-        with torch.autocast(self.device.type, enabled=False):  # the step's precision is not the encoder's
+        with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the step
             pixels = pixels.to(memory_format=torch.channels_last)
             hidden = self.model(pixel_values=pixels, **self.options).last_hidden_state
         if hidden.ndim == 4:  # a convolutional network's (B, D, height, width)

@@ -246,14 +246,14 @@ def test_a_record_in_a_padded_batch_is_answered_as_it_is_alone(family: str, fami
 def test_an_answer_is_what_the_full_forward_finds_most_likely_token_by_token(family: str, families: dict[str, Path]) -> None:
     assistant = built(families[family])
     batch = AssistantBatch(features=images()[:1], **left_padded(TOKENS, np.array([0])))
-    said: list[int] = []
+    generated: list[int] = []
     with torch.inference_mode():
         embeddings = assistant.embed(batch)
         for _ in range(8):
             token = assistant.language_model(inputs_embeds=embeddings).logits[0, -1].argmax()
-            said.append(int(token))
+            generated.append(int(token))
             embeddings = torch.cat([embeddings, assistant.language_model.get_input_embeddings()(token.view(1, 1))], dim=1)
-    assert said[: len(answers(assistant, [0])[0])] == answers(assistant, [0])[0]
+    assert generated[: len(answers(assistant, [0])[0])] == answers(assistant, [0])[0]
 
 
 def test_an_answer_ends_at_any_of_the_stop_tokens(families: dict[str, Path]) -> None:

@@ -76,7 +76,7 @@ def online(module: AlignmentModule, data: Mapping[str, AlignmentSplit]) -> dict[
 def evaluate(
     module: AlignmentModule, data: Mapping[str, AlignmentSplit], tests: list[str], group: WorkerGroup
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Recall at 1 and 5, both ways, on each test split, beside chance. Each worker maps its share of the split."""
+    """Recall at 1 and 5, both ways, on each test split, and of random retrieval. Each worker maps its share of the split."""
     metrics: dict[str, float] = {}
     size = module.settings.evaluation.batch_size
     for name in tests:

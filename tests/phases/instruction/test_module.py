@@ -85,7 +85,7 @@ def split(chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> Instruc
 
 @pytest.fixture(scope="module")
 def module(settings: InstructionSettings, split: InstructionSplit) -> InstructionModule:
-    """Trained on four of the seven records until it knows them."""
+    """Trained on four of the seven records until it answers them."""
     torch.manual_seed(10)
     module = build(settings, 1, "float32").train()
     optimizer = torch.optim.AdamW(module.assistant.parameters(), lr=5e-3)
@@ -99,7 +99,7 @@ def module(settings: InstructionSettings, split: InstructionSplit) -> Instructio
 
 
 def answer(module: InstructionModule, split: InstructionSplit, record: int) -> list[int]:
-    """What the assistant says to one record, up to the stop token."""
+    """The answer to one record, up to the stop token."""
     stop = [AutoTokenizer.from_pretrained(module.settings.model.language_model).eos_token_id]
     ids = module.assistant.generate(module.assemble(split.prompts(MicroBatch(np.array([record]), 0))), 16, stop, stop[0])[0].tolist()
     return ids[: ids.index(stop[0]) + 1] if stop[0] in ids else ids
@@ -165,9 +165,7 @@ def test_validation_counts_supervised_tokens(module: InstructionModule, split: I
     assert total.item() / count == pytest.approx(scored(module, split, ALL)[0], rel=1e-4)
 
 
-def test_evaluation_tells_each_task_apart_beside_the_majority_and_shuffled_images(
-    module: InstructionModule, split: InstructionSplit
-) -> None:
+def test_evaluation_is_by_task_with_majority_and_shuffled_images(module: InstructionModule, split: InstructionSplit) -> None:
     metrics, answers = evaluate(module, {"train": split, "seen": split}, ["seen"], WorkerGroup())
     colour = np.array([0, 1, 2, 4, 5])
     assert metrics["seen/exact_match/colour"] == pytest.approx(scored(module, split, colour)[1])
@@ -255,7 +253,7 @@ def test_a_response_that_is_empty_after_tokenizing_is_listed(chat: ChatFormat, r
 
 
 @pytest.mark.parametrize("template", ["the model's own", None])
-def test_a_response_never_holds_soft_tokens(chat: ChatFormat, tiny_llama: Path, template: str | None) -> None:
+def test_a_response_never_has_soft_tokens(chat: ChatFormat, tiny_llama: Path, template: str | None) -> None:
     """The placeholder is a character that a text may hold; as a soft token in a response it would be learnt as ID -1."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     if template is None:
@@ -307,7 +305,7 @@ def test_the_aligner_trains_on_only_if_asked_and_its_query_never(tiny_llama: Pat
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
-def test_model_pt_holds_what_was_trained_and_gives_the_same_logits_again(
+def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
     tuning: str, tied: bool, tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
