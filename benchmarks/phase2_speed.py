@@ -45,7 +45,7 @@ def bare_loop(steps: int, aligner: str, times: Path) -> None:
     assert isinstance(settings, InstructionSettings)
     data = instruction_data.read_inputs(settings).prepare()["train"]
     precision = resolve_precision(settings.training.precision, torch.device("cpu"))
-    module = instruction.build(settings, {}, steps, precision)
+    module = instruction.build(settings, steps, precision)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.training.learning_rate, weight_decay=0.0)
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 20))

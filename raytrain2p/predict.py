@@ -1,6 +1,6 @@
 """`python -m raytrain2p.predict --run RUN --image FILE "question"`: ask a trained assistant.
 
-It needs model.pt and the base models alone: no Ray, no MLflow store, no training data.
+It needs model.pt and the base models, but no Ray, MLflow store or training data.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m raytrain2p.predict", description="Ask a trained assistant about images.")
     parser.add_argument("question", nargs="?", help="what to ask about the image")
     parser.add_argument("--run", default="latest", help="phase 2 run ID or its start, a directory, a model.pt, or `latest` (default)")
-    parser.add_argument("--image", metavar="FILE", help="the image (none: ask the language model alone)")
+    parser.add_argument("--image", metavar="FILE", help="the image (default: none, a question about text alone)")
     parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2; responses are not needed")
     parser.add_argument("--root", default="checkpoints", help="where run directories are (output.root of training)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens (default 32)")
@@ -44,10 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    """Records, model, an answer a line.
+    """Print an answer per record.
 
     Raises:
-        InputError: bad records or images, no such run, or a base model that is another one than in training.
+        InputError: bad records or images, no such run, or a base model that differs from the one in training.
     """
     records = read(options)
     path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "--run")
@@ -57,7 +57,7 @@ def predict(options: argparse.Namespace) -> int:
             shown = {"instruction": record.instruction, "image": record.image.source if record.image else None, "answer": answer}
             print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed its end, as `head` does
     return 0
 
 

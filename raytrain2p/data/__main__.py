@@ -1,4 +1,4 @@
-"""`python -m raytrain2p.data check FILE --phase N`: look at every record and decode every image in full."""
+"""`python -m raytrain2p.data check FILE --phase N`: check every record and decode every image."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from raytrain2p.data.records import scan_records
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 if a record is bad; 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
+    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Check data before training on it.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     check = verbs.add_parser("check", help="list every bad record by line and cause")
     check.add_argument("file", help="a .jsonl or .parquet file, or emoji:SPLIT")
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_records(file: str, phase: int) -> int:
-    """Print what is wrong, record by record, and how many there are.
+    """Print every problem, by record, and the number of good records.
 
     Raises:
         InputError: the file is missing, or cannot be read at all.

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-SOFT = -1  # stands at the positions of soft tokens, until the batch is made
-IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # marks in the rendered text where the image goes
+SOFT = -1  # in place of soft tokens until the batch is made
+IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # the image's position in the rendered text
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class ChatFormat:
     Args:
         tokenizer: of transformers.
         stop_ids: tokens that end an answer.
-        soft_tokens: soft tokens of a image, which stands before the instruction.
+        soft_tokens: number for an image, before the instruction.
         system_prompt: system message; None leaves it to the template.
     """
 
@@ -24,16 +24,15 @@ class ChatFormat:
     system_prompt: str | None = None
 
     def prompt(self, instruction: str, with_image: bool) -> list[int]:
-        """Tokens up to where the answer begins, SOFT at the image's places."""
+        """Tokens before the answer, with SOFT in place of the image."""
         return self._tokens(self._render(instruction, with_image))
 
     def response(self, instruction: str, with_image: bool, response: str) -> list[int]:
-        """Tokens of the answer, with the stop token after which the template's own text would go on."""
+        """Tokens of the answer, up to and with the stop token: text that the template adds after it is left out."""
         prompt = self._render(instruction, with_image)
         whole = self._render(instruction, with_image, response)
-        rest = (
-            whole[len(prompt) :] if whole.startswith(prompt) else response.replace(IMAGE_MARK, "")
-        )  # some templates rewrite earlier turns
+        # some templates rewrite earlier turns
+        rest = whole[len(prompt) :] if whole.startswith(prompt) else response.replace(IMAGE_MARK, "")
         tokens = self._tokens(rest)
         stop = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
         return tokens[: stop + 1] if stop is not None else [*tokens, *self.stop_ids[:1]]
@@ -41,7 +40,7 @@ class ChatFormat:
     def _render(self, instruction: str, with_image: bool, response: str | None = None) -> str:
         response = response and response.replace(IMAGE_MARK, "")
         user = (IMAGE_MARK if with_image else "") + instruction.replace(IMAGE_MARK, "")
-        if self.tokenizer.chat_template is None:  # a base model: there is no convention to keep to
+        if self.tokenizer.chat_template is None:  # a base model, which has no convention
             return f"{user}\n" + (response or "")
         messages = [{"role": "user", "content": user}]
         if self.system_prompt is not None:
@@ -60,7 +59,7 @@ class ChatFormat:
 
 
 def load_chat_format(directory: Any, soft_tokens: int, system_prompt: str | None) -> ChatFormat:
-    """The format of a model directory; its generation config may name more stop tokens than its tokenizer does."""
+    """The format of a model directory, with the stop tokens of its tokenizer and its generation config."""
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -69,5 +68,5 @@ def load_chat_format(directory: Any, soft_tokens: int, system_prompt: str | None
         named = GenerationConfig.from_pretrained(directory).eos_token_id
         stops += named if isinstance(named, list) else [named]
     except OSError:
-        pass  # no generation_config.json: the tokenizer's end token is all there is
+        pass  # no generation_config.json: only the tokenizer's end token
     return ChatFormat(tokenizer, tuple(dict.fromkeys(stop for stop in stops if stop is not None)), soft_tokens, system_prompt)

@@ -1,4 +1,4 @@
-"""Checks of records that need more than their form: every image is decoded in full."""
+"""Checks of records beyond their form: every image is decoded."""
 
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +18,7 @@ def read_media_keys(images: Iterable[ImageRef]) -> dict[ImageRef, bytes]:
 
 
 def image_problems(records: Iterable[Record], known: Callable[[ImageRef], bool] = lambda image: False) -> list[Problem]:
-    """Images that do not decode, by record.
-
-    Args:
-        records: of either phase.
-        known: whether a image was decoded before (its features are stored), so that it need not be again.
-    """
+    """Images that do not decode, by record; those that are `known` (their features are stored) are not decoded again."""
     users: dict[ImageRef, list[str]] = {}
     for record in records:
         if record.image is not None:

@@ -1,4 +1,4 @@
-"""The embedded set: 1,244 emoji by three artists, with which both phases run out of the box. See emoji/NOTICE.md."""
+"""The embedded set: 1,244 emoji by three artists, enough to run both phases. See emoji/NOTICE.md."""
 
 import zlib
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ QUESTIONS = {"group": "Which group does it belong to?", "name": "What does the p
 
 
 def emoji_rows(split: str, phase: int, setting: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows in the form of a user's file: one a drawing in phase 1 (name: keywords), one a question in phase 2.
+    """Rows in the form of a user's file: phase 1 has one per drawing (name: keywords), phase 2 one per question.
 
     - `test_drawing`: the concept is known, this artist's drawing of it is not;
     - `test_concept`: the concept was never seen.

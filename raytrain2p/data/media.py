@@ -1,4 +1,4 @@
-"""Where a image's bytes lie, and what they decode to."""
+"""References to images: where the bytes are, and how they decode."""
 
 import functools
 import hashlib
@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class ImageRef:
-    """A image by reference: a file, or a row of a Parquet file with an `image` column of `{bytes, path}`."""
+    """An image by reference: a file, or a row of a Parquet file with an `image` column of `{bytes, path}`."""
 
     source: str
     row: int | None = None
@@ -53,7 +53,7 @@ def decode_image(encoded: bytes) -> Image.Image:
     """Decode in full, to RGB; transparent parts become white.
 
     Raises:
-        OSError, ValueError, SyntaxError: not a image, or torn; Pillow uses all three.
+        OSError, ValueError, SyntaxError: not an image, or truncated; Pillow uses all three.
     """
     image: Image.Image = Image.open(io.BytesIO(encoded))
     image.load()
@@ -64,7 +64,7 @@ def decode_image(encoded: bytes) -> Image.Image:
 
 
 def decoding_error(encoded: bytes) -> str | None:
-    """Why a image does not decode, or None if it does."""
+    """Why an image does not decode, or None if it does."""
     try:
         decode_image(encoded)
     except Image.DecompressionBombError as error:
@@ -75,5 +75,5 @@ def decoding_error(encoded: bytes) -> str | None:
 
 
 def content_key(content: bytes) -> bytes:
-    """What an item is, wherever it lies: the sha256 of its bytes."""
+    """The sha256 of an item's bytes: identifies it wherever it is stored."""
     return hashlib.sha256(content).digest()

@@ -1,4 +1,4 @@
-"""Records: what users write down. Phase 1: `{"text", "image"}`; phase 2: `{"instruction", "response", "image"?, "task"?}`."""
+"""Records: what users provide. Phase 1: `{"text", "image"}`; phase 2: `{"instruction", "response", "image"?, "task"?}`."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -19,7 +19,7 @@ ALL_TASKS = "all"  # the task of records that name none
 
 @dataclass(frozen=True)
 class Record:
-    """One record of either phase, with `where` it was read from, for messages. Fields of the other phase are empty."""
+    """One record of either phase, and `where` it was read, for messages. Fields of the other phase are empty."""
 
     where: str
     image: ImageRef | None
@@ -33,10 +33,10 @@ def read_records(source: str, phase: int, setting: str = "data", answered: bool 
     """Read a `.jsonl` or `.parquet` file, or a split of the embedded set (`emoji:SPLIT`).
 
     Args:
-        source: as data.train takes it.
-        phase: which kind of record.
-        setting: where `source` came from, for messages.
-        answered: False lets phase 2 records go without a response (there is nothing to learn, but much to ask).
+        source: a value of data.train.
+        phase: 1 or 2, which have different fields.
+        setting: of `source`, for messages.
+        answered: False for phase 2 records that need no response: to ask, not to train.
 
     Raises:
         InputError: the file is missing, of an unknown kind, empty, or has bad records; every one is listed.
@@ -50,7 +50,7 @@ def read_records(source: str, phase: int, setting: str = "data", answered: bool 
 
 
 def scan_records(source: str, phase: int, setting: str = "data", answered: bool = True) -> tuple[list[Record], list[Problem]]:
-    """As `read_records`, but bad records come back beside the good ones.
+    """As `read_records`, but returns the good records and the problems of the bad ones.
 
     Raises:
         InputError: the file is missing, or cannot be read at all.
@@ -92,7 +92,7 @@ def _parquet_rows(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(Problem(f"{setting}={path}", f"is no readable Parquet file: {str(error).splitlines()[0]}")) from None
+        raise InputError(Problem(f"{setting}={path}", f"is not a readable Parquet file: {str(error).splitlines()[0]}")) from None
     light = table.drop_columns("image") if "image" in table.column_names else table
     images = table.column("image").to_pylist() if "image" in table.column_names else None
     for number, row in enumerate(light.to_pylist()):
@@ -103,7 +103,7 @@ def _parquet_rows(path: Path, setting: str) -> Iterator[tuple[str, Any]]:
 
 
 def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[Problem]:
-    """All that is wrong with one record's form. Whether its image decodes is looked at elsewhere: that takes longer."""
+    """Every problem with one record's form. Whether its image decodes is checked elsewhere: that takes longer."""
     if isinstance(row, Problem):
         return [row]
     if not isinstance(row, Mapping):
@@ -124,7 +124,7 @@ def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[P
             problems.append(Problem(where, f"`{name}` is a {type(value).__name__}, required is text"))
         elif not value.strip():
             problems.append(Problem(where, f"`{name}` is empty"))
-        elif name == "image" and not _is_file(_beside(where, value)):
+        elif name == "image" and not _is_file(_relative_to(where, value)):
             problems.append(Problem(where, f"no such image: {value[:200]}", "image paths are relative to the file that names them"))
     return problems
 
@@ -132,17 +132,17 @@ def _record_problems(row: Any, where: str, phase: int, answered: bool) -> list[P
 def _record(row: Mapping[str, Any], where: str) -> Record:
     image = row.get("image")
     if isinstance(image, str):
-        image = ImageRef(str(_beside(where, image)))
+        image = ImageRef(str(_relative_to(where, image)))
     texts = {name: row[name] for name in ("text", "instruction", "response", "task") if row.get(name) is not None}
     return Record(where=where, image=image, **texts)
 
 
-def _beside(where: str, image: str) -> Path:
+def _relative_to(where: str, image: str) -> Path:
     return Path(where.rpartition(":")[0]).parent / image
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # too long for a file's name, as a image written out in the record itself is
+    except OSError:  # too long for a file name, as an image embedded in the record is
         return False

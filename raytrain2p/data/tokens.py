@@ -1,4 +1,4 @@
-"""Token records as flat arrays, and how some of them become a padded batch."""
+"""Token records as flat arrays, and padded batches of them."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ IGNORED = -100  # torch's cross entropy leaves out positions with this label
 
 @dataclass(frozen=True)
 class TokenRecords:
-    """Prompts and responses of a split, in tokens; SOFT stands where soft tokens go."""
+    """Prompts and responses of a split, in tokens; SOFT is in place of soft tokens."""
 
     prompts: Ragged
     responses: Ragged
@@ -27,7 +27,7 @@ class TokenRecords:
 def right_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.Tensor]:
     """Prompt and response of each record, (B, L): input_ids, attention, soft, and labels on the response only.
 
-    Padding is told by length, never by token ID: where the pad token is the end token, the end must still be learnt.
+    Padding is masked by length, never by token ID: if the pad token is the end token, the end must still be learnt.
     """
     width = int(tokens.lengths[records].max())
     ids = np.zeros((len(records), width), np.int64)
@@ -43,7 +43,7 @@ def right_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.T
 
 
 def left_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.Tensor]:
-    """Prompts alone, (B, L), ending together: what generation continues from."""
+    """Prompts alone, (B, L), all ending in the last column, where generation continues."""
     width = int(tokens.prompts.lengths[records].max())
     ids = np.zeros((len(records), width), np.int64)
     attention = np.zeros((len(records), width), np.int64)
@@ -56,5 +56,5 @@ def left_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.Te
 
 def _tensors(ids: np.ndarray, attention: np.ndarray) -> dict[str, torch.Tensor]:
     soft = ids == SOFT
-    ids[soft] = 0  # any valid ID: the soft token's embedding takes its place
+    ids[soft] = 0  # any valid ID: the soft token's embedding replaces it
     return {"input_ids": torch.from_numpy(ids), "attention": torch.from_numpy(attention), "soft": torch.from_numpy(soft)}

@@ -1,4 +1,4 @@
-"""A trained assistant, ready to answer. It needs model.pt and the base models alone: no Ray, no MLflow store, no training data."""
+"""A trained assistant for inference, from model.pt and the base models: without Ray, MLflow store or training data."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,13 +20,10 @@ from raytrain2p.models.pretrained import fingerprint, model_directory
 
 
 class Predictor:
-    """A trained assistant with its image encoder.
-
-    Args:
-        path: of model.pt.
+    """A trained assistant with its image encoder, from the path of a model.pt.
 
     Raises:
-        InputError: the artifact is not readable, or a base model is another than it was trained with.
+        InputError: the artifact is not readable, or a base model differs from the one in training.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,7 +37,7 @@ class Predictor:
         attention = "sdpa" if self.device.type == "cuda" else "eager"
         assistant = build_assistant(shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
         unexpected = assistant.load_state_dict(artifact["state_dict"], strict=False).unexpected_keys
-        assert not unexpected, f"model.pt has weights that the assistant has no place for: {unexpected[:3]}"
+        assert not unexpected, f"model.pt has weights that the assistant does not have: {unexpected[:3]}"
         self.assistant = assistant.to(self.device).eval()
         self.encoder = ImageEncoder(artifact["models"]["image_encoder"]["name"], artifact["image_size"], self.device.type)
         directory = model_directory(shape.language_model)

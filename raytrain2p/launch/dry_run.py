@@ -7,8 +7,9 @@ import yaml
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
+from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.inputs import PhaseInputs, count_parameters, planned_steps
+from raytrain2p.phases.inputs import PhaseInputs, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
 GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments
@@ -21,11 +22,11 @@ def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
     counts = count_parameters(inputs.parts())
     steps = planned_steps(settings.training, inputs.records)
     # a worker loads the encoders only if they run within the step
-    held = sum(count["frozen"] for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
-    frozen = sum(count["frozen"] for count in counts.values())
-    trained = sum(count["trained"] for count in counts.values())
+    held = sum(count.frozen for name, count in counts.items() if "encoder" not in name or settings.data.features == "online")
+    frozen = sum(count.frozen for count in counts.values())
+    trained = sum(count.trained for count in counts.values())
     lines = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), "", f"{'parameters':16}{'frozen':>14}{'trained':>14}"]
-    lines += [f"{name:16}{count['frozen']:>14,}{count['trained']:>14,}" for name, count in counts.items()]
+    lines += [f"{name:16}{count.frozen:>14,}{count.trained:>14,}" for name, count in counts.items()]
     lines += [
         f"{'together':16}{frozen:>14,}{trained:>14,}",
         "",

@@ -7,10 +7,10 @@ import shlex
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -28,6 +28,9 @@ from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
 
+if TYPE_CHECKING:
+    from raytrain2p.phases.inputs import Split
+
 
 class TrainingFailedError(RuntimeError):
     """The workers failed, and were not, or no longer, started again."""
@@ -41,7 +44,7 @@ class TrialStoppedError(RuntimeError):
 class PreparedSplits:
     """The splits in Ray's object store, and the digests of what they were made from. Several launches may share them."""
 
-    data: Any
+    data: "ray.ObjectRef[Mapping[str, Split]]"
     digests: InputDigests
 
 
@@ -59,7 +62,7 @@ class TrialLaunch:
     context: TrialContext
     tags: dict[str, str]
     command: str
-    reported: Callable[[Any], AbstractContextManager[threading.Event]]
+    reported: Callable[[RunChannel], AbstractContextManager[threading.Event]]
 
 
 def train(
@@ -83,7 +86,7 @@ def train(
         StoppedError: a signal ended it, with a checkpoint.
         TrialStoppedError: the sweep ended it.
     """
-    channel = RunChannel.remote()  # type: ignore[attr-defined]
+    channel = RunChannel()
     job = TrainJob(
         settings,
         phase,
@@ -94,7 +97,7 @@ def train(
         channel=channel,
         facts=asdict(splits.digests),
         environment=mlflow_environment(),
-        membership=trial.context if trial else None,
+        trial=trial.context if trial else None,
         tags=trial.tags if trial else {},
     )
     signal = run_workers(job, console, trial, own_cluster)

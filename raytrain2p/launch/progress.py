@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import TextIO
 
 import ray
 from rich.console import Console as RichConsole
@@ -15,20 +15,19 @@ from rich.text import Text
 
 from raytrain2p.config.cli import printable
 from raytrain2p.launch.quiet import own_stderr
+from raytrain2p.worker.channel import RunChannel, Stage, StepProgress
 
 PLAIN_SECONDS = 15.0  # between two lines of progress outside a terminal
 PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
 POLL_SECONDS = 2.0  # the channel answers sooner if there is news
 
 
-def describe(word: dict[str, Any]) -> str:
+def describe(update: StepProgress) -> str:
     """One line, such as `epoch 0  step 120/250  loss 1.432  18.3 samples/s  1:54 left`."""
-    if "stage" in word:
-        return str(word["stage"])
-    minutes, seconds = divmod(round(word["seconds_left"]), 60)
+    minutes, seconds = divmod(round(update.seconds_left), 60)
     return (
-        f"epoch {word['epoch']}  step {word['step']}/{word['steps']}  loss {word['loss']:.3f}  "
-        f"{word['samples_per_second']:.1f} samples/s  {minutes}:{seconds:02d} left"
+        f"epoch {update.epoch}  step {update.step}/{update.steps}  loss {update.loss:.3f}  "
+        f"{update.samples_per_second:.1f} samples/s  {minutes}:{seconds:02d} left"
     )
 
 
@@ -111,7 +110,7 @@ class Console:
 
 
 @contextmanager
-def followed(channel: Any, console: Console) -> Iterator[None]:
+def followed(channel: RunChannel, console: Console) -> Iterator[None]:
     """Within, a thread shows what the workers put on the channel."""
     done = threading.Event()
 
@@ -119,18 +118,18 @@ def followed(channel: Any, console: Console) -> Iterator[None]:
         stage = ""
         while not done.is_set():
             try:
-                word, lines = ray.get(channel.next.remote(POLL_SECONDS), timeout=4 * POLL_SECONDS)
+                update, lines = channel.next(POLL_SECONDS)
             except ray.exceptions.RayError:
                 done.wait(POLL_SECONDS)  # the channel's node is gone or slow; training does not depend on it
                 continue
             for line in lines:
                 console.say(line)
-            if word.get("stage", stage) != stage:
-                stage = word["stage"]
+            if isinstance(update, Stage) and update.name != stage:
+                stage = update.name
                 console.clear()
                 console.say(stage)
-            elif word and "stage" not in word:
-                console.show(describe(word))
+            elif isinstance(update, StepProgress):
+                console.show(describe(update))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

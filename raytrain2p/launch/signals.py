@@ -8,6 +8,8 @@ from typing import Any
 
 import ray
 
+from raytrain2p.worker.channel import RunChannel
+
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
 
 
@@ -40,7 +42,7 @@ class StopSignals:
         self.news.set()
 
 
-def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str], None]) -> int | None:
+def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable[[str], None]) -> int | None:
     """Run `fit` to its end. At a signal the workers are asked to stop after the current step, with a checkpoint.
 
     `fit` runs in a thread: in the main one Ray would replace our signal handler by its own, which writes no checkpoint.
@@ -77,9 +79,9 @@ def fit_until_stopped(fit: Callable[[], Any], channel: Any, say: Callable[[str],
         return signals.received[0] if signals.received else None
 
 
-def _request_stop(channel: Any) -> bool:
+def _request_stop(channel: RunChannel) -> bool:
     """Ask the workers to stop; whether they are training, and so will."""
     try:
-        return bool(ray.get(channel.request_stop.remote(), timeout=10))
+        return channel.request_stop()
     except ray.exceptions.RayError:  # or a time-out: the channel's node is gone or slow
         return False

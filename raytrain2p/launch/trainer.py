@@ -47,7 +47,7 @@ def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
         ),
-        is_trial=job.membership is not None,
+        is_trial=job.trial is not None,
         own_cluster=own_cluster,
     )
 

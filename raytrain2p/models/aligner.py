@@ -13,7 +13,7 @@ from torch import nn
 class Branch(nn.Module):
     """Maps each position on its own, then pools by attention with one learnt query.
 
-    Because the map is per position, phase 2 takes the unpooled grid out of the same weights that phase 1 trained.
+    Because the map is per position, phase 2 can use the unpooled grid of the same weights.
     """
 
     def __init__(self, width: int, hidden: int, dimension: int, dropout: float) -> None:
@@ -40,7 +40,7 @@ class Branch(nn.Module):
 
 
 class Aligner(nn.Module):
-    """One branch per modality, whichever are there.
+    """One branch per modality.
 
     Args:
         widths: D of each modality's encoder, such as `{"image": 1280, "text": 384}`.

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raytrain2p.models.aligner import Branch
+from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 
 
@@ -37,7 +38,7 @@ class AssistantBatch:
 class Projector(nn.Module):
     """Shared space (.., S) to the language model's embedding space (.., E).
 
-    The output is normalized and then scaled to the spread of the model's own embeddings, where training starts well.
+    The output is normalized and then scaled to the spread of the model's own embeddings, which makes training start well.
     """
 
     def __init__(self, dimension: int, width: int, spread: float) -> None:
@@ -84,11 +85,28 @@ class Assistant(nn.Module):
         self.projector = Projector(dimension, embedding.shape[1], spread)
         self.soft_tokens = soft_tokens
 
+    def parts(self) -> dict[str, nn.Module]:
+        return {"language model": self.language_model, "aligner": self.branch, "projector": self.projector}
+
+    def freeze(self, tuning: str, train_aligner: bool) -> dict[str, ParameterCount]:
+        """Set which weights train, and count them by part.
+
+        Args:
+            tuning: of the language model: its adapters (`lora`), all of it (`full`), or nothing (`frozen`).
+            train_aligner: whether the branch's map trains. Its pooling query never does: phase 2 does not use it.
+        """
+        self.requires_grad_(False)
+        for name, parameter in self.language_model.named_parameters():
+            parameter.requires_grad_(tuning == "full" or (tuning == "lora" and "lora_" in name))
+        self.branch.map.requires_grad_(train_aligner)
+        self.projector.requires_grad_(True)
+        return count_parameters(self.parts())
+
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
-        """Token embeddings with the images' soft tokens in their places, (B, L, E)."""
+        """Token embeddings with the soft tokens of the images inserted, (B, L, E)."""
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
         features = batch.features
-        if features.shape[0] == 0:  # text only: keep every trained part in the graph, or data-parallel training waits for it
+        if features.shape[0] == 0:  # text only: DDP waits for gradients of every trained part
             idle = self.projector(self.branch.grid(features.new_zeros(1, 1, self.branch.width, dtype=self.branch.dtype)))
             return embeddings + 0 * idle.sum().to(embeddings.dtype)
         grid = self.branch.grid(features.to(self.branch.dtype))
@@ -100,7 +118,7 @@ class Assistant(nn.Module):
     def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (M, V) where the next token is supervised, and those tokens (M,).
 
-        The vocabulary is by far the widest layer: computed at every position, it costs more memory than all the rest.
+        The vocabulary is by far the widest layer: computed at every position, it needs more memory than the rest of the model.
         """
         assert batch.labels is not None
         targets = batch.labels[:, 1:]
@@ -110,7 +128,7 @@ class Assistant(nn.Module):
         return out.logits, targets[supervised]
 
     def loss_sum(self, batch: AssistantBatch) -> torch.Tensor:
-        """Cross entropy summed over the supervised positions; the caller knows how many there are in the whole step."""
+        """Cross entropy summed over the supervised positions; the caller divides by their number in the whole step."""
         logits, targets = self.supervised_logits(batch)
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
@@ -137,7 +155,7 @@ class Assistant(nn.Module):
 def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
     """Within, the output layer sees only the positions where `mask` (B, L - 1) is True, as (M, E).
 
-    A hook, so that the model's own forward does the rest: what some models do to logits (scaling, soft caps) stays theirs.
+    A hook, because the model's own forward may also scale or cap the logits.
     """
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -152,7 +170,7 @@ def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AssistantShape:
-    """What an assistant is built from, in plain types. `aligner` is the shape that aligner.pt carries."""
+    """What an assistant is built from, in plain types. `aligner` is the shape in aligner.pt."""
 
     language_model: str
     soft_tokens: int
@@ -165,12 +183,13 @@ class AssistantShape:
 
 
 def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False) -> Assistant:
-    """The pretrained language model in `dtype`, prepared for tuning; aligner branch and projector untrained.
+    """The pretrained language model, with adapters if `shape.tuning` is `lora`; aligner branch and projector untrained.
+
+    Which weights train is for `Assistant.freeze` to set.
 
     Args:
-        shape: what to build.
         attention: kernel, as transformers names it.
-        dtype: of the frozen weights.
+        dtype: of the frozen weights; those that train are float32.
         empty: build from the configuration alone, without reading weights (for counting, on the meta device).
     """
     directory = model_directory(shape.language_model, "model.language_model")
@@ -179,19 +198,17 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     else:
         base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
     base.generation_config = GenerationConfig()
-    language_model = tune(base, shape.tuning, shape.lora)
+    if shape.tuning == "full":
+        base = base.float()
+    elif shape.tuning == "lora":
+        base = with_adapters(base, shape.lora)
     aligner = shape.aligner
     branch = Branch(aligner["widths"]["image"], aligner["hidden"], aligner["dimension"], dropout=0.0)
-    return Assistant(language_model, branch, aligner["dimension"], shape.soft_tokens)
+    return Assistant(base, branch, aligner["dimension"], shape.soft_tokens)
 
 
-def tune(language_model: Any, tuning: str, lora: dict[str, Any]) -> Any:
-    """Freeze the language model but for what `tuning` says: `lora` adapters (float32), everything (`full`), or nothing."""
-    if tuning == "full":
-        return language_model.float().requires_grad_(True)
-    language_model.requires_grad_(False)
-    if tuning == "frozen":
-        return language_model
+def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
+    """The model with LoRA adapters (arXiv:2106.09685) in float32, through peft."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

@@ -1,25 +1,27 @@
-"""The workers of a run and their collectives: the one place where ranks are asked for."""
+"""The workers of a run and their collectives: the one place where ranks are compared."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 Items = TypeVar("Items", list[Any], np.ndarray)
 
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """This worker's rank, and how many workers there are."""
+    """This worker's rank, and the number of workers."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def current(cls) -> "WorkerGroup":
-        """The process group's, or a world of one where there is none."""
+        """Of torch's process group; a single worker has none."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
@@ -39,13 +41,29 @@ class WorkerGroup:
             dist.all_reduce(values)
         return values / self.size
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: T) -> list[T]:
         """Every worker's value (small, plain), on each of them, in rank order."""
         if self.size == 1:
             return [value]
-        gathered: list[Any] = [None] * self.size
+        gathered: list[T | None] = [None] * self.size
         dist.all_gather_object(gathered, value)
-        return gathered
+        return cast("list[T]", gathered)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0 (small, plain), on every worker; it is called there alone."""
+        if self.size == 1:
+            return make()
+        values = [make() if self.is_first else None]
+        dist.broadcast_object_list(values, src=0)
+        return cast(T, values[0])
+
+    def flag_of_first(self, flag: bool, device: torch.device) -> bool:
+        """Rank 0's flag, on every worker; a tensor on `device`, so cheap enough for every step."""
+        if self.size == 1:
+            return flag
+        shared = torch.tensor([int(flag)], device=device)
+        dist.broadcast(shared, src=0)
+        return bool(shared.item())
 
 
 class GatherWithGradient(torch.autograd.Function):
@@ -67,7 +85,7 @@ class GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(rows: torch.Tensor) -> torch.Tensor:
-    """(b, ...) of each worker to (N, ...), with the gradient. Alone, the rows themselves."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """(b, ...) of each worker to (N, ...), with the gradient. A single worker gets its own rows."""
+    if WorkerGroup.current().size == 1:
         return rows
     return GatherWithGradient.apply(rows)

@@ -1,7 +1,7 @@
-"""EfficientNet-Lite0 as a transformers model, so that `AutoModel` loads it like any other vision encoder.
+"""EfficientNet-Lite0 as a transformers model, for `AutoModel` to load.
 
 transformers' own EfficientNet always has squeeze-and-excitation blocks, which the Lite family leaves out (together with
-Swish, replaced by ReLU6, so that the network quantizes well): hence this one.
+Swish, replaced by ReLU6, because both quantize badly).
 Source: Tan and Le, "EfficientNet" (arXiv:1905.11946), table 1; the Lite changes: the `lite` folder of tensorflow/tpu.
 """
 
@@ -92,7 +92,7 @@ class InvertedResidual(nn.Module):
 class EfficientNetLiteModel(PreTrainedModel):
     """Pixel values (batch, 3, height, width), scaled as (x - 127) / 128, to a grid with one vector per 32x32 pixels.
 
-    The names of the parameters are those of the published weights, so that they load without a table of renames.
+    Parameters have the names of the published weights, which therefore load without renaming.
     """
 
     config_class = EfficientNetLiteConfig

@@ -1,12 +1,12 @@
-"""Frozen encoders: a name, a preprocessing, a fingerprint and a grid of vectors for each item.
+"""Frozen encoders: items to grids of vectors. ENCODERS maps a modality to its class.
 
 Shape letters: B items in a batch, T positions of the grid (1 for pooled text), D width of the encoder.
 """
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-import raytrain2p.models.efficientnet_lite  # noqa: F401 - so that AutoModel knows it
+import raytrain2p.models.efficientnet_lite  # noqa: F401 - registers it with AutoModel
 from raytrain2p.config import InputError, Problem
 from raytrain2p.models.pretrained import fingerprint, model_directory
 
-FEATURE_DTYPE = torch.float16  # stored and online features alike, so that both give equal results
-OUTPUT_FORM = 1  # part of the fingerprint: raise it when the same encoder gives other vectors
+FEATURE_DTYPE = torch.float16  # of stored and online features, so that both give equal results
+OUTPUT_FORM = 1  # part of the fingerprint: raise it when the same encoder gives different vectors
 
 
 class ImageEncoder:
@@ -28,18 +28,21 @@ class ImageEncoder:
     Args:
         name: model setting (hub ID, directory or packaged name).
         image_size: side in pixels; None takes the model's own.
-        device: where the model runs (default: a GPU if this process has one); pixels on another device take it along.
+        device: of the model (default: a GPU if this process has one); it moves to the device of the pixels.
 
     Raises:
         InputError: transformers cannot load it as a vision encoder.
     """
 
+    config_part = "vision_config"  # of a model with several encoders, as CLIP is
+    sample = Image.new("RGB", (64, 64))
+
     def __init__(self, name: str, image_size: int | None = None, device: str | None = None) -> None:
         directory = model_directory(name, "model.image_encoder")
-        self.fingerprint = image_fingerprint(directory, image_size)
+        self.fingerprint = self.fingerprint_of(directory, image_size)
         self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.image_encoder")
-        model = getattr(model, "vision_model", model)  # the image half of a CLIP or SigLIP
+        model = getattr(model, "vision_model", model)  # of a CLIP or SigLIP, which also has a text encoder
         self.model = model.eval().requires_grad_(False).to(self.device)
         try:
             self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
@@ -55,6 +58,11 @@ class ImageEncoder:
             if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
                 self.options["interpolate_pos_encoding"] = True
 
+    @staticmethod
+    def fingerprint_of(directory: Path, image_size: int | None) -> str:
+        """Of the encoder, its preprocessing and the form of its output: what stored features depend on."""
+        return hashlib.sha256(f"image:{fingerprint(directory)}:{image_size}:{OUTPUT_FORM}".encode()).hexdigest()
+
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Pixel values (B, 3, height, width), float32."""
         return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
@@ -65,7 +73,7 @@ class ImageEncoder:
         if pixels.device != self.device:
             self.device = pixels.device
             self.model.to(self.device)
-        with torch.autocast(self.device.type, enabled=False):  # the step's precision is not the encoder's
+        with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the step
             pixels = pixels.to(memory_format=torch.channels_last)
             hidden = self.model(pixel_values=pixels, **self.options).last_hidden_state
         if hidden.ndim == 4:  # a convolutional network's (B, D, height, width)
@@ -86,14 +94,21 @@ class TextEncoder:
         InputError: transformers cannot load it.
     """
 
+    config_part = "text_config"
+    sample = "word"
+
     def __init__(self, name: str, device: str | None = None) -> None:
         directory = model_directory(name, "model.text_encoder")
-        self.fingerprint = text_fingerprint(directory)
+        self.fingerprint = self.fingerprint_of(directory, None)
         self.device = torch.device(device or default_device())
         model = _load(directory, name, "model.text_encoder")
         model = getattr(model, "text_model", model)
         self.model = model.eval().requires_grad_(False).to(self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
+
+    @staticmethod
+    def fingerprint_of(directory: Path, image_size: int | None) -> str:
+        return hashlib.sha256(f"text:{fingerprint(directory)}:mean:{OUTPUT_FORM}".encode()).hexdigest()
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
@@ -104,66 +119,73 @@ class TextEncoder:
         return ((hidden * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)).to(FEATURE_DTYPE)
 
 
+ENCODERS: dict[str, type[ImageEncoder] | type[TextEncoder]] = {"image": ImageEncoder, "text": TextEncoder}
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """The choice of a frozen encoder for one modality; `image_size` is for images alone."""
+
+    modality: str
+    name: str
+    image_size: int | None = None
+
+    @property
+    def role(self) -> str:
+        """As settings and artifacts name it."""
+        return f"{self.modality}_encoder"
+
+    @property
+    def setting(self) -> str:
+        return f"model.{self.role}"
+
+    def directory(self) -> Path:
+        return model_directory(self.name, self.setting)
+
+    def fingerprint(self) -> str:
+        """Of the features that the encoder gives."""
+        return ENCODERS[self.modality].fingerprint_of(self.directory(), self.image_size)
+
+    def build(self) -> ImageEncoder | TextEncoder:
+        options: dict[str, Any] = {"image_size": self.image_size} if self.image_size is not None else {}
+        return ENCODERS[self.modality](self.name, **options)
+
+    def probe(self) -> int:
+        """T, from encoding one sample: this shows what is wrong with an encoder.
+
+        Raises:
+            InputError: transformers cannot load it, or it does not encode this modality.
+        """
+        try:
+            encoder: Any = self.build()
+            return int(encoder([encoder.sample]).shape[1])
+        except InputError:
+            raise
+        except Exception as error:  # a foreign model's own code: it may raise anything
+            what = f"does not encode {self.modality}s: {type(error).__name__}: {_first_line(error)}"
+            raise InputError(Problem(f"{self.setting}={self.name}", what, "take another encoder")) from None
+
+    def width(self) -> int:
+        """D, from the model's configuration alone.
+
+        Raises:
+            InputError: no such model, or transformers does not support its configuration.
+        """
+        where, directory = f"{self.setting}={self.name}", self.directory()
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(Problem(where, f"transformers cannot read its configuration: {_first_line(error)}")) from None
+        part = getattr(config, ENCODERS[self.modality].config_part, None) or config
+        sizes = getattr(part, "hidden_sizes", None)  # convolutional networks list one width per stage
+        width = sizes[-1] if sizes else getattr(part, "hidden_size", None) or getattr(part, "hidden_dim", None)
+        if width is None:
+            raise InputError(Problem(where, "its configuration has no hidden_size", "take another encoder"))
+        return int(width)
+
+
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def probe_image_encoder(name: str, image_size: int | None) -> int:
-    """T of an image encoder, by encoding one blank image: what is wrong with an encoder shows then.
-
-    Raises:
-        InputError: transformers cannot load it, or it does not encode images.
-    """
-    with _told(f"model.image_encoder={name}", "does not encode images"):
-        return int(ImageEncoder(name, image_size)([Image.new("RGB", (64, 64))]).shape[1])
-
-
-def probe_text_encoder(name: str) -> None:
-    """Encode one word.
-
-    Raises:
-        InputError: transformers cannot load it, or it does not encode texts.
-    """
-    with _told(f"model.text_encoder={name}", "does not encode texts"):
-        TextEncoder(name)(["word"])
-
-
-@contextmanager
-def _told(where: str, what: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a foreign model's own code: anything may come out of it
-        raise InputError(Problem(where, f"{what}: {type(error).__name__}: {_first_line(error)}", "take another encoder")) from None
-
-
-def image_fingerprint(directory: Path, image_size: int | None) -> str:
-    """The encoder, its preprocessing and the form of its output: what stored features depend on."""
-    return hashlib.sha256(f"image:{fingerprint(directory)}:{image_size}:{OUTPUT_FORM}".encode()).hexdigest()
-
-
-def text_fingerprint(directory: Path) -> str:
-    return hashlib.sha256(f"text:{fingerprint(directory)}:mean:{OUTPUT_FORM}".encode()).hexdigest()
-
-
-def encoder_width(name: str, setting: str) -> int:
-    """D of an encoder, read from its configuration alone.
-
-    Raises:
-        InputError: no such model, or its configuration is not one that transformers knows.
-    """
-    directory = model_directory(name, setting)
-    try:
-        config = AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(Problem(f"{setting}={name}", f"transformers cannot read its configuration: {_first_line(error)}")) from None
-    part = getattr(config, "vision_config" if "image" in setting else "text_config", None) or config
-    sizes = getattr(part, "hidden_sizes", None)  # convolutional networks list one width per stage
-    width = sizes[-1] if sizes else getattr(part, "hidden_size", None) or getattr(part, "hidden_dim", None)
-    if width is None:
-        raise InputError(Problem(f"{setting}={name}", "its configuration has no hidden_size", "take another encoder"))
-    return int(width)
 
 
 def _load(directory: Path, name: str, setting: str) -> Any:

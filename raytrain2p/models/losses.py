@@ -11,21 +11,21 @@ from torch import nn
 
 from raytrain2p.models.distributed import gather_with_gradient
 
-LARGEST_SCALE = math.log(100.0)  # CLIP's bound (arXiv:2103.00020, section 2.5): without it training becomes unstable
+LARGEST_SCALE = math.log(100.0)  # CLIP's bound (arXiv:2103.00020, section 2.5), for stability
 
 
 class ContrastiveLoss(nn.Module):
-    """Pulls equal things together across two modalities and pushes others apart, with a learnt temperature.
+    """Contrastive loss between two modalities with a learnt temperature.
 
-    Two items are a positive pair if their keys are equal: a text that occurs twice in a batch is no negative of itself.
+    Two items are a positive pair if their keys are equal: a text that occurs twice in a batch is not a negative of itself.
 
     - `softmax`: cross entropy against a target spread evenly over the positives, both ways; with one positive each it is
       CLIP's loss (Radford et al., arXiv:2103.00020, figure 3); the several positives are those of SupCon
       (Khosla et al., arXiv:2004.11362, equation 2).
-    - `sigmoid`: each pair on its own as a yes or no (Zhai et al., arXiv:2303.15343, equation 1).
+    - `sigmoid`: a binary classification of each pair (Zhai et al., arXiv:2303.15343, equation 1).
 
-    The value is this worker's share: its mean over the workers is the loss of the union batch, and so, because
-    DistributedDataParallel averages gradients over the workers, is the gradient.
+    The mean of the value over the workers is the loss of the union batch. DistributedDataParallel averages gradients over the
+    workers, so the same is true of the gradient.
     """
 
     def __init__(self, form: str) -> None:

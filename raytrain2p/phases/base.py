@@ -1,4 +1,4 @@
-"""What both LightningModules share: the optimizer and its schedule, the step's loss, and checkpoints of what trains."""
+"""What the LightningModules of both phases share: optimizer, schedule, the step's loss, checkpoints of what trains."""
 
 import math
 from collections.abc import Iterable
@@ -11,16 +11,21 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from raytrain2p.config.settings import TrainingSettings
+from raytrain2p.models.parameters import ParameterCount
+from raytrain2p.phases.inputs import Batch
+
+Answer = dict[str, Any]  # a row of the table of sample answers
 
 
 class PhaseModule(pl.LightningModule):
-    """Base of the phase modules. A checkpoint holds what trains; frozen weights are built anew from their models."""
+    """Base of the phase modules. A checkpoint holds what trains; frozen weights are loaded from their models."""
 
     def __init__(self, training: TrainingSettings, seed: int, total_steps: int) -> None:
         super().__init__()
         self.training_settings, self.seed = training, seed
         self.total_steps = total_steps
         self.strict_loading = False  # the frozen weights are not in the checkpoint
+        self.parameter_counts: dict[str, ParameterCount] = {}  # by part
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
 
     @property
@@ -31,12 +36,12 @@ class PhaseModule(pl.LightningModule):
         """Submodules that FSDP shards one by one, innermost first."""
         raise NotImplementedError
 
-    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+    def total_loss(self, batch: Batch) -> torch.Tensor:
         """The loss whose mean over workers and passes is the step's."""
         raise NotImplementedError
 
-    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
-        """A batch's summed loss and how many terms it has."""
+    def val_sums(self, batch: Batch) -> tuple[torch.Tensor, int]:
+        """A batch's summed loss and the number of its terms."""
         raise NotImplementedError
 
     def configure_model(self) -> None:
@@ -48,7 +53,7 @@ class PhaseModule(pl.LightningModule):
             fully_shard(self, mesh=mesh["data_parallel"])
 
     def on_train_start(self) -> None:
-        """A checkpoint brings the rates that it was trained with; a trial of population-based training goes on with others."""
+        """Sets the rates of the settings: a checkpoint has its own, and population-based training resumes with others."""
         settings = self.training_settings
         scheduler, optimizer = self.lr_schedulers(), self.optimizers(use_pl_optimizer=False)
         scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
@@ -57,19 +62,19 @@ class PhaseModule(pl.LightningModule):
             group["lr"] = settings.learning_rate * factor(scheduler.last_epoch)
             group["weight_decay"] = settings.weight_decay if group["params"][0].ndim >= 2 else 0.0
 
-    def on_train_batch_start(self, batch: Any, index: int) -> None:
-        """Dropout depends on the worker and the pass alone: a run that goes on draws what it would have drawn."""
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """Dropout depends on the worker and the pass alone: a resumed run draws the same."""
         passes = self.passes_per_step
         place = [self.seed, self.trainer.global_rank, self.trainer.global_step * passes + index % passes]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
-    def training_step(self, batch: dict[str, Any], index: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         loss = self.total_loss(batch)
         self.pass_loss = loss.detach() / self.passes_per_step
         return loss
 
     @torch.no_grad()
-    def validate(self, loader: Iterable[Any]) -> float:
+    def validate(self, loader: Iterable[Batch]) -> float:
         """The mean loss over all validation records, on each worker."""
         strategy = self.trainer.strategy
         parts = torch.zeros(2, device=self.device)
@@ -78,7 +83,7 @@ class PhaseModule(pl.LightningModule):
             for batch in loader:
                 on_device = strategy.batch_to_device(batch)
                 total, count = self.val_sums(on_device)
-                counts = min(on_device["step_tokens"], 1)  # 0: a batch that only keeps this worker in step with the others
+                counts = min(on_device["step_tokens"], 1)  # 0: a batch that does not count: it keeps this worker in step with the others
                 parts += counts * torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
         self.train()
         total, count = strategy.reduce(parts, reduce_op="sum")
@@ -121,8 +126,8 @@ class PhaseModule(pl.LightningModule):
 def set_progress(loops: dict[str, Any], step: int, steps_per_epoch: int, passes_per_step: int) -> None:
     """Write into Lightning's loop counters that `step` optimizer steps are done, and nothing is half done.
 
-    What Lightning counts differs between its hooks: saved in the one at an epoch's end, it would go on one step into the
-    ended epoch. Saved like this, it goes on with the next pass, wherever the checkpoint was made.
+    What Lightning counts differs between its hooks: saved in the one at an epoch's end, a run would
+    resume one step into the ended epoch. Saved like this, it resumes with the next pass, whichever hook saved it.
 
     Args:
         loops: state of the fit loop, as in a checkpoint.

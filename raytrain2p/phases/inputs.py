@@ -18,6 +18,7 @@ from raytrain2p.data.media import ImageRef
 from raytrain2p.data.records import Record, read_records
 
 TRAIN, VAL = "train", "val"
+Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Split(Protocol):
     def supervised(self) -> np.ndarray:
         """Supervised tokens per record, (N,)."""
 
-    def __getitem__(self, micro_batch: MicroBatch) -> dict[str, Any]:
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """Tensors of one worker's part of a forward pass."""
 
 
@@ -143,16 +144,3 @@ def planned_steps(training: TrainingSettings, records: int) -> int:
     """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
     by_epochs = records // training.global_batch_size * training.max_epochs if training.max_epochs is not None else None
     return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
-
-
-def count_parameters(parts: dict[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Number of frozen and trained parameters of each part. Shared weights count once."""
-    counts, seen = {}, set()
-    for name, part in parts.items():
-        count = {"frozen": 0, "trained": 0}
-        for parameter in part.parameters():
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
-        counts[name] = count
-    return counts

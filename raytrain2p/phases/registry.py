@@ -1,11 +1,20 @@
 """Phase number to its functions: what the driver reads, and what a worker builds, measures and exports."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from raytrain2p.config import Settings
-from raytrain2p.phases.inputs import PhaseInputs
+from raytrain2p.phases.inputs import PhaseInputs, Split
+
+if TYPE_CHECKING:  # Lightning
+    from raytrain2p.models.distributed import WorkerGroup
+    from raytrain2p.phases.base import Answer, PhaseModule
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+ModuleT = TypeVar("ModuleT", bound="PhaseModule")
+SplitT = TypeVar("SplitT", bound=Split)
 
 
 def read_inputs(settings: Settings, phase: int) -> PhaseInputs:
@@ -22,20 +31,23 @@ def read_inputs(settings: Settings, phase: int) -> PhaseInputs:
 
 
 @dataclass(frozen=True)
-class PhaseFunctions:
+class TypedPhaseFunctions(Generic[SettingsT, ModuleT, SplitT]):
     """What a worker does in one phase.
 
     Args:
-        build: settings, splits, steps and precision to the LightningModule.
+        build: settings, steps and precision to the LightningModule.
         online: module and splits to splits whose images are encoded in the step.
-        evaluate: module, splits, test splits' names and worker group to metrics and tables.
-        export: writes the artifact.
+        evaluate: module, splits, test splits' names and worker group to metrics and sample answers.
+        export: writes the artifact: module, path, configuration.
     """
 
-    build: Callable[..., Any]
-    online: Callable[..., Any]
-    evaluate: Callable[..., tuple[dict[str, float], dict[str, Any]]]
-    export: Callable[..., None]
+    build: Callable[[SettingsT, int, str], ModuleT]
+    online: Callable[[ModuleT, Mapping[str, SplitT]], Mapping[str, SplitT]]
+    evaluate: "Callable[[ModuleT, Mapping[str, SplitT], list[str], WorkerGroup], tuple[dict[str, float], list[Answer]]]"
+    export: Callable[[ModuleT, Path, dict[str, Any]], None]
+
+
+PhaseFunctions = TypedPhaseFunctions[Settings, "PhaseModule", Split]  # of whichever phase
 
 
 def phase_functions(phase: int) -> PhaseFunctions:
@@ -43,7 +55,8 @@ def phase_functions(phase: int) -> PhaseFunctions:
     if phase == 1:
         from raytrain2p.phases.alignment import module as alignment
 
-        return PhaseFunctions(alignment.build, alignment.online, alignment.evaluate, alignment.export)
+        functions = TypedPhaseFunctions(alignment.build, alignment.online, alignment.evaluate, alignment.export)
+        return cast(PhaseFunctions, functions)
     from raytrain2p.phases.instruction import evaluate, module
 
-    return PhaseFunctions(module.build, module.online, evaluate.evaluate, module.export)
+    return cast(PhaseFunctions, TypedPhaseFunctions(module.build, module.online, evaluate.evaluate, module.export))

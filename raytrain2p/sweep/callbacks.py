@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raytrain2p.config.secrets import one_line
 from raytrain2p.sweep.live_table import LiveTable
 from raytrain2p.sweep.results import FAILED, FINISHED, RUNNING, WAITING
+from raytrain2p.worker.channel import SweepChannel
 
 
 class StopRequest(Stopper):
@@ -35,10 +36,10 @@ class StopRequest(Stopper):
         return bool(self.reason)
 
 
-def remove_workers(channel: Any, number: int) -> None:
+def remove_workers(channel: SweepChannel, number: int) -> None:
     """Remove the placement group of a trial: it ends the workers that are left, and frees their CPUs."""
     with suppress(ray.exceptions.RayError, ValueError):
-        if (group := ray.get(channel.place_of.remote(number), timeout=10)) is not None:
+        if (group := channel.placement(number)) is not None:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
@@ -52,7 +53,9 @@ class SweepCallback(Callback):
         on_failed: called with the number of a trial that Tune does not try again, and the reason.
     """
 
-    def __init__(self, table: LiveTable, channel: Any, on_over: Callable[[int], None], on_failed: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, table: LiveTable, channel: SweepChannel, on_over: Callable[[int], None], on_failed: Callable[[int, str], None]
+    ) -> None:
         self.table, self.channel, self.on_over, self.on_failed = table, channel, on_over, on_failed
         self.placed: set[int] = set()
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from raytrain2p.launch.progress import POLL_SECONDS, Console
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
+from raytrain2p.worker.channel import SweepChannel
 
 PLAIN_SECONDS = 30.0  # between two lines about a trial whose state does not change
 PAUSE_PER_READING = 20  # the pause between two readings of the trials' files, in times of what a reading takes
@@ -26,7 +27,7 @@ class LiveTable:
         channel: of the sweep; messages of the trials arrive there.
     """
 
-    def __init__(self, records: TrialRecords, sweep: Sweep, channel: Any, console: Console) -> None:
+    def __init__(self, records: TrialRecords, sweep: Sweep, channel: SweepChannel, console: Console) -> None:
         self.records, self.sweep, self.channel, self.console = records, sweep, channel, console
         self.settings = [axis.setting for axis in sweep.axes]
         self.progress: dict[int, str] = {}  # by trial: the last line of its worker
@@ -71,9 +72,9 @@ class LiveTable:
 
     def _receive(self, seconds: float) -> None:
         """Wait for messages of the trials, for at most so long."""
-        message, lines = ray.get(self.channel.next.remote(seconds), timeout=seconds + 3 * POLL_SECONDS)
-        if message:
-            self.progress[message["trial"]] = message["line"]
+        update, lines = self.channel.next(seconds)
+        if update is not None:
+            self.progress[update.trial] = update.line
         for line in lines:
             if self.live is not None:
                 self.console.rich.print(line, markup=False, highlight=False)

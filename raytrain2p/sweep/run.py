@@ -21,7 +21,7 @@ from raytrain2p.sweep.tuner import SweepTuner
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, get_or_create_run, launch_lock
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
-from raytrain2p.worker.channel import RunChannel
+from raytrain2p.worker.channel import SweepChannel
 
 
 class SweepFailedError(RuntimeError):
@@ -95,7 +95,7 @@ def run_trials(
             {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id},
             splits,
             sweep_launch(sweep).cpus_per_worker or 1,
-            RunChannel.remote(),  # type: ignore[attr-defined]
+            SweepChannel(),
             mlflow_environment(),
             verbose,
         )

@@ -29,6 +29,7 @@ from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.worker.channel import RunChannel, SweepChannel, TrialProgress, TrialReport
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
 
@@ -65,7 +66,7 @@ class SweepJob:
     tags: dict[str, str]
     splits: dict[str, PreparedSplits]
     threads: int
-    channel: Any
+    channel: SweepChannel
     environment: dict[str, str] = field(repr=False)
     verbose: bool
 
@@ -139,25 +140,25 @@ def prepare(settings: Settings, phase: int, console: "TrialConsole") -> Prepared
 class TrialConsole(Console):
     """Sends a trial's messages to the sweep's driver."""
 
-    def __init__(self, channel: Any, number: int) -> None:
+    def __init__(self, channel: SweepChannel, number: int) -> None:
         super().__init__(sys.stderr)
         self.channel, self.number, self.shown_at = channel, number, -SECONDS_BETWEEN_LINES
 
     def say(self, line: str) -> None:
         with suppress(ray.exceptions.RayError):  # wait: this process may be about to end
-            ray.get(self.channel.say.remote(f"trial {self.number}: {line}"), timeout=10)
+            self.channel.say_and_wait(f"trial {self.number}: {line}")
 
     def show(self, line: str) -> None:
         if time.monotonic() - self.shown_at >= SECONDS_BETWEEN_LINES:
             self.shown_at = time.monotonic()
-            self.channel.put.remote({"trial": self.number, "line": line})
+            self.channel.put(TrialProgress(self.number, line))
 
     def clear(self) -> None:
         """The driver shows the lines."""
 
 
 @contextmanager
-def forward_reports(channel: Any, number: int, exchange: int | None) -> Iterator[threading.Event]:
+def forward_reports(channel: RunChannel, number: int, exchange: int | None) -> Iterator[threading.Event]:
     """Within, a thread forwards rank 0's reports to Tune, and then lets rank 0 continue.
 
     If Tune stops or pauses the trial, rank 0 gets no answer and ends at that step, with this process. The event that is yielded is
@@ -171,30 +172,29 @@ def forward_reports(channel: Any, number: int, exchange: int | None) -> Iterator
     def forward() -> None:
         with suppress(ray.exceptions.RayError):  # this process or the worker is ending
             while True:
-                message = ray.get(channel.next_report.remote())
+                trial_report = channel.next_report()
                 try:
-                    report(message, number, exchange)
+                    report(trial_report, number, exchange)
                 except SystemExit:  # Tune ends a trial's function with it
                     stopped.set()
                     raise
                 except Exception as error:  # a full disk, for example: rank 0 must not wait forever
-                    ray.get(channel.go_on.remote(f"the report could not be forwarded: {type(error).__name__}: {error}"))
+                    channel.accept_report(f"the report could not be forwarded: {type(error).__name__}: {error}")
                     return
-                ray.get(channel.go_on.remote())
+                channel.accept_report()
 
     threading.Thread(target=forward, name="reports", daemon=True).start()
     yield stopped
 
 
-def report(message: dict[str, Any], number: int, exchange: int | None) -> None:
+def report(trial_report: TrialReport, number: int, exchange: int | None) -> None:
     """Report to Tune; does not return if Tune stops or pauses the trial."""
-    directory = Path(message.pop("directory"))
+    message: dict[str, Any] = trial_report.metrics | {"epoch": trial_report.epoch, "last": trial_report.last}
     if exchange is None:
-        tune.report(message)
-    elif message["step"] % exchange == 0 and not message["last"]:
-        report_with_weights(message, directory, number)
-    else:
-        del message["step"]  # between two exchanges, and at its end, a trial is not compared
+        tune.report(message | {"step": trial_report.step})
+    elif trial_report.step % exchange == 0 and not trial_report.last:
+        report_with_weights(message | {"step": trial_report.step}, Path(trial_report.directory), number)
+    else:  # between two exchanges, and at its end, a trial is not compared
         tune.report(message)
 
 

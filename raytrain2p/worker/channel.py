@@ -1,101 +1,219 @@
-"""What the user sees while a run is under way: one live line in a terminal, occasional lines elsewhere."""
+"""Messages between a driver and its workers, through one actor. Nothing is kept there that is not on disk too."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import ray
+from ray.actor import ActorHandle
+
+from raytrain2p.tracking.metrics_file import MetricPoint
+
+SECONDS_TO_ANSWER = 10.0  # the actor's node may be slow or gone
+UpdateT = TypeVar("UpdateT")
 
 
-@ray.remote(num_cpus=0)
-class RunChannel:
-    """Where rank 0 and the driver leave word for each other. It knows nothing that is not on disk too."""
+@dataclass(frozen=True)
+class StepProgress:
+    """Where training stands after a step."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    samples_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run does when it does not train."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class TrialProgress:
+    """The last progress line of a trial."""
+
+    trial: int
+    line: str
+
+
+@dataclass(frozen=True)
+class TrialReport:
+    """A trial's metrics at a checkpoint that is on disk; `epoch` counts whole epochs, `last` is the end of the trial."""
+
+    step: int
+    epoch: int
+    last: bool
+    directory: str
+    metrics: dict[str, float]
+
+
+class ProgressActor:
+    """Holds the latest update, and the lines that were not fetched yet."""
 
     def __init__(self) -> None:
-        self.latest: dict[str, Any] = {}
+        self.latest: object | None = None
         self.lines: list[str] = []
-        self.points: list[Any] = []
-        self.changed, self.stop, self.listening = asyncio.Event(), asyncio.Event(), False
-        self.reports: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.may_go_on = asyncio.Event()
-        self.refusal = ""
-        self.places: dict[int, str] = {}
+        self.changed = asyncio.Event()
 
-    async def put(self, word: dict[str, Any]) -> None:
-        """Where things stand; replaces what was put before."""
-        self.latest = word
+    async def put(self, update: object) -> None:
+        self.latest = update
         self.changed.set()
 
     async def say(self, line: str) -> None:
-        """A line that the user must not miss."""
         self.lines.append(line)
         self.changed.set()
 
-    async def put_points(self, points: Sequence[Any]) -> None:
-        """Metric points from any worker, for rank 0 to note."""
-        self.points += points
-
-    async def take_points(self) -> list[Any]:
-        points, self.points = self.points, []
-        return points
-
-    async def next(self, seconds: float) -> tuple[dict[str, Any], list[str]]:
-        """The latest word and the lines that were not told yet, when there is news or so much time has gone by."""
+    async def next(self, seconds: float) -> tuple[object | None, list[str]]:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.changed.wait(), seconds)
         self.changed.clear()
         lines, self.lines = self.lines, []
         return self.latest, lines
 
-    async def report(self, word: dict[str, Any]) -> None:
-        """How a trial does; returns when the sweep lets it go on.
+
+class RunActor(ProgressActor):
+    """Also holds metric points, the request to stop, and the reports of a trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[MetricPoint] = []
+        self.stop, self.training = asyncio.Event(), False
+        self.reports: asyncio.Queue[TrialReport] = asyncio.Queue()
+        self.accepted, self.refusal = asyncio.Event(), ""
+
+    async def put_points(self, points: Sequence[MetricPoint]) -> None:
+        self.points += points
+
+    async def take_points(self) -> list[MetricPoint]:
+        points, self.points = self.points, []
+        return points
+
+    async def request_stop(self) -> bool:
+        self.stop.set()
+        return self.training
+
+    async def wait_for_stop(self) -> None:
+        self.training = True
+        await self.stop.wait()
+
+    async def end_of_training(self) -> None:
+        self.training = False
+
+    async def report(self, report: TrialReport) -> str:
+        self.accepted.clear()
+        await self.reports.put(report)
+        await self.accepted.wait()
+        return self.refusal
+
+    async def next_report(self) -> TrialReport:
+        return await self.reports.get()
+
+    async def accept_report(self, refusal: str) -> None:
+        self.refusal = refusal
+        self.accepted.set()
+
+
+class SweepActor(ProgressActor):
+    """Also holds the last placement group of each trial's workers, in hexadecimal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.placements: dict[int, str] = {}
+
+    async def put_placement(self, trial: int, group: str) -> None:
+        self.placements[trial] = group
+
+    async def placement(self, trial: int) -> str | None:
+        return self.placements.get(trial)
+
+
+class Channel(Generic[UpdateT]):
+    """StepProgress and lines for the user. The methods of all channels raise RayError if the actor is gone."""
+
+    actor_class: type[ProgressActor] = ProgressActor
+
+    def __init__(self) -> None:
+        self.actor: ActorHandle = ray.remote(num_cpus=0)(self.actor_class).remote()
+
+    def put(self, update: UpdateT) -> None:
+        """Replace the latest update; does not wait."""
+        self.actor.put.remote(update)
+
+    def say(self, line: str) -> None:
+        """Add a line that the user must see; does not wait."""
+        self.actor.say.remote(line)
+
+    def say_and_wait(self, line: str) -> None:
+        """`say` for a process that is about to end."""
+        ray.get(self.actor.say.remote(line), timeout=SECONDS_TO_ANSWER)
+
+    def next(self, seconds: float) -> tuple[UpdateT | None, list[str]]:
+        """The latest update and the new lines, as soon as something was added, or after this time."""
+        return cast("tuple[UpdateT | None, list[str]]", ray.get(self.actor.next.remote(seconds), timeout=seconds + SECONDS_TO_ANSWER))
+
+
+class RunChannel(Channel[StepProgress | Stage]):
+    """Between the driver of a launch and its workers."""
+
+    actor_class = RunActor
+
+    # metric points of all workers, for rank 0 to write
+
+    def put_points(self, points: Sequence[MetricPoint]) -> None:
+        ray.get(self.actor.put_points.remote(points))
+
+    def take_points(self) -> list[MetricPoint]:
+        return cast("list[MetricPoint]", ray.get(self.actor.take_points.remote()))
+
+    # the driver's request to stop
+
+    def request_stop(self) -> bool:
+        """Ask the workers to stop; whether they are training, and will."""
+        return bool(ray.get(self.actor.request_stop.remote(), timeout=SECONDS_TO_ANSWER))
+
+    def wait_for_stop(self) -> None:
+        """Returns when a stop is requested."""
+        ray.get(self.actor.wait_for_stop.remote())
+
+    def end_of_training(self) -> None:
+        """From now on a request to stop is not noticed; does not wait."""
+        self.actor.end_of_training.remote()
+
+    # reports of a trial to the sweep, one at a time
+
+    def report(self, report: TrialReport) -> None:
+        """Returns when the sweep lets the trial continue.
 
         Raises:
             RuntimeError: the report could not be passed on.
         """
-        self.may_go_on.clear()
-        await self.reports.put(word)
-        await self.may_go_on.wait()
-        if self.refusal:
-            raise RuntimeError(self.refusal)
+        if refusal := ray.get(self.actor.report.remote(report)):
+            raise RuntimeError(refusal)
 
-    async def next_report(self) -> dict[str, Any]:
-        """The next one, whenever it comes."""
-        return await self.reports.get()
+    def next_report(self) -> TrialReport:
+        """Waits for it without limit."""
+        return cast(TrialReport, ray.get(self.actor.next_report.remote()))
 
-    async def go_on(self, refusal: str = "") -> None:
-        """The sweep has heard the last report, and does not stop the trial; or could not hear it."""
-        self.refusal = refusal
-        self.may_go_on.set()
+    def accept_report(self, refusal: str = "") -> None:
+        """Let the trial continue after its report, or, with a refusal, fail."""
+        ray.get(self.actor.accept_report.remote(refusal))
 
-    async def place(self, trial: int, group: str) -> None:
-        """The placement group, in hexadecimal, of a trial's workers."""
-        self.places[trial] = group
 
-    async def place_of(self, trial: int) -> str | None:
+class SweepChannel(Channel[TrialProgress]):
+    """Between the driver of a sweep and its trials."""
+
+    actor_class = SweepActor
+
+    def put_placement(self, trial: int, group: str) -> None:
+        """Set the placement group, in hexadecimal, of a trial's workers."""
+        ray.get(self.actor.put_placement.remote(trial, group))
+
+    def placement(self, trial: int) -> str | None:
         """The last placement group of a trial."""
-        return self.places.get(trial)
-
-    async def request_stop(self) -> bool:
-        """Ask the workers to stop; whether they are training, and will."""
-        self.stop.set()
-        return self.listening
-
-    async def wait_for_stop(self) -> None:
-        """Returns when the driver has been asked to stop."""
-        self.listening = True
-        await self.stop.wait()
-
-    async def stop_listening(self) -> None:
-        """Training is over: nobody looks for a request any more."""
-        self.listening = False
-
-
-def progress_callback(channel: Any) -> Callable[[dict[str, Any]], None]:
-    """Sends a word to the channel without waiting for it."""
-
-    def put(word: dict[str, Any]) -> None:
-        channel.put.remote(word)
-
-    return put
+        return cast("str | None", ray.get(self.actor.placement.remote(trial), timeout=SECONDS_TO_ANSWER))

@@ -1,4 +1,4 @@
-"""Lightning's part in the two checkpoints, really the best and really the latest, written while training goes on."""
+"""How Lightning's checkpoints are written: by a thread, while training continues."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +11,10 @@ from raytrain2p.tracking.checkpoints import write_checkpoint
 
 
 class AsyncCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as whole files: copied in memory at once, written by a thread aside, renamed when on disk.
+    """Copies a checkpoint in memory at once; a thread writes it to a temporary file, which is renamed when it is on disk.
 
-    `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` makes what is being saved the best one as well: the same
-    file under a second name, and no second time written.
+    `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` also makes the checkpoint the best one: the same file under
+    a second name, written once.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self.pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: str | None = None) -> None:
-        """Returns when the copy is made. What went wrong with the one before is raised here.
+        """Returns when the copy is made. An error of the previous write is raised here.
 
         Raises:
             StorageError: the last checkpoint could not be written.
@@ -31,7 +31,7 @@ class AsyncCheckpointIO(CheckpointIO):
         self.pending = self.thread.submit(write_checkpoint, _copied(checkpoint), Path(path), storage_options)
 
     def wait(self) -> None:
-        """Until what was saved is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
             StorageError: it could not be written.
@@ -53,7 +53,7 @@ class AsyncCheckpointIO(CheckpointIO):
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors of its own, on the CPU: training goes on to change the originals."""
+    """A copy with its own tensors, on the CPU: training changes the originals."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

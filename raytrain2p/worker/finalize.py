@@ -1,60 +1,128 @@
-"""What rank 0 leaves in the run directory when training is over: which checkpoint counts, tables, images, the outcome."""
+"""The end of a run: the best checkpoint becomes the artifact, is evaluated, and the run directory gets its results."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+import torch
+from PIL import Image
+
+from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.data.media import ImageRef, decode_image
-from raytrain2p.storage.files import write_file, write_json
+from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.phases.base import Answer, PhaseModule
+from raytrain2p.phases.inputs import Split
+from raytrain2p.phases.registry import PhaseFunctions
+from raytrain2p.storage.errors import reporting_disk_errors
+from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.tracking.checkpoints import best_checkpoint, damage, last_checkpoint
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
-from raytrain2p.worker.job import Outcome
+from raytrain2p.worker.channel import Stage
+from raytrain2p.worker.job import Outcome, TrainJob
+from raytrain2p.worker.resume import check_shared
 
 ANSWERS_SHOWN = 20
+Item = TypeVar("Item")
+
+
+def checkpoint_to_export(run: Run, group: WorkerGroup) -> Path:
+    """Rank 0's choice, on every worker: listings of shared storage may differ from node to node for a while.
+
+    Raises:
+        FileNotFoundError: output.root is not on storage that all nodes share.
+    """
+    path = group.from_first(lambda: whole_checkpoint(run))
+    assert path is not None, "training saves at its end"
+    check_shared(path)
+    return path
 
 
 def whole_checkpoint(run: Run) -> Path | None:
-    """What is exported: the best checkpoint, or the last one if the best is damaged or there is none."""
+    """The best checkpoint, or the last one if the best is damaged or there is none."""
     best = best_checkpoint(run.checkpoints)
     return best if best is not None and damage(best) is None else last_checkpoint(run.checkpoints)
 
 
-def finish(writer: RunWriter, artifact: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
-    """Tables and images into the run directory; then the run is FINISHED, and all of it goes to MLflow."""
+def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> PhaseModule:
+    """A new module with a checkpoint's trained weights, whole on this worker, in evaluation mode."""
+    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    return module.to(device).eval()
+
+
+def export(phase: PhaseFunctions, module: PhaseModule, run: Run) -> None:
+    """Write the artifact.
+
+    Raises:
+        StorageError: the disk is full, or gone.
+    """
+    path = artifact_path(run)
+    size = sum(weights.numel() * weights.element_size() for weights in module.parameters() if weights.requires_grad)
+    with reporting_disk_errors(path, size):
+        phase.export(module, path, read_json(run.path / "config.json"))
+
+
+def artifact_path(run: Run) -> Path:
+    return run.path / PHASES_BY_NAME[run.phase].artifact
+
+
+def evaluate(
+    phase: PhaseFunctions, module: PhaseModule, data: Mapping[str, Split], job: TrainJob, group: WorkerGroup, precision: str
+) -> tuple[dict[str, float], list[Answer]]:
+    """Metrics on every test split, and sample answers."""
+    if job.settings.data.features == "online":
+        data = phase.online(module, data)
+    tests = list(job.settings.data.test)
+    if group.is_first:
+        job.channel.put(Stage(f"evaluating on {', '.join(tests) or 'nothing (data.test is empty)'}"))
+    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return phase.evaluate(module, data, tests, group)
+
+
+def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) -> None:
+    """Write tables, images and the outcome into the run directory, and send everything to MLflow; the run is FINISHED.
+
+    Raises:
+        StorageError: the disk is full, or gone.
+    """
     run = writer.run
-    training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
-    if answers := tables.get("answers"):
-        write_file(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-        title = f"run {run.run_id[:8]}: answers on test images, drawn at random"
-        answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
-    write_json(run.path / "test_metrics.json", metrics)
+    with reporting_disk_errors(run.path / "result.json", 1_000_000):
+        training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
+        if answers:
+            write_file(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+            title = f"run {run.run_id[:8]}: answers on test images, drawn at random"
+            answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
+        write_json(run.path / "test_metrics.json", metrics)
+        write_json(run.path / "result.json", asdict(outcome_of(run, metrics)))
+        writer.finish("FINISHED")
+
+
+def outcome_of(run: Run, metrics: dict[str, float]) -> Outcome:
     best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
-    outcome = Outcome(
+    return Outcome(
         run.run_id,
         run.directory,
         str(best) if best else None,
         str(last) if last else None,
-        str(run.path / artifact),
+        str(artifact_path(run)),
         metrics | last_values(run.path / "metrics.jsonl", ("val/loss", "train_loss")),
     )
-    write_json(run.path / "result.json", asdict(outcome))
-    writer.finish("FINISHED")
 
 
 def last_values(metrics_file: Path, names: tuple[str, ...]) -> dict[str, float]:
-    """The latest value of each of these metrics that was noted."""
+    """The latest value of each of these metrics that was written."""
     found = {point.name: point.value for point in read_points(metrics_file) if point.name in names}
     return {name: found[name] for name in names if name in found}
 
 
-def spread(rows: list[Any], most: int) -> list[Any]:
+def spread(rows: list[Item], most: int) -> list[Item]:
     """At most so many of them, evenly from the whole list."""
     return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
 
 
-def _image_of(row: dict[str, Any]) -> Any:
+def _image_of(row: Answer) -> Image.Image | None:
     return decode_image(ImageRef(row["image"], row["image_row"]).read()) if row["image"] else None

@@ -1,30 +1,33 @@
-"""What passes between the driver and the workers, and what comes out. It imports no framework: Ray's controller reads it too."""
+"""What passes between the driver and the workers, and what a run produces. Imports nothing that trains: Ray's controller loads it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raytrain2p.config import Settings
 
-OBJECTIVE = "objective"  # metric of a trial's run: what the sweep compares, whatever it is
+if TYPE_CHECKING:
+    import ray
+
+    from raytrain2p.phases.inputs import Split
+    from raytrain2p.worker.channel import RunChannel, SweepChannel
+
+OBJECTIVE = "objective"  # metric of a trial's run that the sweep compares, whichever one it is
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What the driver hands to each worker.
+    """What each worker is given.
 
     Args:
-        settings: of the run.
-        phase: 1 or 2.
-        launch_id: stable name of the launch.
+        launch_id: stable over retries.
         command: shell line that launches the same again.
         threads: CPUs of a worker.
-        data: the prepared splits in Ray's object store.
-        channel: where rank 0 and the driver leave word for each other.
+        data: the prepared splits by name, in Ray's object store.
         facts: what a resumed run is checked against.
-        environment: variables that MLflow needs, credentials perhaps: so they are not in Ray's runtime environment,
-            which Ray logs.
-        membership: of the sweep that this is a trial of; None if there is none.
-        tags: more tags of the run: a trial names its sweep.
+        environment: variables that MLflow needs, perhaps credentials: Ray's own runtime environment would be logged.
+        trial: of a sweep; None for a single run.
+        tags: more tags of the run; a trial names its sweep.
     """
 
     settings: Settings = field(repr=False)  # its tracking URI may have a password
@@ -32,32 +35,26 @@ class TrainJob:
     launch_id: str
     command: str
     threads: int
-    data: Any
-    channel: Any
-    facts: dict[str, Any]
+    data: "ray.ObjectRef[Mapping[str, Split]]"
+    channel: "RunChannel"
+    facts: dict[str, object]
     environment: dict[str, str] = field(repr=False)
-    membership: "TrialContext | None" = None
+    trial: "TrialContext | None" = None
     tags: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What a worker knows of its sweep.
-
-    Args:
-        number: of its trial.
-        objective: metric that trials are compared by.
-        channel: of the sweep.
-    """
+    """The trial that a run is: its number, the metric that the sweep compares, and the sweep's channel."""
 
     number: int
     objective: str
-    channel: Any
+    channel: "SweepChannel"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves: result.json in its directory, and what `--json` prints."""
+    """The result of a run: result.json in its directory, and what `--json` prints."""
 
     run_id: str
     directory: str

@@ -1,35 +1,38 @@
-"""FSDP: what trains, and the frozen base with it, sharded over Ray's workers."""
+"""Lightning's trainer for Ray's workers: strategy, precision, callbacks."""
 
-import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
-import ray
 import ray.train
-import ray.train.collective
 import ray.train.torch
 import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
 from raytrain2p.config import Settings
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.tracking.checkpoints import CheckpointScore
+from raytrain2p.phases.base import Batch, PhaseModule
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
+from raytrain2p.worker.callbacks.checkpoint_metrics import CheckpointMetrics
 from raytrain2p.worker.callbacks.step_logger import StepLogger
 from raytrain2p.worker.callbacks.stop import StopOnRequest
-from raytrain2p.worker.channel import progress_callback
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
-from raytrain2p.worker.job import OBJECTIVE, TrainJob
+from raytrain2p.worker.job import TrainJob
+from raytrain2p.worker.loaders import Loaders
 from raytrain2p.worker.ray_reports import RayReports, TrialReports
+from raytrain2p.worker.resume import ResumePoint
+
+LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
 
 
 class ShardedStrategy(ModelParallelStrategy):
     """Lightning's FSDP2 under Ray. Ray's own RayFSDPStrategy is FSDP1, which Lightning allows on GPUs alone.
 
-    Checkpoints are gathered on rank 0, so that one file goes on with any number of workers.
+    Checkpoints are gathered on rank 0, so that any number of workers can resume from the one file.
     """
 
     def __init__(self) -> None:
@@ -46,73 +49,22 @@ class ShardedStrategy(ModelParallelStrategy):
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)
 
 
-LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
-
-
 def build_trainer(
-    plan: TrainJob, run: Run, world: WorkerGroup, precision: str, steps: int, train_loader: Any, val_loader: Any, writer: RunWriter | None
+    job: TrainJob, run: Run, group: WorkerGroup, precision: str, steps: int, loaders: Loaders, writer: RunWriter | None
 ) -> pl.Trainer:
-    """Lightning's trainer, with Ray's environment, our step log, and the two checkpoints."""
-    settings, training = plan.settings, plan.settings.training
-    show = progress_callback(plan.channel) if writer is not None else None
-    passes = training.gradient_accumulation_steps(world.size)
-    steps_per_epoch = len(train_loader) // passes
-
-    def show_steps(word: dict[str, Any]) -> None:
-        show(word | {"steps": steps})  # type: ignore[misc]
-
-    log = StepLogger(
-        training.log_every,
-        training.global_batch_size,
-        steps_per_epoch,
-        world.mean,
-        writer.write if writer else None,
-        show_steps if show else None,
-    )
-
-    reports = RayReports(run, settings.checkpoint.mode, world.is_first)
-    trial_reports = None
-    if plan.membership is not None:
-        trial_reports = TrialReports(plan.channel, run, settings.checkpoint.mode, steps, steps_per_epoch, world.is_first)
-
-    def measure(trainer: pl.Trainer, module: Any) -> dict[str, float]:
-        since = time.perf_counter()
-        metrics = {"train_loss": log.since_scored.take()}
-        if val_loader is not None:
-            metrics["val/loss"] = module.validate(val_loader)
-        log.since += time.perf_counter() - since  # the speed of training is without it
-        return metrics
-
-    def judged(metrics: dict[str, float], score: CheckpointScore) -> None:
-        if plan.membership is not None:
-            metrics[OBJECTIVE] = metrics[plan.membership.objective]
-        if writer is not None:
-            writer.write_metrics({name: value for name, value in metrics.items() if name != "train_loss"}, score.step)
-        reports.add(metrics, score, score.step == steps)
-
-    checkpoints = BestAndLastCheckpoints(
-        run.checkpoints,
-        settings.checkpoint.monitor,
-        settings.checkpoint.mode,
-        settings.checkpoint.every_steps,
-        settings.checkpoint.best_of,
-        steps_per_epoch,
-        measure,
-        log.hand_over,
-        judged,
-        trial_reports.add if trial_reports is not None else None,
-    )
+    """Lightning's trainer with Ray's environment and our callbacks."""
+    settings, training = job.settings, job.settings.training
     return pl.Trainer(
         accelerator="gpu" if settings.launch.use_gpu else "cpu",
         devices="auto",
-        strategy=build_strategy(settings, world),
+        strategy=build_strategy(settings, group),
         plugins=[RayLightningEnvironment(), AsyncCheckpointIO()],
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
         max_epochs=-1,
-        accumulate_grad_batches=passes,
+        accumulate_grad_batches=training.gradient_accumulation_steps(group.size),
         gradient_clip_val=training.gradient_clip,
-        callbacks=[log, checkpoints, StopOnRequest(plan.channel if world.is_first else None)],
+        callbacks=build_callbacks(job, run, group, steps, loaders, writer),
         default_root_dir=run.directory,
         logger=False,
         enable_checkpointing=False,
@@ -124,8 +76,42 @@ def build_trainer(
     )
 
 
-def build_strategy(settings: Settings, world: WorkerGroup) -> Strategy:
-    """As set; a single worker has nothing to exchange, and is spared the copies into all-reduce buckets."""
-    if world.size == 1:
+def build_strategy(settings: Settings, group: WorkerGroup) -> Strategy:
+    """As set; a single worker has nothing to exchange, and needs no copies into all-reduce buckets."""
+    if group.size == 1:
         return SingleDeviceStrategy(ray.train.torch.get_device())
     return ShardedStrategy() if settings.launch.strategy == "fsdp" else RayDDPStrategy(gradient_as_bucket_view=True)
+
+
+def build_callbacks(
+    job: TrainJob, run: Run, group: WorkerGroup, steps: int, loaders: Loaders, writer: RunWriter | None
+) -> list[pl.Callback]:
+    """In the order in which Lightning must call them: losses are logged, then saved, and only then may training stop."""
+    training, checkpoint, trial = job.settings.training, job.settings.checkpoint, job.trial
+    steps_per_epoch = len(loaders.train) // training.gradient_accumulation_steps(group.size)
+    log = StepLogger(
+        training.log_every,
+        training.global_batch_size,
+        steps_per_epoch,
+        group.mean,
+        writer.write if writer else None,
+        job.channel.put if writer else None,
+    )
+    metrics = CheckpointMetrics(log, loaders.val, trial.objective if trial else None, writer)
+    ray_reports = RayReports(run, checkpoint.mode, steps, group)
+    trial_reports = TrialReports(job.channel, run, checkpoint.mode, steps, steps_per_epoch, group) if trial else None
+    checkpoints = BestAndLastCheckpoints(
+        run.checkpoints, checkpoint, steps_per_epoch, metrics, ray_reports.add, trial_reports.add if trial_reports else None
+    )
+    return [log, checkpoints, StopOnRequest(job.channel if group.is_first else None, group)]
+
+
+def fit(trainer: pl.Trainer, module: PhaseModule, batches: Iterable[Batch], start: ResumePoint) -> bool:
+    """Train to the end, with all checkpoints on disk; False if a request stopped it before."""
+    path, stopped = str(start.checkpoint) if start.checkpoint else None, False
+    try:
+        trainer.fit(module, batches, ckpt_path=path, weights_only=path is not None)
+    except SIGTERMException:
+        stopped = True
+    trainer.strategy.checkpoint_io.wait()  # not every strategy does so at its end
+    return not stopped

@@ -1,15 +1,20 @@
-"""CPU, memory, disk, network and GPU use of one node, sampled while a run trains."""
+"""CPU, memory, network and GPU use of one node, sampled while a run trains."""
 
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
 import psutil
+import ray.train
 import torch
 
 from raytrain2p.tracking.metrics_file import MetricPoint
+from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_writer import RunWriter
+from raytrain2p.worker.channel import RunChannel
 
 SECONDS_BETWEEN_SAMPLES = 10.0
 
@@ -17,8 +22,8 @@ SECONDS_BETWEEN_SAMPLES = 10.0
 class SystemSampler:
     """A thread that samples its node.
 
-    Points are named `system/<node>/<metric>`; their step is the second since the run began, so that a run that goes on
-    does not give two points one step.
+    Points are named `system/<node>/<metric>`; their step is the second since the run began, so that a resumed run does not
+    give two points one step.
 
     Args:
         timestamp: when the run began, as in its directory's name.
@@ -30,7 +35,7 @@ class SystemSampler:
         self.deliver, self.done = deliver, threading.Event()
         self.network = psutil.net_io_counters()
         self.thread = threading.Thread(target=self._work, name="system-metrics", daemon=True)
-        psutil.cpu_percent()  # the first call measures since nothing
+        psutil.cpu_percent()  # the first call has nothing to compare with
         self.thread.start()
 
     def close(self) -> None:
@@ -38,7 +43,7 @@ class SystemSampler:
         self.thread.join(5)
 
     def sample(self) -> list[MetricPoint]:
-        """What the node does at this moment, or has done since the last sample."""
+        """The use of the node now, or since the last sample."""
         memory, network, before = psutil.virtual_memory(), psutil.net_io_counters(), self.network
         self.network = network
         values = {
@@ -57,3 +62,20 @@ class SystemSampler:
     def _work(self) -> None:
         while not self.done.wait(SECONDS_BETWEEN_SAMPLES):
             self.deliver(self.sample())
+
+
+@contextmanager
+def system_metrics(run: Run, channel: RunChannel, writer: RunWriter | None) -> Iterator[None]:
+    """Within, one worker of each node samples it, and rank 0 writes the samples of all."""
+
+    def deliver(points: Sequence[MetricPoint]) -> None:
+        if ray.train.get_context().get_local_rank() == 0:
+            channel.put_points(points)
+        if writer is not None and (gathered := channel.take_points()):
+            writer.write(gathered)
+
+    sampler = SystemSampler(run.timestamp, deliver)
+    try:
+        yield
+    finally:
+        sampler.close()

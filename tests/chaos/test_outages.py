@@ -214,7 +214,7 @@ def test_a_damaged_last_checkpoint_is_reported_and_the_best_is_used(
     last.write_bytes(content[: len(content) // 2] if torn == "cut off" else content)
     waits = seconds_to_resume(launch)
     assert f"{last} is damaged" in launch.log
-    assert "going on from best-epoch=" in launch.log
+    assert "resuming from best-epoch=" in launch.log
     judged(verdict(f"driver killed, and last.ckpt {torn}", launch, undisturbed(), 1, waits))
 
 

@@ -22,12 +22,12 @@ def text_of(form: ChatFormat, tokens: list[int]) -> str:
     return "".join("#" if token == SOFT else form.tokenizer.decode([token]) for token in tokens)
 
 
-def test_soft_tokens_stand_where_the_picture_goes() -> None:
+def test_soft_tokens_stand_where_the_image_goes() -> None:
     form = chat()
     assert text_of(form, form.prompt("Colour?", True)) == "<|im_start|>user\n#####Colour?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_without_a_picture_there_are_no_soft_tokens() -> None:
+def test_without_an_image_there_are_no_soft_tokens() -> None:
     form = chat()
     assert text_of(form, form.prompt("Colour?", False)) == "<|im_start|>user\nColour?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -93,7 +93,7 @@ def test_an_object_replacement_character_in_the_response_adds_no_soft_tokens(tem
     assert SOFT not in form.response("Colour?", True, f"re{IMAGE_MARK}d")
 
 
-def test_an_object_replacement_character_in_the_system_prompt_does_not_move_the_picture() -> None:
+def test_an_object_replacement_character_in_the_system_prompt_does_not_move_the_image() -> None:
     form = chat(system_prompt=f"Look{IMAGE_MARK} well.")
     prompt = text_of(form, form.prompt("Colour?", True))
     assert "user\n#####Colour?" in prompt

@@ -42,7 +42,7 @@ def test_a_truncated_jpeg_is_found_with_exit_code_2(tmp_path: Path, capsys: pyte
     assert "1 problems" in out
 
 
-def test_bad_records_and_bad_pictures_are_told_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_records_and_bad_images_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "torn.jpg").write_bytes(jpeg()[:-100])
     file = pairs(tmp_path, "torn.jpg", "absent.jpg")
     assert main(["check", file, "--phase", "1"]) == 2

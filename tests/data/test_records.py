@@ -1,4 +1,4 @@
-"""Records of both phases from JSON Lines, Parquet and the embedded set, and what is told about bad ones."""
+"""Records of both phases from JSON Lines, Parquet and the embedded set, and the problems of bad ones."""
 
 import io
 import json
@@ -182,15 +182,15 @@ def test_bad_parquet_rows_are_told_by_number(tmp_path: Path) -> None:
         {"text": "d", "image": {"bytes": None, "path": None}},
     ]
     path = write_parquet(tmp_path / "pairs.parquet", rows)
-    told = {problem.where.removeprefix(f"{path}:"): problem.what for problem in problems_of(path, 1)}
-    assert told == {"row 1": "has no `text`", "row 2": "no such image: absent.png", "row 3": "has no `image`"}
+    found = {problem.where.removeprefix(f"{path}:"): problem.what for problem in problems_of(path, 1)}
+    assert found == {"row 1": "has no `text`", "row 2": "no such image: absent.png", "row 3": "has no `image`"}
 
 
 def test_a_torn_parquet_file_is_refused(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", [{"text": "a", "image": {"bytes": encoded("red"), "path": None}}])
     path.write_bytes(path.read_bytes()[:-20])
     (problem,) = problems_of(path, 1)
-    assert "is no readable Parquet file" in problem.what
+    assert "is not a readable Parquet file" in problem.what
 
 
 def test_the_embedded_set_has_its_published_sizes() -> None:
@@ -241,7 +241,7 @@ def test_transparent_parts_become_white() -> None:
     assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_torn_pictures_and_other_files_have_a_cause_and_whole_ones_none() -> None:
+def test_torn_images_and_other_files_have_a_cause_and_whole_ones_none() -> None:
     whole = encoded("red", "JPEG", size=64)
     assert decoding_error(whole) is None
     assert "truncated" in (decoding_error(whole[:-40]) or "")
@@ -249,7 +249,7 @@ def test_torn_pictures_and_other_files_have_a_cause_and_whole_ones_none() -> Non
     assert decoding_error(b"")
 
 
-def test_a_picture_that_does_not_decode_is_told_for_every_record_that_shows_it(tmp_path: Path, image: str) -> None:
+def test_an_image_that_does_not_decode_is_reported_for_every_record_that_has_it(tmp_path: Path, image: str) -> None:
     (tmp_path / "torn.jpg").write_bytes(encoded("red", "JPEG", size=64)[:-40])
     rows = [{"text": str(number), "image": name} for number, name in enumerate(["torn.jpg", image, "torn.jpg"])]
     path = write_lines(tmp_path / "pairs.jsonl", *rows)
@@ -260,7 +260,7 @@ def test_a_picture_that_does_not_decode_is_told_for_every_record_that_shows_it(t
     assert image_problems(records, known=lambda image: True) == []
 
 
-def test_equal_pictures_have_one_key_wherever_they_lie(tmp_path: Path, image: str) -> None:
+def test_equal_images_have_one_key_wherever_they_are(tmp_path: Path, image: str) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", [{"text": "a", "image": {"bytes": encoded("red"), "path": None}}])
     refs = [ImageRef(str(tmp_path / image)), ImageRef(str(path), 0)]
     assert read_media_keys([*refs, refs[0]]) == dict.fromkeys(refs, content_key(encoded("red")))

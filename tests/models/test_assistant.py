@@ -54,7 +54,9 @@ def families(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def built(directory: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Assistant:
     torch.manual_seed(7)
-    return build_assistant(AssistantShape(str(directory), K, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
+    assistant = build_assistant(AssistantShape(str(directory), K, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
+    assistant.freeze(tuning, train_aligner=True)
+    return assistant
 
 
 def images(count: int = 2) -> torch.Tensor:
@@ -98,8 +100,25 @@ def test_lora_trains_its_adapters_in_float32_over_a_bfloat16_base(family: str, f
         assert parameter.requires_grad == ("lora_" in name), name
         assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
     assert any("lora_" in name for name, _ in assistant.language_model.named_parameters())
-    for part in (assistant.branch, assistant.projector):
+    for part in (assistant.branch.map, assistant.projector):
         assert all(p.requires_grad and p.dtype == torch.float32 for p in part.parameters())
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in assistant.branch.query.parameters())
+
+
+@pytest.mark.parametrize("train_aligner", [True, False])
+@pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
+def test_freezing_reports_what_trains_by_part(tuning: str, train_aligner: bool, families: dict[str, Path]) -> None:
+    assistant = built(families["qwen2"], tuning)  # its embeddings are tied, and count once
+    report = assistant.freeze(tuning, train_aligner)
+    assert list(report) == ["language model", "aligner", "projector"]
+    for kind, trains in (("trained", True), ("frozen", False)):
+        number = sum(p.numel() for p in assistant.parameters() if p.requires_grad == trains)
+        assert sum(getattr(count, kind) for count in report.values()) == number
+    adapters = sum(p.numel() for n, p in assistant.language_model.named_parameters() if "lora_" in n)
+    whole = sum(p.numel() for p in assistant.language_model.parameters())
+    assert report["language model"].trained == {"lora": adapters, "full": whole, "frozen": 0}[tuning]
+    assert report["aligner"].trained == train_aligner * sum(p.numel() for p in assistant.branch.map.parameters())
+    assert report["projector"].frozen == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +131,9 @@ def test_an_untrained_adapter_changes_nothing(family: str, families: dict[str, P
 
 def test_full_tuning_trains_every_weight_in_float32(families: dict[str, Path]) -> None:
     assistant = built(families["gpt2"], "full", torch.bfloat16)
-    assert all(p.requires_grad and p.dtype == torch.float32 for p in assistant.parameters())
+    for name, parameter in assistant.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("branch.query.")), name
+        assert parameter.dtype == torch.float32, name
     model: Any = assistant.language_model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "tied weights stay tied"
 
@@ -140,13 +161,13 @@ def test_a_text_only_batch_gives_the_projector_and_the_aligner_gradients_of_zero
     assert any(p.grad is not None and p.grad.any() for p in adapters)
 
 
-def test_a_batch_with_pictures_works_over_a_bfloat16_base_too(families: dict[str, Path]) -> None:
+def test_a_batch_with_images_works_over_a_bfloat16_base_too(families: dict[str, Path]) -> None:
     loss = built(families["llama"], "lora", torch.bfloat16)(batch_of(0, 2))
     loss.backward()
     assert loss.isfinite()
 
 
-def test_soft_tokens_stand_in_their_places_in_the_order_of_the_pictures(families: dict[str, Path]) -> None:
+def test_soft_tokens_stand_in_their_places_in_the_order_of_the_images(families: dict[str, Path]) -> None:
     assistant = built(families["llama"])
     with torch.inference_mode():
         embeddings = assistant.embed(batch_of(0, 2, 1))
@@ -157,7 +178,7 @@ def test_soft_tokens_stand_in_their_places_in_the_order_of_the_pictures(families
     torch.testing.assert_close(torch.stack([embeddings[0, K], embeddings[1, 0], embeddings[2, 0]]), words)
 
 
-def test_a_picture_changes_only_its_own_records_answer(families: dict[str, Path]) -> None:
+def test_an_image_changes_only_its_own_records_answer(families: dict[str, Path]) -> None:
     assistant, batch = built(families["llama"]), batch_of(0, 1, 2)
     with torch.inference_mode():
         before, _ = assistant.supervised_logits(batch)
@@ -182,7 +203,7 @@ def test_pooling_averages_the_squares_of_a_square_grid() -> None:
     assert pool_grid(grid, 1).flatten().tolist() == [7.5]
 
 
-def test_pooling_keeps_pictures_and_widths_apart() -> None:
+def test_pooling_keeps_images_and_widths_apart() -> None:
     grid = torch.randn(3, 16, 5)
     pooled = pool_grid(grid, 4)
     assert pooled.shape == (3, 4, 5)
@@ -225,14 +246,14 @@ def test_a_record_in_a_padded_batch_is_answered_as_it_is_alone(family: str, fami
 def test_an_answer_is_what_the_full_forward_finds_most_likely_token_by_token(family: str, families: dict[str, Path]) -> None:
     assistant = built(families[family])
     batch = AssistantBatch(features=images()[:1], **left_padded(TOKENS, np.array([0])))
-    said: list[int] = []
+    generated: list[int] = []
     with torch.inference_mode():
         embeddings = assistant.embed(batch)
         for _ in range(8):
             token = assistant.language_model(inputs_embeds=embeddings).logits[0, -1].argmax()
-            said.append(int(token))
+            generated.append(int(token))
             embeddings = torch.cat([embeddings, assistant.language_model.get_input_embeddings()(token.view(1, 1))], dim=1)
-    assert said[: len(answers(assistant, [0])[0])] == answers(assistant, [0])[0]
+    assert generated[: len(answers(assistant, [0])[0])] == answers(assistant, [0])[0]
 
 
 def test_an_answer_ends_at_any_of_the_stop_tokens(families: dict[str, Path]) -> None:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from raytrain2p.config import InputError
-from raytrain2p.models.encoders import ImageEncoder, TextEncoder, encoder_width, image_fingerprint, text_fingerprint
+from raytrain2p.models.encoders import ENCODERS, EncoderSpec, ImageEncoder, TextEncoder
 
 LAYERS = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 VISION = LAYERS | {"image_size": 32, "patch_size": 8}
@@ -115,7 +115,7 @@ def test_every_kind_of_vision_model_gives_a_grid_of_its_width(kind: str, saved: 
     assert features.shape == (2, 16, 24)
     assert features.dtype == torch.float16
     assert features.isfinite().all()
-    assert encoder_width(saved(kind), "model.image_encoder") == 24
+    assert EncoderSpec("image", saved(kind)).width() == 24
 
 
 @pytest.mark.parametrize("kind", ["clip_vision", "clip", "siglip_vision", "siglip", "dinov2_with_registers"])
@@ -184,21 +184,22 @@ def test_the_fingerprint_is_of_weights_and_image_size_but_not_of_the_place(tiny_
     next(model.parameters()).data += 1
     model.save_pretrained(changed)
     own = ImageEncoder(str(tiny_vit)).fingerprint
-    assert own == ImageEncoder(str(moved)).fingerprint == image_fingerprint(tiny_vit, None)
-    others = {ImageEncoder(str(changed)).fingerprint, image_fingerprint(tiny_vit, 32), image_fingerprint(tiny_vit, 48)}
+    assert own == ImageEncoder(str(moved)).fingerprint == EncoderSpec("image", str(tiny_vit)).fingerprint()
+    sizes = {EncoderSpec("image", str(tiny_vit), size).fingerprint() for size in (32, 48)}
+    others = {ImageEncoder(str(changed)).fingerprint, *sizes}
     assert len(others | {own}) == 4
 
 
-def test_one_directory_has_other_fingerprints_as_a_picture_and_as_a_text_encoder(saved: Callable[[str], str]) -> None:
-    directory = Path(saved("clip"))
-    assert image_fingerprint(directory, None) != text_fingerprint(directory)
+def test_one_directory_has_different_fingerprints_as_an_image_and_as_a_text_encoder(saved: Callable[[str], str]) -> None:
+    image, text = (EncoderSpec(modality, saved("clip")).fingerprint() for modality in ("image", "text"))
+    assert image != text
 
 
 def test_texts_become_one_vector_each(tiny_bert: Path) -> None:
     features = TextEncoder(str(tiny_bert))(["a cat", "a dog on a very long leash"])
     assert features.shape == (2, 1, 32)
     assert features.dtype == torch.float16
-    assert encoder_width(str(tiny_bert), "model.text_encoder") == 32
+    assert EncoderSpec("text", str(tiny_bert)).width() == 32
 
 
 def test_a_texts_vector_does_not_depend_on_its_padding(tiny_bert: Path) -> None:
@@ -226,22 +227,21 @@ def test_the_text_half_of_a_clip_encodes_texts(saved: Callable[[str], str], tiny
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "clip")
     name = str(tmp_path / "clip")
     assert TextEncoder(name)(["a cat", "x" * 100]).shape == (2, 1, 16)
-    assert encoder_width(name, "model.text_encoder") == 16
+    assert EncoderSpec("text", name).width() == 16
 
 
-@pytest.mark.parametrize("setting", ["model.image_encoder", "model.text_encoder"])
-def test_a_model_that_transformers_does_not_know_is_refused_by_its_setting(tmp_path: Path, setting: str) -> None:
+@pytest.mark.parametrize("modality", ENCODERS)
+def test_a_model_that_transformers_does_not_know_is_refused_by_its_setting(tmp_path: Path, modality: str) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
     with pytest.raises(InputError) as caught:
-        encoder_width(str(tmp_path), setting)
-    assert f"{setting}={tmp_path}" in str(caught.value)
-    build = ImageEncoder if "image" in setting else TextEncoder
+        EncoderSpec(modality, str(tmp_path)).width()
+    assert f"model.{modality}_encoder={tmp_path}" in str(caught.value)
     with pytest.raises(InputError) as caught:
-        build(str(tmp_path))
-    assert f"{setting}={tmp_path}" in str(caught.value)
+        ENCODERS[modality](str(tmp_path))
+    assert f"model.{modality}_encoder={tmp_path}" in str(caught.value)
 
 
 def test_a_text_model_in_the_place_of_the_image_encoder_is_refused(tiny_bert: Path) -> None:
-    """The driver sees no more of it than this: without an InputError here, a worker dies with a traceback."""
+    """The driver sees no more of it than this: without an InputError here, a worker fails with a traceback."""
     with pytest.raises(InputError):
         ImageEncoder(str(tiny_bert))

@@ -10,11 +10,11 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from raytrain2p.config.settings import TrainingSettings
+from raytrain2p.config.settings import CheckpointSettings, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
-from tests.training import trainer_in
+from tests.training import ScriptedMetrics, trainer_in
 
 RECORDS, BATCH, STEPS = 23, 2, 17
 
@@ -62,9 +62,7 @@ def train(folder: Path, passes: int, stop: int | None = None, first: int = 0, st
     even = np.ones(RECORDS, int)
     sampler = StepSampler(even, even, batch * passes, batch, 0, 1, seed=3, first_step=first)
     loader: Any = DataLoader(Numbers(), sampler=sampler, batch_size=None)
-    saving = BestAndLastCheckpoints(
-        folder, "train_loss", "min", None, "epochs", sampler.steps, lambda *_: {"train_loss": 1.0}, lambda _: None
-    )
+    saving = BestAndLastCheckpoints(folder, CheckpointSettings(every_steps=None), sampler.steps, ScriptedMetrics({"train_loss": 1.0}))
     trainer = trainer_in(
         folder,
         [saving],

@@ -37,7 +37,8 @@ def table(tmp_path: Path, stream: io.StringIO) -> LiveTable:
     path = tmp_path / "sweep.yaml"
     path.write_text(f"sweep: {{num_trials: 3, space: {{{RATE}: {{loguniform: [1e-4, 0.1]}}}}}}\n")
     trial_records: Any = Records()
-    made = LiveTable(trial_records, load_sweep(path), None, Console(stream))
+    channel: Any = None
+    made = LiveTable(trial_records, load_sweep(path), channel, Console(stream))
     made.progress[1] = "epoch 0  step 57/80  loss 0.961  8.9 samples/s  1:29 left"
     made.changed(1, "running")
     return made

@@ -18,7 +18,7 @@ def ago(seconds: float) -> str:
     return datetime.fromtimestamp(time.time() - seconds).strftime("%Y%m%d_%H%M%S")
 
 
-def test_a_sample_says_of_this_node_what_can_be_true() -> None:
+def test_a_sample_has_plausible_values_of_this_node() -> None:
     sampler = SystemSampler(ago(1000), lambda points: None)
     sampler.close()
     found = {point.name: point.value for point in sampler.sample()}
@@ -29,7 +29,7 @@ def test_a_sample_says_of_this_node_what_can_be_true() -> None:
     assert all(value >= 0 for value in found.values())
 
 
-def test_the_step_of_a_sample_counts_on_from_the_runs_begin_however_often_it_goes_on() -> None:
+def test_the_step_of_a_sample_counts_seconds_since_the_run_began_also_after_a_resume() -> None:
     first, second = SystemSampler(ago(1000), lambda points: None), SystemSampler(ago(5000), lambda points: None)
     for sampler in (first, second):
         sampler.close()

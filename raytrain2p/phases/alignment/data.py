@@ -1,8 +1,8 @@
-"""What phase 1 takes in: pairs of images and texts, checked, as features of frozen encoders."""
+"""The inputs of phase 1: pairs of images and texts, checked, as features of frozen encoders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,18 +17,9 @@ from raytrain2p.data.features import FeatureStore, FeatureTable
 from raytrain2p.data.media import ImageRef, content_key, decode_image
 from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
-from raytrain2p.models.encoders import (
-    ImageEncoder,
-    TextEncoder,
-    encoder_width,
-    image_fingerprint,
-    probe_image_encoder,
-    probe_text_encoder,
-    text_fingerprint,
-)
+from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.losses import ContrastiveLoss
-from raytrain2p.models.pretrained import model_directory
-from raytrain2p.phases.inputs import TRAIN, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
+from raytrain2p.phases.inputs import TRAIN, Batch, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
 
 
 @dataclass(frozen=True)
@@ -49,22 +40,22 @@ class AlignmentSplit:
 
     supervised = lengths
 
-    def __getitem__(self, share: MicroBatch) -> dict[str, Any]:
-        """Tensors of one worker's share: text (b, 1, D), image (b, T, D) or pixels (b, 3, h, w), keys (b,)."""
-        batch: dict[str, Any] = {
-            "text": self.texts.gather(share.records),
-            "keys": torch.from_numpy(self.keys[share.records]),
-            "step_tokens": share.step_tokens,
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        """Tensors: text (b, 1, D), image (b, T, D) or pixels (b, 3, h, w), keys (b,)."""
+        batch: Batch = {
+            "text": self.texts.gather(micro_batch.records),
+            "keys": torch.from_numpy(self.keys[micro_batch.records]),
+            "step_tokens": micro_batch.step_tokens,
         }
         if isinstance(self.images, FeatureTable):
-            return batch | {"image": self.images.gather(share.records)}
+            return batch | {"image": self.images.gather(micro_batch.records)}
         assert self.preprocess is not None
-        return batch | {"pixels": self.preprocess([decode_image(self.images[item].read()) for item in share.records])}
+        return batch | {"pixels": self.preprocess([decode_image(self.images[item].read()) for item in micro_batch.records])}
 
 
 @dataclass(frozen=True)
 class AlignmentInputs:
-    """Everything that phase 1 needs, checked; `jobs` say what is to be encoded before `prepare()`."""
+    """Everything that phase 1 trains on, checked."""
 
     settings: AlignmentSettings
     splits: dict[str, list[Record]]
@@ -81,15 +72,15 @@ class AlignmentInputs:
 
     def prepare(self) -> dict[str, AlignmentSplit]:
         """Splits as arrays, once everything is encoded."""
-        text_job, image_job = self.jobs
+        jobs = {job.what: job.store for job in self.jobs}
         pairs = {}
         for name, records in self.splits.items():
             text_keys = [content_key(record.text.encode()) for record in records]
             images = [record.image for record in records if record.image is not None]
             online = self.settings.data.features == "online"
             pairs[name] = AlignmentSplit(
-                text_job.store.table(text_keys),
-                images if online else image_job.store.table([self.image_keys[image] for image in images]),
+                jobs["texts"].table(text_keys),
+                images if online else jobs["images"].table([self.image_keys[image] for image in images]),
                 np.array([int.from_bytes(key[:8], "little", signed=True) for key in text_keys], np.int64),
             )
         return pairs
@@ -99,8 +90,8 @@ class AlignmentInputs:
         model = self.settings.model
         with torch.device("meta"):
             encoders = {
-                what: AutoModel.from_config(AutoConfig.from_pretrained(model_directory(name))).requires_grad_(False)
-                for what, name in (("image encoder", model.image_encoder), ("text encoder", model.text_encoder))
+                f"{modality} encoder": AutoModel.from_config(AutoConfig.from_pretrained(spec.directory())).requires_grad_(False)
+                for modality, spec in encoder_specs(model).items()
             }
         return encoders | {"aligner": build_aligner(model), "loss": ContrastiveLoss(model.loss)}
 
@@ -114,49 +105,36 @@ class AlignmentInputs:
 
 
 def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
-    """Read and check all that phase 1 takes in.
+    """Read and check the inputs of phase 1.
 
     Raises:
         InputError: every problem with models, records and images.
     """
     findings = Findings()
-    model, store_root = settings.model, str(settings.data.feature_store)
-    image_store = text_store = None
-    with findings:
-        image_directory = model_directory(model.image_encoder, "model.image_encoder")
-        encoder_width(model.image_encoder, "model.image_encoder")
-        probe_image_encoder(model.image_encoder, model.image_size)
-        image_store = FeatureStore(store_root, image_fingerprint(image_directory, model.image_size))
-    with findings:
-        text_directory = model_directory(model.text_encoder, "model.text_encoder")
-        encoder_width(model.text_encoder, "model.text_encoder")
-        probe_text_encoder(model.text_encoder)
-        text_store = FeatureStore(store_root, text_fingerprint(text_directory))
+    specs, stores = encoder_specs(settings.model), dict[str, FeatureStore]()
+    for modality, spec in specs.items():
+        with findings:
+            spec.width()
+            spec.probe()
+            stores[modality] = FeatureStore(str(settings.data.feature_store), spec.fingerprint())
     splits = read_splits(settings, 1, findings)
     records = [record for split in splits.values() for record in split]
-    image_keys = check_images(records, image_store, findings)
+    image_keys = check_images(records, stores.get("image"), findings)
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
     findings.raise_any()
-    assert image_store is not None
-    assert text_store is not None
     images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
     texts: dict[bytes, ImageRef | str] = {content_key(record.text.encode()): record.text for record in records}
-    jobs = (
-        EncoderJob("texts", text_store, texts, partial(TextEncoder, model.text_encoder)),
-        EncoderJob(
-            "images",
-            image_store,
-            {} if settings.data.features == "online" else images,
-            partial(ImageEncoder, model.image_encoder, model.image_size),
-        ),
-    )
+    items = {"text": texts, "image": {} if settings.data.features == "online" else images}
+    jobs = tuple(EncoderJob(f"{modality}s", stores[modality], items[modality], specs[modality].build) for modality in items)
     return AlignmentInputs(settings, splits, image_keys, jobs)
+
+
+def encoder_specs(model: AlignmentModelSettings) -> dict[str, EncoderSpec]:
+    """By modality."""
+    return {"image": EncoderSpec("image", model.image_encoder, model.image_size), "text": EncoderSpec("text", model.text_encoder)}
 
 
 def build_aligner(model: AlignmentModelSettings) -> Aligner:
     """Untrained, as wide as its encoders."""
-    widths = {
-        "image": encoder_width(model.image_encoder, "model.image_encoder"),
-        "text": encoder_width(model.text_encoder, "model.text_encoder"),
-    }
+    widths = {modality: spec.width() for modality, spec in encoder_specs(model).items()}
     return Aligner(widths, model.hidden, model.dimension, model.dropout)

@@ -8,12 +8,12 @@ RANKS = (1, 5)
 
 
 def chance(candidates: int, right: int, k: int) -> float:
-    """That at least one of the right candidates is among k drawn at random without replacement (hypergeometric)."""
+    """Probability that at least one right candidate is among k drawn without replacement (hypergeometric distribution)."""
     return 1 - comb(candidates - right, k) / comb(candidates, min(k, candidates)) if k < candidates else 1.0
 
 
 def retrieval_metrics(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, float]:
-    """Recall at 1 and 5 in both directions, as fractions, beside what chance gives.
+    """Recall at 1 and 5 in both directions, as fractions, and the recall of random retrieval.
 
     From image to text, the candidates are the distinct texts: one is right. From text to image, the candidates are
     all images, and each image of that text is right.

@@ -1,8 +1,8 @@
-"""What phase 2 takes in: instruction records, checked and tokenized, with their images."""
+"""The inputs of phase 2: instruction records, checked and tokenized, with their images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
+from raytrain2p.config.settings import InstructionModelSettings
 from raytrain2p.data.batches import MicroBatch, Ragged
 from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.features import FeatureStore, FeatureTable
@@ -19,10 +20,10 @@ from raytrain2p.data.media import ImageRef, decode_image
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact
-from raytrain2p.models.assistant import Assistant, AssistantShape, build_assistant
-from raytrain2p.models.encoders import ImageEncoder, image_fingerprint, probe_image_encoder
+from raytrain2p.models.assistant import AssistantShape, build_assistant
+from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import fingerprint, model_directory
-from raytrain2p.phases.inputs import TRAIN, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
+from raytrain2p.phases.inputs import TRAIN, Batch, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,19 @@ class InstructionSplit:
     def supervised(self) -> np.ndarray:
         return self.tokens.responses.lengths
 
-    def __getitem__(self, share: MicroBatch) -> dict[str, Any]:
-        """One worker's share, padded on the right, with labels."""
-        return self.batch(share, right_padded(self.tokens, share.records))
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        """Prompts and responses, padded on the right, with labels."""
+        return self.batch(micro_batch, right_padded(self.tokens, micro_batch.records))
 
-    def prompts(self, share: MicroBatch) -> dict[str, Any]:
-        """The share's prompts alone, padded on the left, for generation."""
-        return self.batch(share, left_padded(self.tokens, share.records))
+    def prompts(self, micro_batch: MicroBatch) -> Batch:
+        """Prompts alone, padded on the left, for generation."""
+        return self.batch(micro_batch, left_padded(self.tokens, micro_batch.records))
 
-    def batch(self, share: MicroBatch, padded: dict[str, torch.Tensor]) -> dict[str, Any]:
-        shown = self.image[share.records]
+    def batch(self, micro_batch: MicroBatch, padded: dict[str, torch.Tensor]) -> Batch:
+        """Adds the images to the tokens: features (P, T, D), or pixels (P, 3, height, width) if encoded online."""
+        shown = self.image[micro_batch.records]
         shown = shown[shown >= 0]
-        batch: dict[str, Any] = {"tokens": padded, "step_tokens": share.step_tokens}
+        batch: Batch = {"tokens": padded, "step_tokens": micro_batch.step_tokens}
         if isinstance(self.images, FeatureTable):
             return batch | {"features": self.images.gather(shown) if len(shown) else torch.empty(0, 1, 1)}
         assert self.preprocess is not None
@@ -68,7 +70,7 @@ class InstructionSplit:
 
 @dataclass(frozen=True)
 class InstructionInputs:
-    """Everything that phase 2 needs, checked; `jobs` say what is to be encoded before `prepare()`."""
+    """Everything that phase 2 trains on, checked."""
 
     settings: InstructionSettings
     splits: dict[str, list[Record]]
@@ -103,13 +105,13 @@ class InstructionInputs:
         return prepared
 
     def parts(self) -> dict[str, nn.Module]:
-        """The model's parts, for counting; made without memory for their weights."""
+        """The model's parts, for counting; without memory for their weights."""
+        model = self.settings.model
         with torch.device("meta"):
-            encoder = AutoModel.from_config(AutoConfig.from_pretrained(model_directory(self.settings.model.image_encoder)))
+            encoder = AutoModel.from_config(AutoConfig.from_pretrained(encoder_spec(model).directory()))
             assistant = build_assistant(assistant_shape(self.settings), "eager", torch.bfloat16, empty=True)
-        trains_aligner(assistant, self.settings.model.train_aligner)
-        trained = {"aligner": assistant.branch, "projector": assistant.projector}
-        return {"image encoder": encoder.requires_grad_(False), "language model": assistant.language_model} | trained
+        assistant.freeze(model.tuning, model.train_aligner)
+        return {"image encoder": encoder.requires_grad_(False)} | assistant.parts()
 
     def tokens_per_step(self) -> int:
         """Expected number, from the mean length of the training records."""
@@ -124,7 +126,7 @@ class InstructionInputs:
 
 
 def read_inputs(settings: InstructionSettings) -> InstructionInputs:
-    """Read and check all that phase 2 takes in. `model.aligner` must be a path by now.
+    """Read and check the inputs of phase 2. `model.aligner` must be a path by now.
 
     Raises:
         InputError: every problem with models, aligner, records and images.
@@ -133,8 +135,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     model = settings.model
     store, chat, limit = None, None, 0
     with findings:
-        directory = model_directory(model.image_encoder, "model.image_encoder")
-        store = FeatureStore(str(settings.data.feature_store), image_fingerprint(directory, model.image_size))
+        store = FeatureStore(str(settings.data.feature_store), encoder_spec(model).fingerprint())
         with findings:
             check_aligner(settings)
         with findings:
@@ -154,9 +155,12 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     findings.raise_any()
     assert store is not None
     images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
-    build = partial(ImageEncoder, model.image_encoder, model.image_size)
-    job = EncoderJob("images", store, {} if settings.data.features == "online" else images, build)
+    job = EncoderJob("images", store, {} if settings.data.features == "online" else images, encoder_spec(model).build)
     return InstructionInputs(settings, splits, tokens, image_keys, (job,))
+
+
+def encoder_spec(model: InstructionModelSettings) -> EncoderSpec:
+    return EncoderSpec("image", model.image_encoder, model.image_size)
 
 
 def check_aligner(settings: InstructionSettings) -> None:
@@ -167,9 +171,9 @@ def check_aligner(settings: InstructionSettings) -> None:
     """
     model, path = settings.model, Path(settings.model.aligner)
     if not path.is_file():
-        return  # told where the setting was resolved to a path
+        return  # reported where the setting was resolved to a path
     artifact = load_artifact(path, "alignment")
-    found = fingerprint(model_directory(model.image_encoder, "model.image_encoder"))
+    found = fingerprint(encoder_spec(model).directory())
     check_fingerprint(path, artifact, "image_encoder", model.image_encoder, found, "model.image_encoder")
     if artifact["image_size"] != model.image_size:
         raise InputError(
@@ -195,12 +199,12 @@ def checked_language_model(settings: InstructionSettings, directory: Path) -> Ch
             AutoModelForCausalLM.from_config(config)
         chat = load_chat_format(directory, model.soft_tokens, model.system_prompt)
         chat.response("Is this a question?", True, "This is an answer.")
-    except Exception as error:  # a foreign model's own code and template: anything may come out of it
+    except Exception as error:  # a foreign model's own code and template: it may raise anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             Problem(
                 f"model.language_model={model.language_model}",
-                f"is no causal language model that can be used: {type(error).__name__}: {reason}",
+                f"is not a usable causal language model: {type(error).__name__}: {reason}",
                 "take another model; if its template refuses system messages, set model.system_prompt=null",
             )
         ) from None
@@ -210,13 +214,13 @@ def checked_language_model(settings: InstructionSettings, directory: Path) -> Ch
 
 
 def check_soft_tokens(settings: InstructionSettings) -> None:
-    """A image gives at most as many soft tokens as its grid has positions.
+    """An image gives at most as many soft tokens as its grid has positions.
 
     Raises:
         InputError: more are asked for.
     """
     model = settings.model
-    positions = probe_image_encoder(model.image_encoder, model.image_size)
+    positions = encoder_spec(model).probe()
     if model.soft_tokens > positions:
         raise InputError(
             Problem(
@@ -270,7 +274,7 @@ def tokenize(records: list[Record], chat: ChatFormat, limit: int) -> TokenRecord
 
 
 def assistant_shape(settings: InstructionSettings) -> AssistantShape:
-    """What the model is built from, in plain types: it goes into model.pt too."""
+    """What the model is built from; also written into model.pt."""
     model = settings.model
     return AssistantShape(
         language_model=model.language_model,
@@ -279,9 +283,3 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         lora=model.lora.model_dump(),
         aligner=load_artifact(Path(model.aligner), "alignment")["shape"],
     )
-
-
-def trains_aligner(assistant: Assistant, trains: bool) -> None:
-    """The aligner's pooling query is not used by phase 2: it never trains here."""
-    assistant.branch.map.requires_grad_(trains)
-    assistant.branch.query.requires_grad_(False)

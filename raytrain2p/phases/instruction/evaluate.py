@@ -1,8 +1,8 @@
-"""What phase 2 measures: how often the assistant's answer is the expected one, and whether it looks at the image."""
+"""What phase 2 measures: how often the answer is the expected one, and whether it depends on the image."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,39 +10,41 @@ from torch import nn
 
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.chat import load_chat_format
+from raytrain2p.data.records import Record
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import model_directory
+from raytrain2p.phases.base import Answer
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.module import InstructionModule
 
 
 @torch.inference_mode()
 def evaluate(
-    module: InstructionModule, data: dict[str, InstructionSplit], tests: list[str], world: WorkerGroup
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Loss and exact match by task on each test split, beside the same with images shuffled, and the majority class:
-    the best that one and the same answer to every record of the split could do.
+    module: InstructionModule, data: Mapping[str, InstructionSplit], tests: list[str], group: WorkerGroup
+) -> tuple[dict[str, float], list[Answer]]:
+    """Loss and exact match by task on each test split. To compare: exact match with images shuffled, and of the best constant
+    answer (majority).
 
     Returns:
-        Metrics by name, and `{"answers": [...]}`: a table of sample answers.
+        Metrics by name, and sample answers.
     """
     settings = module.settings.evaluation
     metrics: dict[str, float] = {}
-    answers: list[dict[str, Any]] = []
+    answers: list[Answer] = []
     for name in tests:
         split = data[name]
         for task in sorted(set(split.tasks)):
             chosen = choose(split, task, settings.max_records, module.settings.seed)
-            loss, exact = score(module, split, chosen, world)
+            loss, exact = score(module, split, chosen, group)
             metrics[f"{name}/loss/{task}"] = loss
             metrics[f"{name}/exact_match/{task}"] = exact
             commonest = Counter(split.records[record].response for record in chosen).most_common(1)[0][1]
             metrics[f"{name}/majority/{task}"] = commonest / len(chosen)
             if settings.shuffled and (split.image[chosen] >= 0).sum() > 1:
-                shuffled = replace(split, image=shuffle_pictures(split.image, chosen, module.settings.seed))
-                metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, world)[1]
-        answers += sample_answers(module, name, split, settings.samples, world)
-    return metrics, {"answers": answers}
+                shuffled = replace(split, image=shuffle_images(split.image, chosen, module.settings.seed))
+                metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, group)[1]
+        answers += sample_answers(module, name, split, settings.samples, group)
+    return metrics, answers
 
 
 def choose(split: InstructionSplit, task: str, most: int | None, seed: int) -> np.ndarray:
@@ -53,24 +55,24 @@ def choose(split: InstructionSplit, task: str, most: int | None, seed: int) -> n
     return np.sort(np.random.default_rng(seed).choice(of_task, most, replace=False))
 
 
-def shuffle_pictures(image: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
-    """Each chosen record gets another one's image: a random cycle, so that none keeps its own."""
+def shuffle_images(image: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
+    """Each chosen record gets the image of another one: a random cycle, so that none keeps its own."""
     random = np.random.default_rng(seed)
     order = random.permutation(chosen[image[chosen] >= 0])
-    _, group, counts = np.unique(image[order], return_inverse=True, return_counts=True)
-    order = order[np.argsort(random.permutation(len(counts))[group], kind="stable")]
+    _, number, counts = np.unique(image[order], return_inverse=True, return_counts=True)
+    order = order[np.argsort(random.permutation(len(counts))[number], kind="stable")]
     shuffled = image.copy()
     shuffled[order] = image[np.roll(order, counts.max())]
     return shuffled
 
 
-def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray, world: WorkerGroup) -> tuple[float, float]:
+def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray, group: WorkerGroup) -> tuple[float, float]:
     """Mean loss per token, and the share of records that greedy decoding answers exactly.
 
-    Greedy decoding gives the reference, token by token up to the stop token, if and only if the reference's every token
-    is the most likely one after the reference's own beginning: so one forward pass decides it, without generating.
+    Greedy decoding gives the reference, up to the stop token, if and only if each of its tokens is the most likely one after
+    the tokens before it: one forward pass decides that, without generating.
     """
-    mine = world.share(chosen[np.argsort(split.lengths[chosen], kind="stable")])
+    mine = group.share(chosen[np.argsort(split.lengths[chosen], kind="stable")])
     total, tokens, right = 0.0, 0, 0
     size = module.settings.evaluation.batch_size
     for start in range(0, len(mine), size):
@@ -82,28 +84,33 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
         total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += len(targets)
         right += int((wrong == 0).sum())
-    sums = np.array(world.gather((total, tokens, right))).sum(axis=0)
+    sums = np.array(group.gather((total, tokens, right))).sum(axis=0)
     return float(sums[0] / sums[1]), float(sums[2] / len(chosen))
 
 
-def sample_answers(module: InstructionModule, name: str, split: InstructionSplit, most: int, world: WorkerGroup) -> list[dict[str, Any]]:
+def sample_answers(module: InstructionModule, name: str, split: InstructionSplit, most: int, group: WorkerGroup) -> list[Answer]:
     """Generated answers to a few records of a split, as rows of a table."""
     chat = load_chat_format(model_directory(module.settings.model.language_model), module.settings.model.soft_tokens, None)
     chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
-    mine = world.share(chosen)
+    mine = group.share(chosen)
     texts: list[str] = []
     if len(mine):
         batch = module.assemble(module.transfer_batch_to_device(split.prompts(MicroBatch(mine, 0)), module.device, 0))
         stop = chat.stop_ids
         ids = module.assistant.generate(batch, module.settings.evaluation.max_new_tokens, list(stop), stop[0])
         texts = [chat.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-    said = {record: text for part in world.gather(list(zip(mine.tolist(), texts, strict=True))) for record, text in part}
-    rows = []
-    for number in chosen.tolist():
-        record = split.records[number]
-        image = {"image": record.image.source, "image_row": record.image.row} if record.image else {"image": None, "image_row": None}
-        rows.append(
-            {"split": name, "task": record.task, "instruction": record.instruction, "expected": record.response, "answer": said[number]}
-            | image
-        )
-    return rows
+    generated = {record: text for part in group.gather(list(zip(mine.tolist(), texts, strict=True))) for record, text in part}
+    return [answer_row(name, split.records[number], generated[number]) for number in chosen.tolist()]
+
+
+def answer_row(split: str, record: Record, answer: str) -> Answer:
+    """A row of the table of sample answers."""
+    return {
+        "split": split,
+        "task": record.task,
+        "instruction": record.instruction,
+        "expected": record.response,
+        "answer": answer,
+        "image": record.image.source if record.image else None,
+        "image_row": record.image.row if record.image else None,
+    }

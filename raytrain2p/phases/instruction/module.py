@@ -1,5 +1,6 @@
-"""Phase 2: a causal language model learns to answer about images that it sees through the aligner of phase 1."""
+"""Phase 2: a causal language model is trained to answer about images that it reads through the aligner of phase 1."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assista
 from raytrain2p.models.encoders import ImageEncoder
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.base import PhaseModule
-from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape, trains_aligner
+from raytrain2p.phases.inputs import Batch
+from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape
 
 
 class InstructionModule(PhaseModule):
@@ -23,13 +25,13 @@ class InstructionModule(PhaseModule):
         super().__init__(settings.training, settings.seed, total_steps)
         self.settings = settings
         self.assistant = assistant
-        self.encoder: list[ImageEncoder] = []  # in a list, so that its weights are no part of this module
+        self.encoder: list[ImageEncoder] = []  # in a list, which keeps its weights out of this module
 
     def shardable(self) -> list[nn.Module]:
         layers = max((m for m in self.assistant.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
         return [*layers, self.assistant.branch.map, self.assistant.projector]
 
-    def assemble(self, batch: dict[str, Any]) -> AssistantBatch:
+    def assemble(self, batch: Batch) -> AssistantBatch:
         if "features" not in batch:
             pixels = batch["pixels"]
             batch = batch | {"features": self.online_encoder().encode_pixels(pixels) if len(pixels) else pixels.new_empty(0, 1, 1)}
@@ -41,44 +43,45 @@ class InstructionModule(PhaseModule):
             self.encoder.append(ImageEncoder(model.image_encoder, model.image_size, self.device.type))
         return self.encoder[0]
 
-    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         return self.assistant(self.assemble(batch))
 
-    def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+    def total_loss(self, batch: Batch) -> torch.Tensor:
         """Scaled so that its mean over workers and passes is the mean over the step's supervised tokens."""
         shares = self.trainer.world_size * self.passes_per_step
         return self(batch) * (shares / batch["step_tokens"])
 
-    def val_sums(self, batch: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    def val_sums(self, batch: Batch) -> tuple[torch.Tensor, int]:
         return self(batch), int((batch["tokens"]["labels"] != -100).sum())
 
 
-def build(settings: InstructionSettings, data: dict[str, InstructionSplit], total_steps: int, precision: str) -> InstructionModule:
-    """Base model in the compute precision, what trains in float32, the aligner as phase 1 left it."""
-    attention = settings.model.attention
+def build(settings: InstructionSettings, total_steps: int, precision: str) -> InstructionModule:
+    """Base model in the compute precision, what trains in float32, the aligner with the weights of phase 1."""
+    model, attention = settings.model, settings.model.attention
     if attention == "auto":
         attention = "sdpa" if settings.launch.use_gpu else "eager"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
-    aligner = load_artifact(Path(settings.model.aligner), "alignment")["state_dict"]
+    aligner = load_artifact(Path(model.aligner), "alignment")["state_dict"]
     prefix = "branches.image."
     assistant.branch.load_state_dict({k.removeprefix(prefix): v for k, v in aligner.items() if k.startswith(prefix)})
-    trains_aligner(assistant, settings.model.train_aligner)
-    assistant.soft_token_dropout = settings.model.soft_token_dropout
+    assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # from_pretrained leaves the model in evaluation mode, in which it neither drops out nor checkpoints activations
-    return InstructionModule(settings, assistant.train(), total_steps)
+    # from_pretrained returns the model in evaluation mode, which has neither dropout nor checkpointed activations
+    module = InstructionModule(settings, assistant.train(), total_steps)
+    module.parameter_counts = assistant.freeze(model.tuning, model.train_aligner)
+    return module
 
 
-def online(module: InstructionModule, data: dict[str, InstructionSplit]) -> dict[str, InstructionSplit]:
+def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> dict[str, InstructionSplit]:
     """The splits with the encoder's preprocessing, where images are encoded in the step."""
     preprocess = module.online_encoder().preprocess
     return {name: replace(split, preprocess=preprocess) for name, split in data.items()}
 
 
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
-    """Write model.pt: what was trained, the aligner branch, and what to build them into."""
+    """Write model.pt: the trained weights, the aligner branch, and the shape to build them into."""
     model, assistant = module.settings.model, module.assistant
     frozen = {
         name for name, p in assistant.named_parameters(remove_duplicate=False) if not p.requires_grad and name.startswith("language_model.")

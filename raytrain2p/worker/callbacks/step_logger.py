@@ -1,13 +1,15 @@
-"""What each training step did: kept on the device, and noted every few steps."""
+"""Loss and learning rate of each training step: kept on the device, and written every few steps."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 
 from raytrain2p.tracking.metrics_file import MetricPoint
+from raytrain2p.worker.channel import StepProgress
 
 
 class Mean:
@@ -20,24 +22,24 @@ class Mean:
         self.total, self.count = self.total + value, self.count + 1
 
     def take(self) -> float:
-        """The mean, or NaN of nothing; begins anew."""
+        """The mean, or NaN of nothing; starts over."""
         value = self.total / self.count if self.count else float("nan")
         self.total, self.count = 0.0, 0
         return value
 
 
 class StepLogger(pl.Callback):
-    """Keeps every step's loss and learning rate, and hands them on every few steps.
+    """Writes every step's loss and learning rate, several steps at a time.
 
-    Losses stay on the device until then: reading one forces a GPU to catch up with Python.
+    Losses stay on the device until then: reading one makes Python wait for the GPU.
 
     Args:
-        every: steps between two hand-overs.
+        every: steps between two writes.
         records_per_step: of all workers together.
-        steps_per_epoch: to tell the epoch of a step.
+        steps_per_epoch: gives the epoch of a step.
         mean: the mean over the workers; a collective, so called equally often on each.
         write: takes the points; None on every worker but the first.
-        show: called with the latest numbers after each hand-over; likewise.
+        show: takes the latest numbers after each write; None likewise.
     """
 
     def __init__(
@@ -47,68 +49,81 @@ class StepLogger(pl.Callback):
         steps_per_epoch: int,
         mean: Callable[[torch.Tensor], torch.Tensor],
         write: Callable[[Sequence[MetricPoint]], None] | None,
-        show: Callable[[dict[str, Any]], None] | None,
+        show: Callable[[StepProgress], None] | None,
     ) -> None:
         self.every, self.records_per_step, self.steps_per_epoch = every, records_per_step, steps_per_epoch
         self.mean, self.write, self.show = mean, write, show
         self.losses: list[torch.Tensor] = []
-        self.steps: list[tuple[int, float, float]] = []
+        self.steps: list[tuple[int, float, float]] = []  # number, learning rate, time
         self.passes: torch.Tensor | float = 0.0
-        self.seen = -1
+        self.seen_step = -1
         self.since = 0.0
-        self.of_epoch, self.since_scored = Mean(), Mean()
+        self.of_epoch, self.since_checkpoint = Mean(), Mean()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: [mean.total, mean.count] for name, mean in (("epoch", self.of_epoch), ("judged", self.since_scored))}
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: [mean.total, mean.count] for name, mean in self._means().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.of_epoch.total, self.of_epoch.count = state_dict["epoch"]
-        self.since_scored.total, self.since_scored.count = state_dict["judged"]
+        for name, mean in self._means().items():
+            mean.total, mean.count = state_dict[name]
+
+    def _means(self) -> dict[str, Mean]:
+        return {"epoch": self.of_epoch, "judged": self.since_checkpoint}  # names in checkpoints
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen, self.since = trainer.global_step, time.perf_counter()
+        self.seen_step, self.since = trainer.global_step, time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.passes = self.passes + pl_module.pass_loss
-        if trainer.global_step == self.seen:
+        if trainer.global_step == self.seen_step:
             return  # not the last pass of its step
-        self.seen = trainer.global_step
+        self.seen_step = trainer.global_step
         assert isinstance(self.passes, torch.Tensor)
         self.losses.append(self.passes)
-        self.steps.append((self.seen, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
+        self.steps.append((self.seen_step, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
         self.passes = 0.0
-        if self.seen % self.every == 0:
-            self.hand_over(trainer)
+        if self.seen_step % self.every == 0:
+            self.flush(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.hand_over(trainer)
+        self.flush(trainer)
         if self.of_epoch.count and self.write is not None:
             self.write([MetricPoint("train_loss_epoch", self.of_epoch.total / self.of_epoch.count, trainer.global_step, time.time())])
         self.of_epoch.take()
 
-    def hand_over(self, trainer: pl.Trainer) -> None:
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """The time within does not count in the speed of training."""
+        since = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - since
+
+    def flush(self, trainer: pl.Trainer) -> None:
         """Write what has been kept."""
         if not self.losses:
             return
-        values = self.mean(torch.stack(self.losses)).tolist()
+        losses = self.mean(torch.stack(self.losses)).tolist()
         now = time.perf_counter()
-        speed = len(values) * self.records_per_step / (now - self.since)
-        points = []
-        for value, (step, rate, at) in zip(values, self.steps, strict=True):
-            self.of_epoch.add(value)
-            self.since_scored.add(value)
-            epoch = float((step - 1) // self.steps_per_epoch)
-            points += [
-                MetricPoint("train_loss", value, step, at),
-                MetricPoint("learning_rate", rate, step, at),
-                MetricPoint("epoch", epoch, step, at),
-            ]
-        step, _, at = self.steps[-1]
-        points.append(MetricPoint("samples_per_second", speed, step, at))
+        seconds_per_step = (now - self.since) / len(losses)
+        speed = self.records_per_step / seconds_per_step
+        for loss in losses:
+            self.of_epoch.add(loss)
+            self.since_checkpoint.add(loss)
         if self.write is not None:
-            self.write(points)
+            self.write(self._points(losses, speed))
         if self.show is not None:
-            left = (trainer.max_steps - step) * (now - self.since) / len(values)
-            epoch = (step - 1) // self.steps_per_epoch
-            self.show({"epoch": epoch, "step": step, "loss": values[-1], "samples_per_second": speed, "seconds_left": left})
+            step = self.steps[-1][0]
+            left = (trainer.max_steps - step) * seconds_per_step
+            self.show(StepProgress(self._epoch(step), step, trainer.max_steps, losses[-1], speed, left))
         self.losses, self.steps, self.since = [], [], now
+
+    def _points(self, losses: list[float], speed: float) -> list[MetricPoint]:
+        points = []
+        for loss, (step, rate, at) in zip(losses, self.steps, strict=True):
+            values = {"train_loss": loss, "learning_rate": rate, "epoch": float(self._epoch(step))}
+            points += [MetricPoint(name, value, step, at) for name, value in values.items()]
+        step, _, at = self.steps[-1]
+        return [*points, MetricPoint("samples_per_second", speed, step, at)]
+
+    def _epoch(self, step: int) -> int:
+        return (step - 1) // self.steps_per_epoch

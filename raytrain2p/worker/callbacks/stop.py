@@ -1,33 +1,35 @@
-"""A request to stop, as the workers hear it: all of them stop between the same two steps, and a checkpoint is kept."""
+"""A request to stop: all workers stop between the same two steps, and a checkpoint is saved."""
 
 import threading
 from typing import Any
 
 import pytorch_lightning as pl
 import ray
-import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.worker.callbacks.checkpoint import ends_epoch
+from raytrain2p.worker.channel import RunChannel
 
 
 class StopOnRequest(pl.Callback):
-    """Ends training with a SIGTERMException at the first step after the request; if that step ends an epoch, once the epoch has
-    been ended: this callback must come after those that note and save it. At the run's last step there is nothing to stop.
+    """Ends training with a SIGTERMException at the first step after the request, or, if that step ends an epoch, after the
+    epoch's end: this callback must come after those that log and save it. At the run's last step there is nothing to stop.
 
     Args:
-        channel: where the driver leaves the request; None on every worker but the first.
+        channel: brings the driver's request; None on every worker but the first.
+        group: the workers, which stop together.
     """
 
-    def __init__(self, channel: Any) -> None:
-        self.channel, self.requested = channel, threading.Event()
+    def __init__(self, channel: RunChannel | None, group: WorkerGroup) -> None:
+        self.channel, self.group, self.requested = channel, group, threading.Event()
         self.seen_step = -1
         if channel is not None:
-            threading.Thread(target=self._wait, name="stop-request", daemon=True).start()
+            threading.Thread(target=self._wait, args=(channel,), name="stop-request", daemon=True).start()
 
-    def _wait(self) -> None:
+    def _wait(self, channel: RunChannel) -> None:
         try:
-            ray.get(self.channel.wait_for_stop.remote())
+            channel.wait_for_stop()
         except ray.exceptions.RayError:
             return  # the driver is gone, and Ray ends this worker
         self.requested.set()
@@ -37,7 +39,7 @@ class StopOnRequest(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.channel is not None:
-            self.channel.stop_listening.remote()
+            self.channel.end_of_training()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped = trainer.global_step != self.seen_step
@@ -50,12 +52,8 @@ class StopOnRequest(pl.Callback):
             raise SIGTERMException
 
     def _agreed(self, trainer: pl.Trainer) -> bool:
-        """What rank 0 knows, on every worker: one that raised alone would leave the others waiting for it.
+        """Whether rank 0 has the request, on every worker: one that raised alone would leave the others waiting for it.
 
-        Costs what Lightning's own question before each pass costs, which cannot be used: in it, rank 0 raises first.
+        Costs what Lightning's own check before each pass costs, which cannot be used: in it, rank 0 raises first.
         """
-        if trainer.world_size == 1:
-            return self.requested.is_set()
-        flag = torch.tensor([int(self.requested.is_set())], device=trainer.strategy.root_device)
-        torch.distributed.broadcast(flag, src=0)
-        return bool(flag.item())
+        return self.group.flag_of_first(self.requested.is_set(), trainer.strategy.root_device)

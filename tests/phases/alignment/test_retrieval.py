@@ -25,7 +25,7 @@ def test_recall_at_one_and_chance_by_hand_with_a_repeated_text() -> None:
     assert metrics["recall_at_5"] == metrics["text_to_image_recall_at_5"] == 1  # fewer than five candidates
 
 
-def test_a_text_finds_any_of_its_pictures() -> None:
+def test_a_text_finds_any_of_its_images() -> None:
     """The second image of key 7 lies far away; the first one alone makes the text's search a success."""
     metrics = retrieval_metrics(at_angles(5, 175, 90), at_angles(0, 0, 90), np.array([7, 7, 3]))
     assert metrics["text_to_image_recall_at_1"] == 1

@@ -22,24 +22,24 @@ from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.instruction.data import InstructionSplit, check_aligner, context_length, tokenize
-from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_pictures
+from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_images
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
 
 K, WIDTH = 4, 32
 TRAINED, ALL = np.arange(4), np.arange(7)  # record numbers
 
 
-def picture_record(number: int, instruction: str, response: str, task: str = "colour") -> Record:
+def image_record(number: int, instruction: str, response: str, task: str = "colour") -> Record:
     return Record(f"data.jsonl:{number}", ImageRef(f"{number}.png"), instruction=instruction, response=response, task=task)
 
 
 RECORDS = [
-    picture_record(1, "colour?", "red"),
-    picture_record(2, "colour?", "blue"),
-    picture_record(3, "the colour, please?", "green"),
+    image_record(1, "colour?", "red"),
+    image_record(2, "colour?", "blue"),
+    image_record(3, "the colour, please?", "green"),
     Record("data.jsonl:4", None, instruction="2+2?", response="4", task="sum"),
-    picture_record(5, "colour?", "purple"),
-    picture_record(6, "colour?", "red"),
+    image_record(5, "colour?", "purple"),
+    image_record(6, "colour?", "red"),
     Record("data.jsonl:7", None, instruction="2+3?", response="5", task="sum"),
 ]
 
@@ -85,9 +85,9 @@ def split(chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> Instruc
 
 @pytest.fixture(scope="module")
 def module(settings: InstructionSettings, split: InstructionSplit) -> InstructionModule:
-    """Trained on four of the seven records until it knows them."""
+    """Trained on four of the seven records until it answers them."""
     torch.manual_seed(10)
-    module = build(settings, {}, 1, "float32").train()
+    module = build(settings, 1, "float32").train()
     optimizer = torch.optim.AdamW(module.assistant.parameters(), lr=5e-3)
     batch = split[MicroBatch(TRAINED, 1)]
     for _ in range(80):
@@ -99,7 +99,7 @@ def module(settings: InstructionSettings, split: InstructionSplit) -> Instructio
 
 
 def answer(module: InstructionModule, split: InstructionSplit, record: int) -> list[int]:
-    """What the assistant says to one record, up to the stop token."""
+    """The answer to one record, up to the stop token."""
     stop = [AutoTokenizer.from_pretrained(module.settings.model.language_model).eos_token_id]
     ids = module.assistant.generate(module.assemble(split.prompts(MicroBatch(np.array([record]), 0))), 16, stop, stop[0])[0].tolist()
     return ids[: ids.index(stop[0]) + 1] if stop[0] in ids else ids
@@ -117,7 +117,7 @@ def test_exact_match_is_what_greedy_generation_gives(module: InstructionModule, 
     assert scored(module, split, ALL)[1] == pytest.approx(np.mean(right))
 
 
-def test_exact_match_looks_at_the_picture(module: InstructionModule, split: InstructionSplit) -> None:
+def test_exact_match_depends_on_the_image(module: InstructionModule, split: InstructionSplit) -> None:
     swapped = replace(split, image=np.array([1, 0, 2, -1, 3, 4, -1]))
     assert scored(module, split, np.array([0, 1]))[1] == 1
     assert scored(module, swapped, np.array([0, 1]))[1] == 0
@@ -151,7 +151,7 @@ def test_the_training_loss_is_the_mean_over_the_steps_supervised_tokens(
     tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit
 ) -> None:
     settings = settings_of(tiny_llama, aligner, tiny_vit, training={"micro_batch_size": 8})
-    module = build(settings, {}, 1, "float32").eval()
+    module = build(settings, 1, "float32").eval()
     module.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
     tokens = int(split.supervised[:4].sum())
     passes = [module.total_loss(split[MicroBatch(np.array(records), tokens)]).item() for records in ([0, 3], [1, 2])]
@@ -165,52 +165,50 @@ def test_validation_counts_supervised_tokens(module: InstructionModule, split: I
     assert total.item() / count == pytest.approx(scored(module, split, ALL)[0], rel=1e-4)
 
 
-def test_evaluation_tells_each_task_apart_beside_the_majority_and_shuffled_pictures(
-    module: InstructionModule, split: InstructionSplit
-) -> None:
-    metrics, tables = evaluate(module, {"train": split, "seen": split}, ["seen"], WorkerGroup())
+def test_evaluation_is_by_task_with_majority_and_shuffled_images(module: InstructionModule, split: InstructionSplit) -> None:
+    metrics, answers = evaluate(module, {"train": split, "seen": split}, ["seen"], WorkerGroup())
     colour = np.array([0, 1, 2, 4, 5])
     assert metrics["seen/exact_match/colour"] == pytest.approx(scored(module, split, colour)[1])
     assert metrics["seen/loss/colour"] == pytest.approx(scored(module, split, colour)[0], rel=1e-4)
     assert metrics["seen/majority/colour"] == pytest.approx(2 / 5)  # red
-    shuffled = replace(split, image=shuffle_pictures(split.image, colour, module.settings.seed))
+    shuffled = replace(split, image=shuffle_images(split.image, colour, module.settings.seed))
     assert metrics["seen/exact_match_shuffled/colour"] == pytest.approx(scored(module, shuffled, colour)[1])
     assert "seen/exact_match_shuffled/sum" not in metrics, "there is nothing to shuffle without images"
-    assert len(tables["answers"]) == 2
-    for row in tables["answers"]:
+    assert len(answers) == 2
+    for row in answers:
         number = next(n for n, r in enumerate(RECORDS) if (r.instruction, r.response) == (row["instruction"], row["expected"]))
         assert row["answer"] == row["expected"] or number not in TRAINED or RECORDS[number].response == "red"
 
 
-def test_no_record_keeps_its_own_picture_when_pictures_are_shuffled() -> None:
+def test_no_record_keeps_its_own_image_when_images_are_shuffled() -> None:
     image = np.array([4, 7, -1, 2, 9, 5, -1, 1])
     chosen = np.array([0, 1, 2, 4, 7])
     for seed in range(50):
-        shuffled = shuffle_pictures(image, chosen, seed)
-        with_picture = np.array([0, 1, 4, 7])
-        assert (shuffled[with_picture] != image[with_picture]).all()
-        assert sorted(shuffled[with_picture]) == sorted(image[with_picture])
+        shuffled = shuffle_images(image, chosen, seed)
+        with_image = np.array([0, 1, 4, 7])
+        assert (shuffled[with_image] != image[with_image]).all()
+        assert sorted(shuffled[with_image]) == sorted(image[with_image])
 
 
-def test_records_that_are_not_chosen_or_have_no_picture_are_left_as_they_are_by_the_shuffle() -> None:
+def test_records_that_are_not_chosen_or_have_no_image_are_left_as_they_are_by_the_shuffle() -> None:
     image = np.array([4, 7, -1, 2, 9, 5, -1, 1])
     before = image.copy()
-    shuffled = shuffle_pictures(image, np.array([0, 1, 2, 4, 7]), 3)
+    shuffled = shuffle_images(image, np.array([0, 1, 2, 4, 7]), 3)
     assert shuffled[[2, 3, 5, 6]].tolist() == [-1, 2, 5, -1]
     assert image.tolist() == before.tolist(), "the split itself stays as it is"
 
 
-def test_no_record_keeps_its_own_picture_when_several_ask_about_the_same_one() -> None:
+def test_no_record_keeps_its_own_image_when_several_ask_about_the_same_one() -> None:
     """Two questions about each of three images: an order without a kept image exists, and the measure needs it."""
     image = np.array([0, 0, 1, 1, 2, 2])
-    kept = [int((shuffle_pictures(image, np.arange(6), seed) == image).sum()) for seed in range(20)]
+    kept = [int((shuffle_images(image, np.arange(6), seed) == image).sum()) for seed in range(20)]
     assert kept == [0] * 20
 
 
 def test_shuffling_is_the_same_for_the_same_seed() -> None:
     image, chosen = np.arange(30), np.arange(30)
-    assert shuffle_pictures(image, chosen, 1).tolist() == shuffle_pictures(image, chosen, 1).tolist()
-    assert shuffle_pictures(image, chosen, 1).tolist() != shuffle_pictures(image, chosen, 2).tolist()
+    assert shuffle_images(image, chosen, 1).tolist() == shuffle_images(image, chosen, 1).tolist()
+    assert shuffle_images(image, chosen, 1).tolist() != shuffle_images(image, chosen, 2).tolist()
 
 
 def test_records_of_a_task_are_chosen_by_seed(split: InstructionSplit) -> None:
@@ -223,8 +221,8 @@ def test_records_of_a_task_are_chosen_by_seed(split: InstructionSplit) -> None:
 
 
 def test_soft_tokens_count_in_a_records_length(chat: ChatFormat) -> None:
-    with_picture, without = tokenize([RECORDS[0], replace(RECORDS[0], image=None)], chat, 256).lengths
-    assert with_picture == without + K
+    with_image, without = tokenize([RECORDS[0], replace(RECORDS[0], image=None)], chat, 256).lengths
+    assert with_image == without + K
 
 
 def test_every_record_that_is_too_long_is_listed_with_both_numbers(chat: ChatFormat) -> None:
@@ -255,7 +253,7 @@ def test_a_response_that_is_empty_after_tokenizing_is_listed(chat: ChatFormat, r
 
 
 @pytest.mark.parametrize("template", ["the model's own", None])
-def test_a_response_never_holds_soft_tokens(chat: ChatFormat, tiny_llama: Path, template: str | None) -> None:
+def test_a_response_never_has_soft_tokens(chat: ChatFormat, tiny_llama: Path, template: str | None) -> None:
     """The placeholder is a character that a text may hold; as a soft token in a response it would be learnt as ID -1."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     if template is None:
@@ -291,7 +289,7 @@ def test_an_aligner_of_another_image_size_is_refused_with_both_sizes(settings: I
 
 
 def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSettings, aligner: Path) -> None:
-    module = build(settings, {}, 1, "float32")
+    module = build(settings, 1, "float32")
     state = load_artifact(aligner, "alignment")["state_dict"]
     for name, value in module.assistant.branch.state_dict().items():
         assert torch.equal(value, state[f"branches.image.{name}"]), name
@@ -299,7 +297,7 @@ def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSett
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_the_aligner_trains_on_only_if_asked_and_its_query_never(tiny_llama: Path, aligner: Path, tiny_vit: Path, trains: bool) -> None:
-    module = build(settings_of(tiny_llama, aligner, tiny_vit, model={"train_aligner": trains}), {}, 1, "float32")
+    module = build(settings_of(tiny_llama, aligner, tiny_vit, model={"train_aligner": trains}), 1, "float32")
     assert {p.requires_grad for p in module.assistant.branch.map.parameters()} == {trains}
     assert not any(p.requires_grad for p in module.assistant.branch.query.parameters())
     assert all(p.requires_grad for p in module.assistant.projector.parameters())
@@ -307,7 +305,7 @@ def test_the_aligner_trains_on_only_if_asked_and_its_query_never(tiny_llama: Pat
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
-def test_model_pt_holds_what_was_trained_and_gives_the_same_logits_again(
+def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
     tuning: str, tied: bool, tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
@@ -318,7 +316,7 @@ def test_model_pt_holds_what_was_trained_and_gives_the_same_logits_again(
     Qwen2ForCausalLM(config).save_pretrained(language_model)
     tokenizer.save_pretrained(language_model)
     settings = settings_of(language_model, aligner, tiny_vit, model={"tuning": tuning})
-    module = build(settings, {}, 1, "float32").eval()
+    module = build(settings, 1, "float32").eval()
     for parameter in module.assistant.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)

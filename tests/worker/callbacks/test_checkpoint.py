@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
+from raytrain2p.config.settings import CheckpointSettings
 from raytrain2p.storage.errors import StorageError, storage_error
 from raytrain2p.tracking.checkpoints import (
     LAST,
@@ -29,14 +30,14 @@ from raytrain2p.tracking.checkpoints import (
 )
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
-from tests.training import trainer_in
+from tests.training import ScriptedMetrics, trainer_in
 
 Values = Callable[[int], dict[str, float]]
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
 
 class Scripted(pl.LightningModule):
-    """A weight that falls by one per step: it tells how far a checkpoint is. The rest of it takes up room."""
+    """A weight that falls by one per step: it shows the step of a checkpoint. The rest of it takes space."""
 
     def __init__(self, size: int = 1) -> None:
         super().__init__()
@@ -96,17 +97,13 @@ def fit(
 ) -> tuple[list[tuple[str, int]], list[int]]:
     """Train, and return what was done before and at each save, and at which steps a checkpoint competed."""
     notes = [] if notes is None else notes
-    judged: list[int] = []
+    scored: list[int] = []
     checkpoints = BestAndLastCheckpoints(
         folder,
-        monitor,
-        mode,
-        every_steps,
-        best_of,
+        CheckpointSettings.model_validate({"monitor": monitor, "mode": mode, "every_steps": every_steps, "best_of": best_of}),
         passes // accumulate,
-        lambda trainer, module: values(trainer.global_step),
-        lambda trainer: notes.append(("before", trainer.global_step)),
-        lambda metrics, score: judged.append(score.step),
+        ScriptedMetrics(values, lambda trainer: notes.append(("before", trainer.global_step))),
+        lambda metrics, score: scored.append(score.step),
         saved,
     )
     trainer = trainer_in(
@@ -119,7 +116,7 @@ def fit(
     )
     data: DataLoader[torch.Tensor] = DataLoader(torch.zeros(passes, 1))  # type: ignore[arg-type]
     trainer.fit(Scripted(size), data, ckpt_path=str(resume) if resume else None, weights_only=resume is not None)
-    return notes, judged
+    return notes, scored
 
 
 def load(path: Path | None) -> dict[str, Any]:
@@ -199,7 +196,7 @@ def test_the_slash_of_a_metric_makes_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("nothing", [math.nan, math.inf, -math.inf, None], ids=str)
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_a_metric_that_is_missing_or_no_number_never_displaces_the_best(tmp_path: Path, nothing: float | None, mode: str) -> None:
+def test_a_metric_that_is_missing_or_not_a_number_never_displaces_the_best(tmp_path: Path, nothing: float | None, mode: str) -> None:
     def values(step: int) -> dict[str, float]:
         value = [nothing, 2.0, nothing][(step - 1) // 2]
         return {} if value is None else {"train_loss": value}
@@ -221,20 +218,20 @@ def test_without_any_number_there_is_a_last_and_no_best(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("best_of", "competed"), [("epochs", [5, 10]), ("saves", [2, 4, 5, 6, 8, 10])])
 def test_every_few_steps_and_at_each_epochs_end_it_is_saved_once(tmp_path: Path, best_of: str, competed: list[int]) -> None:
-    notes, judged = fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of=best_of, passes=5)
+    notes, scored = fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of=best_of, passes=5)
     assert saved_steps(notes) == [2, 4, 5, 6, 8, 10]
-    assert judged == competed
+    assert scored == competed
 
 
-def test_who_asks_for_it_is_told_once_that_very_checkpoint_is_on_disk(tmp_path: Path) -> None:
+def test_saved_is_called_once_the_checkpoint_of_that_step_is_on_disk(tmp_path: Path) -> None:
     """A trial's weights may be taken over then."""
-    told: list[tuple[int, int | None]] = []
+    calls: list[tuple[int, int | None]] = []
 
     def saved(metrics: dict[str, float], score: CheckpointScore) -> None:
-        told.append((score.step, step_of(last_checkpoint(tmp_path))))
+        calls.append((score.step, step_of(last_checkpoint(tmp_path))))
 
     fit(tmp_path, lambda step: {"train_loss": 1.0}, 2, every_steps=2, best_of="saves", passes=5, saved=saved)
-    assert told == [(step, step) for step in (2, 4, 5, 6, 8, 10)]
+    assert calls == [(step, step) for step in (2, 4, 5, 6, 8, 10)]
 
 
 @pytest.mark.parametrize(
@@ -253,17 +250,17 @@ def test_without_a_number_of_steps_it_is_saved_at_epochs_ends_alone(tmp_path: Pa
     assert saved_steps(notes) == [2, 4]
 
 
-def test_a_run_that_ends_within_an_epoch_is_saved_and_judged_at_its_end(tmp_path: Path) -> None:
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=4), -1, every_steps=2, passes=4, max_steps=6)
+def test_a_run_that_ends_within_an_epoch_is_saved_and_scored_at_its_end(tmp_path: Path) -> None:
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=4), -1, every_steps=2, passes=4, max_steps=6)
     assert saved_steps(notes) == [2, 4, 6]
-    assert judged == [4, 6]
+    assert scored == [4, 6]
     assert step_of(last_checkpoint(tmp_path)) == 6
 
 
 def test_accumulated_passes_are_one_step(tmp_path: Path) -> None:
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0), 2, every_steps=1, passes=6, accumulate=3)
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0), 2, every_steps=1, passes=6, accumulate=3)
     assert saved_steps(notes) == [1, 2, 3, 4]
-    assert judged == [2, 4]
+    assert scored == [2, 4]
 
 
 def test_what_must_come_before_a_save_comes_before_each(tmp_path: Path) -> None:
@@ -292,14 +289,14 @@ def test_an_error_saves_nothing_of_what_may_be_broken(tmp_path: Path) -> None:
     assert step_of(last_checkpoint(tmp_path)) == 2
 
 
-# going on
+# resuming
 
 
 @pytest.mark.parametrize(
     ("values", "name", "step"),
     [((2.0, 3.0, 2.5, 4.0), "best-epoch=00-train_loss=2.0000.ckpt", 2), ((2.0, 3.0, 1.0, 4.0), "best-epoch=02-train_loss=1.0000.ckpt", 6)],
 )
-def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path, values: tuple[float, ...], name: str, step: int) -> None:
+def test_a_resumed_run_keeps_the_best_of_before(tmp_path: Path, values: tuple[float, ...], name: str, step: int) -> None:
     fit(tmp_path, by_epoch(*values), 2)
     assert names(tmp_path) == ["best-epoch=00-train_loss=2.0000.ckpt", "last.ckpt"]
     fit(tmp_path, by_epoch(*values), 4, resume=last_checkpoint(tmp_path))
@@ -312,13 +309,13 @@ def test_a_run_that_goes_on_knows_the_best_of_before(tmp_path: Path, values: tup
 def test_a_run_that_stopped_within_an_epoch_does_the_rest_of_it(tmp_path: Path, stopped: int) -> None:
     with pytest.raises(SIGTERMException):
         fit(tmp_path, by_epoch(1.0, per_epoch=5), 1, every_steps=2, passes=5, others=[Raising(stopped, SIGTERMException())])
-    notes, judged = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=5), 2, every_steps=2, passes=5, resume=last_checkpoint(tmp_path))
+    notes, scored = fit(tmp_path, by_epoch(1.0, 2.0, per_epoch=5), 2, every_steps=2, passes=5, resume=last_checkpoint(tmp_path))
     assert saved_steps(notes) == [4, 5, 6, 8, 10]
-    assert judged == [5, 10]
+    assert scored == [5, 10]
     assert step_of(last_checkpoint(tmp_path)) == 10
 
 
-def test_dead_between_naming_the_new_best_and_removing_the_old_one_leaves_one_after_going_on(tmp_path: Path) -> None:
+def test_a_kill_between_naming_the_new_best_and_removing_the_old_one_leaves_one_after_a_resume(tmp_path: Path) -> None:
     values = by_epoch(2.0, 1.0, 3.0)
     fit(tmp_path, values, 1)
     old = shutil.copy(tmp_path / "best-epoch=00-train_loss=2.0000.ckpt", tmp_path / "kept")
@@ -330,7 +327,7 @@ def test_dead_between_naming_the_new_best_and_removing_the_old_one_leaves_one_af
 
 
 @pytest.mark.parametrize("old", [[], ["best-epoch=00-train_loss=2.0000.ckpt"]], ids=["none before", "one before"])
-def test_dead_before_the_best_was_named_it_is_made_from_the_last(tmp_path: Path, old: list[str]) -> None:
+def test_after_a_kill_before_the_best_was_named_it_is_made_from_the_last(tmp_path: Path, old: list[str]) -> None:
     values = by_epoch(2.0, 1.0, 3.0)
     fit(tmp_path, values, 2)
     (tmp_path / "best-epoch=01-train_loss=1.0000.ckpt").rename(tmp_path / "gone")
@@ -356,16 +353,16 @@ def test_settling_a_directory_in_order_changes_nothing(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-# which one to go on from
+# which one to resume from
 
 
-def test_the_last_is_gone_on_from_if_it_is_whole(tmp_path: Path) -> None:
+def test_the_last_is_resumed_from_if_it_is_whole(tmp_path: Path) -> None:
     fit(tmp_path, by_epoch(1.0, 2.0), 2)
     assert resumable_checkpoint(tmp_path) == (tmp_path / LAST, [])
 
 
 @pytest.mark.parametrize("harm", [tear, flip_bit, lambda path: path.write_bytes(b"")], ids=["torn", "a bit flipped", "empty"])
-def test_a_damaged_last_is_named_and_the_best_is_gone_on_from(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_a_damaged_last_is_named_and_the_best_is_resumed_from(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     values = by_epoch(1.0, 2.0, 3.0)
     fit(tmp_path, values, 2)
     harm(tmp_path / LAST)
@@ -390,7 +387,7 @@ def test_if_both_are_damaged_both_are_named_and_there_is_none(tmp_path: Path) ->
     assert [complaint.partition(" is damaged")[0] for complaint in complaints] == [str(tmp_path / LAST), str(best)]
 
 
-def test_a_bit_is_told_from_a_tear(tmp_path: Path) -> None:
+def test_a_flipped_bit_and_a_torn_file_have_different_reasons(tmp_path: Path) -> None:
     fit(tmp_path, by_epoch(1.0), 1)
     assert damage(tmp_path / LAST) is None
     flip_bit(tmp_path / LAST)
@@ -477,17 +474,17 @@ def test_the_directory_is_made_with_the_first_checkpoint(tmp_path: Path) -> None
     assert names(tmp_path / "checkpoints") == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
 
 
-def told_of_full_disk(text: str, path: Path) -> None:
+def reports_full_disk(text: str, path: Path) -> None:
     assert text.startswith(f"{path} cannot be written: no space left; needed 1.5 MB, free ")
     assert 0 < float(text.rpartition("free ")[2].removesuffix(" MB")) < 1.1
     assert "\n" not in text
 
 
-def test_a_full_disk_is_told_with_path_and_sizes_and_the_file_of_before_stays(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_with_path_and_sizes_and_the_previous_file_stays(small_disk: Path) -> None:
     write_checkpoint(content(0.3), small_disk / LAST, "best-epoch=00-x=1.0000.ckpt")
     with pytest.raises(StorageError) as caught:
         write_checkpoint(content(1.5, 2.0), small_disk / LAST, "best-epoch=01-x=0.5000.ckpt")
-    told_of_full_disk(str(caught.value), small_disk / LAST)
+    reports_full_disk(str(caught.value), small_disk / LAST)
     assert names(small_disk) == ["best-epoch=00-x=1.0000.ckpt", "last.ckpt"]
     for name in names(small_disk):
         assert damage(small_disk / name) is None
@@ -495,7 +492,7 @@ def test_a_full_disk_is_told_with_path_and_sizes_and_the_file_of_before_stays(sm
 
 
 @pytest.mark.parametrize("what_follows", ["save", "teardown"])
-def test_a_full_disk_is_told_by_the_next_save_or_the_end(small_disk: Path, what_follows: str) -> None:
+def test_a_full_disk_is_reported_by_the_next_save_or_the_end(small_disk: Path, what_follows: str) -> None:
     files = AsyncCheckpointIO()
     files.save_checkpoint(content(1.5), small_disk / LAST)
     following = {"save": lambda: files.save_checkpoint(content(0.1), small_disk / LAST), "teardown": files.teardown}
@@ -521,6 +518,6 @@ def test_a_checkpoint_is_not_written_in_the_place_of_a_run_directory_that_is_gon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
+def test_a_disk_that_is_gone_is_reported_as_such(tmp_path: Path) -> None:
     path = tmp_path / "unmounted" / LAST
     assert f"{tmp_path / 'unmounted'} is gone" in str(storage_error(path, OSError(errno.EIO, "Input/output error"), 10))

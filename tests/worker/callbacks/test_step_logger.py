@@ -1,4 +1,4 @@
-"""Every step's loss and learning rate, handed on once and in time by a real Lightning trainer."""
+"""Every step's loss and learning rate, written once and in time by a real Lightning trainer."""
 
 import itertools
 import math
@@ -11,11 +11,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from raytrain2p.config.settings import CheckpointSettings
 from raytrain2p.tracking.checkpoints import last_checkpoint
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.callbacks.step_logger import Mean, StepLogger
-from tests.training import trainer_in
+from raytrain2p.worker.channel import StepProgress
+from tests.training import ScriptedMetrics, trainer_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
@@ -63,11 +65,11 @@ def train(
 
 
 class Kept:
-    """What a StepLogger hands on."""
+    """What a StepLogger writes and shows."""
 
     def __init__(self, every: int = 1, steps_per_epoch: int = 100, mean: Any = lambda losses: losses) -> None:
         self.writes: list[list[MetricPoint]] = []
-        self.shown: list[dict[str, Any]] = []
+        self.shown: list[StepProgress] = []
         self.log = StepLogger(every, 8, steps_per_epoch, mean, lambda points: self.writes.append(list(points)), self.shown.append)
 
     def values(self, name: str) -> list[tuple[int, float]]:
@@ -75,11 +77,11 @@ class Kept:
 
     def saving(self, folder: Path, every_steps: int) -> BestAndLastCheckpoints:
         """The checkpoints of a run that this log is kept of, in the way that the workers do it; none is judged."""
-        return BestAndLastCheckpoints(folder, "train_loss", "min", every_steps, "epochs", 100, lambda *_: {}, self.log.hand_over)
+        return BestAndLastCheckpoints(folder, CheckpointSettings(every_steps=every_steps), 100, ScriptedMetrics({}, self.log.flush))
 
 
 @pytest.mark.parametrize("every", [1, 3, 100])
-def test_each_step_is_handed_on_once_whenever_that_is(tmp_path: Path, every: int) -> None:
+def test_each_step_is_written_once_whenever_that_is(tmp_path: Path, every: int) -> None:
     kept = Kept(every)
     train(tmp_path, kept.log, passes=5, epochs=2)
     assert kept.values("train_loss") == [(step, float(step)) for step in range(1, 11)]
@@ -101,20 +103,20 @@ def test_accumulated_passes_sum_to_the_loss_of_their_step(tmp_path: Path) -> Non
     assert kept.values("train_loss") == [(1, (1 + 2 + 3) / 3), (2, (4 + 5 + 6) / 3)]
 
 
-def test_points_are_handed_on_at_multiples_and_the_rest_at_the_epochs_end(tmp_path: Path) -> None:
+def test_points_are_written_at_multiples_and_the_rest_at_the_epochs_end(tmp_path: Path) -> None:
     kept = Kept(every=2)
     train(tmp_path, kept.log, passes=5, epochs=2)
-    handed = [[point.step for point in points if point.name == "train_loss"] for points in kept.writes]
-    assert [steps for steps in handed if steps] == [[1, 2], [3, 4], [5], [6], [7, 8], [9, 10]]
+    written = [[point.step for point in points if point.name == "train_loss"] for points in kept.writes]
+    assert [steps for steps in written if steps] == [[1, 2], [3, 4], [5], [6], [7, 8], [9, 10]]
 
 
-def test_the_multiples_of_a_run_that_goes_on_are_those_of_the_run(tmp_path: Path) -> None:
+def test_a_resumed_run_writes_at_the_same_multiples(tmp_path: Path) -> None:
     first, second = Kept(every=4), Kept(every=4)
     with pytest.raises(DiedError):
         train(tmp_path, first.log, first.saving(tmp_path, 3), DieAt(3), passes=8)
     train(tmp_path, second.log, second.saving(tmp_path, 100), passes=8, resume=last_checkpoint(tmp_path))
-    handed = [[point.step for point in points if point.name == "train_loss"] for points in second.writes]
-    assert [steps for steps in handed if steps] == [[4], [5, 6, 7, 8]]
+    written = [[point.step for point in points if point.name == "train_loss"] for points in second.writes]
+    assert [steps for steps in written if steps] == [[4], [5, 6, 7, 8]]
 
 
 def test_epoch_and_learning_rate_come_with_each_step(tmp_path: Path) -> None:
@@ -159,20 +161,20 @@ def test_every_worker_joins_the_mean_though_it_writes_nothing(tmp_path: Path) ->
 def test_what_is_shown_are_the_latest_numbers(tmp_path: Path) -> None:
     kept = Kept(every=2, steps_per_epoch=4)
     train(tmp_path, kept.log, passes=4, epochs=-1, steps=6)
-    assert [(word["epoch"], word["step"], word["loss"]) for word in kept.shown] == [(0, 2, 2.0), (0, 4, 4.0), (1, 6, 6.0)]
-    assert kept.shown[0]["seconds_left"] > 0
-    assert kept.shown[-1]["seconds_left"] == 0
-    assert all(word["samples_per_second"] > 0 for word in kept.shown)
+    assert [(shown.epoch, shown.step, shown.loss) for shown in kept.shown] == [(0, 2, 2.0), (0, 4, 4.0), (1, 6, 6.0)]
+    assert kept.shown[0].seconds_left > 0
+    assert kept.shown[-1].seconds_left == 0
+    assert all(shown.samples_per_second > 0 for shown in kept.shown)
 
 
-def test_nothing_is_handed_on_twice_when_a_save_asks_for_it(tmp_path: Path) -> None:
+def test_nothing_is_written_twice_when_a_save_asks_for_it(tmp_path: Path) -> None:
     kept = Kept(every=3)
     train(tmp_path, kept.log, kept.saving(tmp_path, 2), passes=6)
-    handed = [[point.step for point in points if point.name == "train_loss"] for points in kept.writes]
-    assert [steps for steps in handed if steps] == [[1, 2], [3], [4], [5, 6]]
+    written = [[point.step for point in points if point.name == "train_loss"] for points in kept.writes]
+    assert [steps for steps in written if steps] == [[1, 2], [3], [4], [5, 6]]
 
 
-def test_a_run_that_goes_on_within_an_epoch_has_the_mean_of_all_of_it(tmp_path: Path) -> None:
+def test_a_run_resumed_within_an_epoch_has_the_mean_of_all_of_it(tmp_path: Path) -> None:
     first, second = Kept(every=100), Kept(every=100)
     with pytest.raises(DiedError):
         train(tmp_path, first.log, first.saving(tmp_path, 4), DieAt(5), passes=6, epochs=2)
@@ -182,15 +184,15 @@ def test_a_run_that_goes_on_within_an_epoch_has_the_mean_of_all_of_it(tmp_path: 
     assert second.values("train_loss_epoch") == [(6, 3.5), (12, 9.5)]
 
 
-def test_the_mean_since_the_last_judgement_is_part_of_a_checkpoint(tmp_path: Path) -> None:
+def test_the_mean_since_the_last_checkpoint_is_part_of_a_checkpoint(tmp_path: Path) -> None:
     first, second = Kept(), Kept()
     with pytest.raises(DiedError):
         train(tmp_path, first.log, first.saving(tmp_path, 4), DieAt(5), passes=6)
     train(tmp_path, second.log, second.saving(tmp_path, 100), passes=6, resume=last_checkpoint(tmp_path))
-    assert second.log.since_scored.take() == 3.5
+    assert second.log.since_checkpoint.take() == 3.5
 
 
-def test_a_loss_that_is_no_number_is_handed_on_and_leaves_the_other_steps_alone(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number_is_written_and_leaves_the_other_steps_alone(tmp_path: Path) -> None:
     kept = Kept(every=3, mean=lambda losses: torch.where(losses == 2, math.nan, losses))
     train(tmp_path, kept.log, passes=3)
     (_, one), (_, two), (_, three) = kept.values("train_loss")
@@ -198,7 +200,7 @@ def test_a_loss_that_is_no_number_is_handed_on_and_leaves_the_other_steps_alone(
     assert math.isnan(two)
 
 
-def test_the_mean_of_nothing_is_no_number_and_taking_it_begins_anew() -> None:
+def test_the_mean_of_nothing_is_nan_and_taking_it_starts_over() -> None:
     mean = Mean()
     assert math.isnan(mean.take())
     for value in (1.0, 2.0, 6.0):

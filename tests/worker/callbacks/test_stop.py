@@ -9,10 +9,12 @@ import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
+from raytrain2p.config.settings import CheckpointSettings
+from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.tracking.checkpoints import LAST
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.callbacks.stop import StopOnRequest
-from tests.training import trainer_in
+from tests.training import ScriptedMetrics, trainer_in
 from tests.worker.callbacks.test_checkpoint import Scripted
 
 STEPS = 6
@@ -31,20 +33,19 @@ class Asking(pl.Callback):
 
 def stopped_at(folder: Path, steps_per_epoch: int, asked_in_step: int) -> int:
     """Train `STEPS` steps, with a request in one of them; the step of the checkpoint that is left."""
-    stop = StopOnRequest(None)
-    checkpoints = BestAndLastCheckpoints(
-        folder, "train_loss", "min", None, "epochs", steps_per_epoch, lambda *_: {"train_loss": 1.0}, lambda trainer: None
-    )
+    stop = StopOnRequest(None, WorkerGroup())
+    metrics = ScriptedMetrics({"train_loss": 1.0})
+    checkpoints = BestAndLastCheckpoints(folder, CheckpointSettings(every_steps=None), steps_per_epoch, metrics)
     trainer = trainer_in(folder, [checkpoints, stop, Asking(stop, asked_in_step)], max_steps=STEPS, max_epochs=-1)
     try:
         trainer.fit(Scripted(), DataLoader(TensorDataset(torch.zeros(steps_per_epoch, 1))))
     except SIGTERMException:
         trainer.strategy.checkpoint_io.wait()
-        assert trainer.global_step == asked_in_step, "it went on"
+        assert trainer.global_step == asked_in_step, "it continued"
     else:
         assert trainer.global_step == STEPS
     checkpoint = torch.load(folder / LAST, weights_only=True)
-    assert checkpoint["state_dict"]["weight"].item() == -checkpoint["global_step"], "of another step than it says"
+    assert checkpoint["state_dict"]["weight"].item() == -checkpoint["global_step"], "of another step than its own"
     return int(checkpoint["global_step"])
 
 

@@ -1,0 +1,39 @@
+"""The identity of a run on its workers: rank 0 makes or finds it, and is the only one that writes to it."""
+
+from contextlib import AbstractContextManager
+
+import ray
+
+from raytrain2p.config.phases import PHASES
+from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
+from raytrain2p.tracking.run_writer import RunWriter, open_run_writer
+from raytrain2p.worker.job import TrainJob, TrialContext
+
+
+def attach_run(job: TrainJob, group: WorkerGroup) -> Run:
+    """Rank 0 gets or creates the run; every worker then uses the same one."""
+    if job.trial is not None and group.is_first:
+        report_placement(job.trial)
+    phase = PHASES[job.phase]
+    return group.from_first(lambda: get_or_create_run(job.settings, phase.name, phase.experiment, job.launch_id, job.tags))
+
+
+def report_placement(trial: TrialContext) -> None:
+    """Report the workers' placement group to the sweep. When Tune stops a trial, its process is killed, with Ray Train's
+    controller in it, and the group would stay: what removes it then asks Ray's dashboard, and a local Ray has none.
+    """
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        trial.channel.put_placement(trial.number, group.id.hex())
+
+
+def open_writer(job: TrainJob, run: Run, precision: str) -> AbstractContextManager[RunWriter]:
+    """The context in which rank 0 writes to the run."""
+    config = resolved_config(job.settings, {"training.precision": precision, "launch.cpus_per_worker": job.threads})
+    return open_run_writer(
+        run,
+        job.settings.tracking.uri,
+        {"config": config, "command": job.command, "facts": job.facts},
+        job.channel.say,
+    )
