@@ -59,7 +59,7 @@ def losses(folder: Path, phase: int, workers: WorkerGroup) -> list[float]:
     """The loss of each of six steps, three epochs."""
     settings, split = torch.load(folder / f"{phase}.pt", weights_only=False)
     torch.manual_seed(0)
-    module: Any = (alignment if phase == 1 else instruction).build(settings, {}, 6, "float32")
+    module: Any = (alignment if phase == 1 else instruction).build(settings, 6, "float32")
     module.trainer = group = SimpleNamespace(world_size=workers.size)  # noqa: F841 - the module keeps a weak reference
     training = settings.training
     passes, micro = training.gradient_accumulation_steps(workers.size), training.micro_batch(workers.size)
