@@ -19,7 +19,7 @@ from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.launch.progress import Console, followed
 from raytrain2p.launch.signals import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
-from raytrain2p.storage.errors import FAILED_DISK, StorageError, is_reachable
+from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import Run, disk_gone, read_status, recorded_run
@@ -154,7 +154,7 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)
-    if isinstance(first, OSError) and first.errno in FAILED_DISK:
+    if is_disk_failure(first):
         return masked(one_line(first))
     told = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
     return masked(told).rstrip() + "\n(--ray-logs shows more)"

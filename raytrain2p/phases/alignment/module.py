@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from raytrain2p.config import AlignmentSettings
+from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
@@ -100,7 +101,7 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
     }
     save_artifact(
         path,
-        "alignment",
+        ALIGNMENT,
         config,
         {role: {"name": name, "fingerprint": fingerprint(directory)} for role, (name, directory) in directories.items()},
         image_size=model.image_size,
