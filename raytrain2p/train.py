@@ -48,7 +48,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     if options.launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "both say which run is meant", "give one of them"))
     run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
-    config = run.path / "config.json"
+    config = run.files.config
     if options.config is None and config.is_file():
         settings = load_settings(options.phase, config, options.overrides)
     check_password(settings.tracking.uri)

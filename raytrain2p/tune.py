@@ -38,7 +38,6 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
         InputError: there is none, or it cannot go on with these settings.
     """
     from raytrain2p.config.phases import SWEEPS
-    from raytrain2p.storage.files import read_json
     from raytrain2p.sweep.results import check_unchanged
     from raytrain2p.tracking.find import check_in_place, find_run
     from raytrain2p.tracking.mlflow_store import check_password
@@ -47,9 +46,9 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, Any]:
         what = "a sweep goes on with the settings that it began with"
         raise InputError(Problem("--resume with --config", what, "give what is to change as key=value"))
     run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
-    if (run.path / "config.json").is_file():
-        sweep = load_sweep(run.path / "config.json", options.overrides)
-        check_unchanged(run, sweep, read_json(run.path / "config.json"))
+    if (before := run.files.read_config()) is not None:
+        sweep = load_sweep(run.files.config, options.overrides)
+        check_unchanged(run, sweep, before)
     check_password(sweep.base.tracking.uri)
     check_in_place(run, sweep.base.output.root, f"--resume {options.resume}")
     return sweep, run

@@ -22,7 +22,7 @@ from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
-from raytrain2p.tracking.run import Run, disk_gone, read_status, recorded_run
+from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
@@ -101,11 +101,11 @@ def train(
         raise TrainingFailedError(cause_of(error, disk_gone(root, launch_id))) from error
     run = recorded_run(root, launch_id)
     assert run is not None
-    if signal is not None and read_status(run.path)["status"] == "KILLED":
+    if signal is not None and run.files.read_status()["status"] == "KILLED":
         raise StoppedError(signal)
     if not MlflowSync(run, uri).complete():
         say_sync_later(run, console)
-    return Outcome(**read_json(run.path / "result.json"))
+    return Outcome(**read_json(run.files.result))
 
 
 def mlflow_environment() -> dict[str, str]:
@@ -127,11 +127,11 @@ def end(root: str, launch_id: str, uri: str, status: str, console: Console) -> N
     if run is None or not is_reachable(run.path):
         end_unrecorded(uri, launch_id, status)
         return
-    if read_status(run.path)["status"] == status and MlflowSync(run, uri).complete():
+    if run.files.read_status()["status"] == status and MlflowSync(run, uri).complete():
         return
     if not end_run(run, uri, status):
         console.say(f"MLflow does not know that run {run.run_id[:8]} is {status}; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
-    elif read_status(run.path)["status"] == "RUNNING":
+    elif run.files.read_status()["status"] == "RUNNING":
         console.say(f"how it ended is not on its disk yet; once it can be: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
     elif not MlflowSync(run, uri).complete():
         say_sync_later(run, console)

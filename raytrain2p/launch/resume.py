@@ -8,7 +8,7 @@ from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tr
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import planned_steps
 from raytrain2p.storage.files import read_json
-from raytrain2p.tracking.run import Run, read_status
+from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
 # What a checkpoint holds is made from these: with others it would not load, or would silently not be what they say.
@@ -40,7 +40,7 @@ def check_resumable(run: Run, settings: Settings, records: int | None) -> None:
     Raises:
         InputError: every setting that differs and must not.
     """
-    config = read_json(run.path / "config.json")
+    config = run.files.read_config()
     if config is None:
         return  # it died before it wrote down its settings, and so before it trained
     before, after = flatten_tree(config), without_passwords(flatten(settings))
@@ -68,7 +68,7 @@ def check_resumable(run: Run, settings: Settings, records: int | None) -> None:
                 f"set training.batch_size so that the product is {had}",
             )
         )
-    facts = read_json(run.path / "run.json") or {}
+    facts = run.files.read_record() or {}
     if records is not None and facts.get("train_records", records) != records:
         problems.append(
             Problem(
@@ -91,8 +91,8 @@ def global_batch(flat: dict[str, Any]) -> int:
 
 def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | None:
     """What a run that has ended well left, unless these settings ask for more steps."""
-    outcome, status = read_json(run.path / "result.json"), read_status(run.path)
-    config = read_json(run.path / "config.json")
+    outcome, status = read_json(run.files.result), run.files.read_status()
+    config = run.files.read_config()
     if outcome is None or config is None or status["status"] != "FINISHED":
         return None
     try:

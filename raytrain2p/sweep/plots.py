@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from raytrain2p.sweep.results import EARLY, TrialResult, best_row
 from raytrain2p.sweep.space import Axis
 from raytrain2p.tracking.plots import BLUE, GREY, ORANGE, save
+from raytrain2p.tracking.run_directory import RunDirectory
 
 COLOURS = plt.get_cmap("viridis_r")
 
@@ -30,11 +31,11 @@ def draw_sweep(directory: Path, rows: Sequence[TrialResult], axes: Sequence[Axis
     reported = [row for row in rows if row.best(mode) is not None]
     if not reported:
         return
-    title = f"sweep {directory.name[:8]}"
-    objective_by_trial(reported, mode, metric, title, directory / "plots" / "objective_by_trial.png")
-    learning_curves(reported, mode, metric, title, directory / "plots" / "learning_curves.png")
-    parallel_coordinates(reported, axes, mode, metric, title, directory / "plots" / "parallel_coordinates.png")
-    each_setting(reported, axes, mode, metric, title, directory / "plots" / "each_setting.png")
+    plots, title = RunDirectory(directory).plots, f"sweep {directory.name[:8]}"
+    objective_by_trial(reported, mode, metric, title, plots / "objective_by_trial.png")
+    learning_curves(reported, mode, metric, title, plots / "learning_curves.png")
+    parallel_coordinates(reported, axes, mode, metric, title, plots / "parallel_coordinates.png")
+    each_setting(reported, axes, mode, metric, title, plots / "each_setting.png")
 
 
 def objectives(rows: Sequence[TrialResult], mode: str) -> np.ndarray:

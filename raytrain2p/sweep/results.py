@@ -18,10 +18,10 @@ from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.tracking.metrics_file import read_points
-from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
+from raytrain2p.tracking.run import Run, recorded_run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
 
-TRIALS = "trials"  # folder in a sweep's directory
 EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
@@ -101,7 +101,7 @@ class TrialRecords:
     """
 
     def __init__(self, directory: Path, root: str) -> None:
-        self.folder, self.root = directory / TRIALS, root
+        self.folder, self.root = RunDirectory(directory).trials, root
         self.over: dict[int, TrialResult] = {}  # what is over does not change
 
     def begin(self, trial: Trial) -> None:
@@ -136,12 +136,12 @@ class TrialRecords:
 
 def row_of(trial: Trial, run: Run) -> TrialResult:
     """What a trial's run directory says."""
-    points = list(read_points(run.path / "metrics.jsonl"))
+    points = list(read_points(run.files.metrics))
     lineage = tuple(read_lineage(run.path))
-    reason = run_tags(run.path).get(EARLY_TAG, "")
+    reason = run.files.tags().get(EARLY_TAG, "")
     return TrialResult(
         trial,
-        state_of(read_status(run.path)["status"], reason),
+        state_of(run.files.read_status()["status"], reason),
         run,
         tuple((point.step, point.value) for point in points if point.name == OBJECTIVE),
         max((point.step for point in points if point.name == "train_loss"), default=0),
@@ -160,7 +160,7 @@ def state_of(status: str, reason: str) -> str:
 
 def read_lineage(directory: Path) -> Iterator[Inheritance]:
     """What a trial took over from others, the oldest first."""
-    path = directory / "lineage.jsonl"
+    path = RunDirectory(directory).lineage
     if path.is_file():
         for line in path.read_text().splitlines():
             yield Inheritance(**json.loads(line))
@@ -169,7 +169,7 @@ def read_lineage(directory: Path) -> Iterator[Inheritance]:
 def note_inheritance(directory: Path, one: Inheritance) -> None:
     """Add a line to lineage.jsonl, which is replaced as a whole."""
     lines = [json.dumps(asdict(known)) for known in read_lineage(directory)]
-    write_file(directory / "lineage.jsonl", "\n".join([*lines, json.dumps(asdict(one))]) + "\n")
+    write_file(RunDirectory(directory).lineage, "\n".join([*lines, json.dumps(asdict(one))]) + "\n")
 
 
 def best_row(rows: Sequence[TrialResult], mode: str) -> TrialResult | None:
@@ -214,7 +214,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def write_results(directory: Path, rows: Sequence[TrialResult], settings: Sequence[str], mode: str, phase: int) -> dict[str, Any] | None:
     """trials.csv, and best.json: the best trial, with the command that trains it again; which is returned too."""
-    write_table(directory / "trials.csv", table_of(rows, settings, mode))
+    write_table(RunDirectory(directory).trials_table, table_of(rows, settings, mode))
     row = best_row(rows, mode)
     if row is None or row.run is None or (found := row.best(mode)) is None:
         return None
@@ -227,13 +227,13 @@ def write_results(directory: Path, rows: Sequence[TrialResult], settings: Sequen
         "settings": row.values,
         "command": again(row.run, phase),
     }
-    write_json(directory / "best.json", best)
+    write_json(RunDirectory(directory).best_trial, best)
     return best
 
 
 def again(run: Run, phase: int) -> str:
     """The command that trains a trial again, in a run of its own, with all CPUs that there are."""
-    config = shlex.quote(f"{run.directory}/config.json")
+    config = shlex.quote(str(run.files.config))
     return f"python -m raytrain2p.train --phase {phase} --config {config} launch.cpus_per_worker=null"
 
 

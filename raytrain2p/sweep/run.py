@@ -13,7 +13,7 @@ from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
-from raytrain2p.sweep.results import PARENT_TAG, TRIALS, SweepOutcome, TrialRecords, sweep_config, sweep_page
+from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
@@ -76,7 +76,7 @@ def run_trials(
     sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
 ) -> SweepOutcome:
     """Make the sweep's run, or find it, and let the trials run."""
-    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, folder=TRIALS)
+    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id)
     command = typed_command("raytrain2p.tune")
     describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:

@@ -26,7 +26,8 @@ from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial, note_inheritance, row_of
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
-from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.tracking.run import Run, disk_gone, launch_lock, recorded_run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
 
@@ -108,7 +109,7 @@ def run_trial(config: dict[str, Any], plan: SweepJob) -> None:
             raise RuntimeError(f"trial {number} is under way already: {holder}")
         run = recorded_run(root, launch_id)
         trial, mode, by_step = Trial(number, values, launch_id), plan.sweep.options.mode, plan.sweep.options.scheduler != "pbt"
-        if run is not None and read_status(run.path)["status"] == "FINISHED":
+        if run is not None and run.files.read_status()["status"] == "FINISHED":
             report_end(trial, run, mode, by_step)
             return
         if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
@@ -222,8 +223,8 @@ def report_with_weights(word: dict[str, Any], directory: Path, number: int) -> N
     """The weights of this very step, and whose they are."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(directory / CHECKPOINTS / LAST, folder / LAST)
-        write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": word["step"]})
+        shutil.copyfile(RunDirectory(directory).last_checkpoint, folder / LAST)
+        write_json(folder / "of.json", {"trial": number, "run_id": RunDirectory(directory).run_id, "step": word["step"]})
         tune.report(word, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -250,10 +251,10 @@ def inherit(run: Run, number: int, folder: Path, values: dict[str, Any]) -> None
     for state in checkpoint["callbacks"].values():
         if "best" in state:
             state["best"] = None  # the other trial's best file is not here
-    with run_lock(run).held(SECONDS_TO_INHERIT) as holder:
+    with run.files.lock.held(SECONDS_TO_INHERIT) as holder:
         if holder is not None:
             raise RuntimeError(f"another process writes to {run.directory} ({holder}), and does not end")
         write_checkpoint(checkpoint, run.checkpoints / LAST, None)
         note_inheritance(run.path, one)
         line = "; ".join(f"at step {each.at_step} from trial {each.from_trial} at step {each.from_step}" for each in (*row.lineage, one))
-        add_tags(run, {LINEAGE_TAG: line})
+        run.add_tags({LINEAGE_TAG: line})

@@ -40,7 +40,7 @@ from raytrain2p.sweep.results import (
 from raytrain2p.sweep.schedulers import NO_LIMIT, scheduler_of
 from raytrain2p.sweep.search import TrialQueue, config_of, learn_from, search_of
 from raytrain2p.sweep.trial import SweepJob, run_trial, trial_launch_id
-from raytrain2p.tracking.run import add_tags, read_status, recorded_run
+from raytrain2p.tracking.run import recorded_run
 from raytrain2p.tracking.run_writer import RunWriter, end_run, send_rest
 from raytrain2p.worker.job import OBJECTIVE
 
@@ -172,7 +172,7 @@ class SweepTuner:
         """Tune does not try a trial again. Its process has said so itself, unless it was killed, or died before there was a run."""
         self.trial_records.give_up(number, reason)
         run = recorded_run(self.root, trial_launch_id(self.plan.launch_id, number))
-        silent = run is None or read_status(run.path)["status"] == "RUNNING"
+        silent = run is None or run.files.read_status()["status"] == "RUNNING"
         if silent:
             self.console.say(f"trial {number}: failed: {reason}")
         if run is not None and silent:
@@ -184,7 +184,7 @@ class SweepTuner:
         if row.run is None or row.state in OVER:
             return
         if state == EARLY:
-            add_tags(row.run, {EARLY_TAG: row.reason or f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
+            row.run.add_tags({EARLY_TAG: row.reason or f"{self.stop.reason or self.options.scheduler} at step {row.steps}"})
         end_run(row.run, self.uri, {EARLY: "FINISHED", KILLED: "KILLED"}[state])
 
     def close(self, signals: list[int]) -> SweepOutcome:

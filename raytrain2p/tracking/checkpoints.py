@@ -9,8 +9,7 @@ import torch
 
 from raytrain2p.storage.errors import reporting_disk_errors
 from raytrain2p.storage.files import link_file, replaced
-
-BEST, LAST = "best-*.ckpt", "last.ckpt"
+from raytrain2p.tracking.run_directory import BEST, LAST, best_checkpoint_name
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
@@ -62,7 +61,8 @@ class CheckpointScore:
     value: float
 
     def file_name(self) -> str:
-        return f"best-epoch={self.epoch:02d}-{self.metric.replace('/', '_')}={self.value:.4f}.ckpt"
+        """What it is called if it is the best."""
+        return best_checkpoint_name(self.epoch, self.metric, self.value)
 
 
 def settle(directory: Path, best: str, is_last: bool) -> None:

@@ -26,12 +26,12 @@ def whole_checkpoint(run: Run) -> Path | None:
 def finish(writer: RunWriter, artifact: str, metrics: dict[str, float], tables: dict[str, Any]) -> None:
     """Tables and images into the run directory; then the run is FINISHED, and all of it goes to MLflow."""
     run = writer.run
-    training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
+    training_curve(run.files.metrics, run.files.training_curve, f"{run.phase} run {run.run_id[:8]}")
     if answers := tables.get("answers"):
-        write_file(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+        write_file(run.files.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
         title = f"run {run.run_id[:8]}: answers on test images, drawn at random"
-        answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
-    write_json(run.path / "test_metrics.json", metrics)
+        answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.files.answer_sheet, title)
+    write_json(run.files.test_metrics, metrics)
     best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
     outcome = Outcome(
         run.run_id,
@@ -39,9 +39,9 @@ def finish(writer: RunWriter, artifact: str, metrics: dict[str, float], tables: 
         str(best) if best else None,
         str(last) if last else None,
         str(run.path / artifact),
-        metrics | last_values(run.path / "metrics.jsonl", ("val/loss", "train_loss")),
+        metrics | last_values(run.files.metrics, ("val/loss", "train_loss")),
     )
-    write_json(run.path / "result.json", asdict(outcome))
+    write_json(run.files.result, asdict(outcome))
     writer.finish("FINISHED")
 
 

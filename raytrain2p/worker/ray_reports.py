@@ -13,9 +13,9 @@ import ray.train
 import ray.train.collective
 
 from raytrain2p.storage.errors import is_reachable, storage_error
-from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.checkpoints import CheckpointScore
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
 
 # A report waits until Ray has fetched the one before, about once a second: epochs that are shorter must not wait for that.
@@ -63,11 +63,11 @@ class RayReports:
             return
         folder = Path(tempfile.mkdtemp())
         try:
-            write_json(folder / "run.json", {"run_id": self.run.run_id, "directory": self.run.directory} | asdict(score))
+            RunDirectory(folder).write_record({"run_id": self.run.run_id, "directory": self.run.directory} | asdict(score))
             ray.train.report(told, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         except (OSError, RuntimeError) as error:  # Ray's bookkeeping lies on the same disk, and may be the first to find it gone
             if isinstance(error, OSError) or not is_reachable(self.run.path):
-                raise storage_error(self.run.path / "run.json", error, 10_000) from None
+                raise storage_error(self.run.files.record, error, 10_000) from None
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)

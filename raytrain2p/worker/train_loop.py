@@ -22,11 +22,10 @@ from raytrain2p.phases.base import PhaseModule
 from raytrain2p.phases.inputs import TRAIN, planned_steps
 from raytrain2p.phases.registry import PhaseFunctions, phase_functions
 from raytrain2p.storage.errors import reporting_disk_errors
-from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.checkpoints import resumable_checkpoint
 from raytrain2p.tracking.metrics_file import MetricPoint
-from raytrain2p.tracking.run import Run, get_or_create_run, resolved_config
-from raytrain2p.tracking.run_writer import RunWriter, open_run_writer
+from raytrain2p.tracking.run import Run, get_or_create_run
+from raytrain2p.tracking.run_writer import RunWriter, open_run_writer, resolved_config
 from raytrain2p.worker.channel import progress_callback
 from raytrain2p.worker.finalize import finish, whole_checkpoint
 from raytrain2p.worker.job import TrainJob, TrialContext
@@ -76,11 +75,11 @@ def train(plan: TrainJob) -> None:
         module = restored(phase.build(settings, data, steps, precision), best, trainer.strategy.root_device)
         if writer is not None:  # before anything is measured: what has been trained is safe then
             with reporting_disk_errors(run.path / artifact, size_of(module)):
-                phase.export(module, run.path / artifact, read_json(run.path / "config.json"))
+                phase.export(module, run.path / artifact, run.files.read_config())
         metrics, tables = evaluate(phase, module, data, settings, world, precision, show)
         if writer is not None:
             writer.write_metrics(metrics, steps)
-            with reporting_disk_errors(run.path / "result.json", 1_000_000):
+            with reporting_disk_errors(run.files.result, 1_000_000):
                 finish(writer, artifact, metrics, tables)
 
 
@@ -150,9 +149,9 @@ def resume_point(run: Run, writer: RunWriter | None) -> tuple[Path | None, int]:
         step = int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"]) if path else 0
         writer.resume_from(step)
         for complaint in complaints:
-            writer.mlflow_sync.tell(f"{complaint}; going on from {path.name if path else 'the beginning'} at step {step}")
+            writer.mlflow_sync.report(f"{complaint}; going on from {path.name if path else 'the beginning'} at step {step}")
         if path is not None:
-            writer.mlflow_sync.tell(f"resuming {run.phase} run {run.run_id[:8]} at step {step}")
+            writer.mlflow_sync.report(f"resuming {run.phase} run {run.run_id[:8]} at step {step}")
         found = (path, step)
     path, step = ray.train.collective.broadcast_from_rank_zero(found)
     return from_first(path), step

@@ -203,6 +203,6 @@ def test_a_run_whose_driver_was_killed_says_failed_once_reconcile_has_looked(
     assert status(launch) == "RUNNING"
     looked = run_command(launch.folder, "raytrain2p.runs", "reconcile")
     assert looked.code == 0, looked.err
-    assert "died without a word: FAILED" in looked.out
+    assert "orphaned, no process works on it: FAILED" in looked.out
     assert status(launch) == "FAILED"
     assert len(launch.directories()) == 1

@@ -1,18 +1,29 @@
 """Rank 0's hand on the run directory: what it notes is on disk at once, and in a real SQLite store in the end."""
 
+import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raytrain2p.config import Settings
+from raytrain2p.config import Settings, flatten, load_settings
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking import run_writer as writer_module
 from raytrain2p.tracking.metrics_file import read_points
-from raytrain2p.tracking.run import Run, read_status, resolved_config, run_lock, write_status
-from raytrain2p.tracking.run_writer import end_run, end_unrecorded, open_run_writer, send_rest
-from tests.tracking.stores import NOBODY, away, create, fill, history, mlflow_run, points, settings_in
+from raytrain2p.tracking.run import DIRECTORY_TAG, LAUNCH_TAG, TIMESTAMP_TAG, Run
+from raytrain2p.tracking.run_writer import (
+    describe_run,
+    end_run,
+    end_unrecorded,
+    open_run_writer,
+    resolved_config,
+    send_rest,
+    setting_changes,
+    sole_writer,
+)
+from tests.tracking.stores import NOBODY, away, create, elsewhere, fill, history, lock_holder, mlflow_run, points, settings_in
 
 
 @pytest.fixture
@@ -36,10 +47,157 @@ def fail_after(run: Run, settings: Settings, told: list[str], *steps: int) -> No
         raise ZeroDivisionError
 
 
+# the only writer
+
+
+def test_one_process_alone_writes_to_a_run_directory(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "SECONDS_TO_INHERIT", 0.0)
+    run = create(settings)
+    with lock_holder(run.path / ".lock") as process:
+        with pytest.raises(RuntimeError, match=f"another process writes to {run.directory} .pid {process.pid} on "), sole_writer(run):
+            pytest.fail("two processes write")
+        process.kill()
+        process.wait()
+        with sole_writer(run):
+            assert run.files.lock.is_held()
+    assert not run.files.lock.is_held()
+
+
+@pytest.mark.timeout(60)
+def test_a_predecessor_that_is_about_to_die_is_waited_for(settings: Settings) -> None:
+    run = create(settings)
+    with lock_holder(run.path / ".lock") as process:
+        threading.Timer(0.5, process.kill).start()
+        with sole_writer(run):
+            assert process.wait() != 0
+
+
+def test_what_a_kill_left_half_written_is_removed_by_the_next_writer(settings: Settings) -> None:
+    run = create(settings)
+    kept = [run.path / "config.json", run.checkpoints / "last.ckpt", run.path / ".mirror.json"]
+    left = [run.path / ".config.json.aside-4711", run.checkpoints / ".last.ckpt.aside-4711", run.path / "plots" / ".a.png.aside-1"]
+    (run.path / "plots").mkdir()
+    for path in kept + left:
+        path.write_bytes(b"{}")
+    with sole_writer(run):
+        assert [path for path in kept + left if path.exists()] == kept
+
+
+def test_nothing_is_removed_while_another_process_writes(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "SECONDS_TO_INHERIT", 0.0)
+    run = create(settings)
+    (run.path / ".config.json.aside-4711").write_bytes(b"{}")
+    with lock_holder(run.path / ".lock"), pytest.raises(RuntimeError), sole_writer(run):
+        pytest.fail("two processes write")
+    assert (run.path / ".config.json.aside-4711").exists()
+
+
+# the description
+
+
+def test_a_run_directory_says_what_it_is(settings: Settings) -> None:
+    run = create(settings)
+    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train --phase 2 seed=3", {"train_records": 60})
+    lines = dict(line.split(": ", 1) for line in (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines())
+    assert lines == {"run_id": run.run_id, "directory": run.directory, "experiment": run.experiment, "timestamp": run.timestamp}
+    noted = read_json(run.path / "run.json")
+    assert Run.from_record(noted) == run
+    assert noted["train_records"] == 60
+    assert noted["tags"] == {
+        LAUNCH_TAG: "launch-1",
+        DIRECTORY_TAG: run.directory,
+        TIMESTAMP_TAG: run.timestamp,
+        "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
+    }
+    assert {path.name for path in run.path.iterdir()} == {
+        "lightning_checkpoints",
+        "config.json",
+        "MLFLOW_RUN_ID.txt",
+        "README.md",
+        "run.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("phase", "lines"),
+    [
+        ("alignment", ["aligner.pt", "raytrain2p.train --phase 2 --aligner {}", "raytrain2p.train --phase 1 --resume {}"]),
+        ("phase2", ["model.pt", "raytrain2p.predict --run {}", "raytrain2p.train --phase 2 --resume {}"]),
+    ],
+)
+def test_the_page_of_a_run_says_how_it_was_made_and_what_to_do_with_it(settings: Settings, phase: str, lines: list[str]) -> None:
+    run = create(settings, phase=phase)
+    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", {})
+    page = (run.path / "README.md").read_text()
+    assert "\n    python -m raytrain2p.train seed=3\n" in page
+    assert run.run_id in page
+    for line in lines:
+        assert line.format(run.run_id[:8]) in page
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_config_json_has_every_setting_and_what_the_worker_found(tmp_path: Path, settings: Settings, phase: int) -> None:
+    settings = settings_in(tmp_path, phase=phase)
+    run = create(settings, phase="alignment" if phase == 1 else "phase2")
+    resolved = {"training.precision": "float32", "launch.cpus_per_worker": 3}
+    describe_run(run, resolved_config(settings, resolved), "command", {})
+    config = json.loads((run.path / "config.json").read_text())
+    assert flatten(type(settings).model_validate(config)) == flatten(settings) | resolved
+
+
+def test_config_json_is_enough_to_load_the_same_settings_again(settings: Settings) -> None:
+    run = create(settings)
+    describe_run(run, resolved_config(settings, {}), "command", {})
+    assert load_settings(2, run.path / "config.json") == settings  # JSON is YAML
+
+
+def test_the_password_of_the_store_is_in_no_file_of_the_run(settings: Settings) -> None:
+    run = create(settings)
+    secret = elsewhere(settings, "postgresql://me:hunter2@db/mlflow")
+    describe_run(run, resolved_config(secret, {}), "python -m raytrain2p.train tracking.uri=postgresql://me:hunter2@db/mlflow", {})
+    assert read_json(run.path / "config.json")["tracking"]["uri"] == "postgresql://me:***@db/mlflow"
+    for name in ("README.md", "run.json"):
+        assert "tracking.uri=postgresql://me:***@db/mlflow" in (run.path / name).read_text()
+    files = [path for path in run.path.rglob("*") if path.is_file()]
+    assert len(files) == 4
+    assert not any(b"hunter2" in path.read_bytes() for path in files)
+
+
+def test_a_run_that_is_described_again_with_the_same_settings_has_no_changes(settings: Settings) -> None:
+    run = create(settings)
+    for _ in range(2):
+        assert describe_run(run, resolved_config(settings, {}), "command", {}) == []
+    assert not (run.path / "changes.jsonl").exists()
+
+
+def test_what_a_resumed_run_has_otherwise_is_told_and_kept_for_each_time(settings: Settings) -> None:
+    run = create(settings)
+    size = settings.training.batch_size
+    describe_run(run, resolved_config(settings, {}), "command", {})
+    assert describe_run(run, resolved_config(settings, {"launch.num_workers": 2}), "command", {}) == ["launch.num_workers: 1 -> 2"]
+    last = resolved_config(settings, {"training.batch_size": 2 * size})
+    assert describe_run(run, last, "command", {}) == [f"training.batch_size: {size} -> {2 * size}", "launch.num_workers: 2 -> 1"]
+    rows = [json.loads(line) for line in (run.path / "changes.jsonl").read_text().splitlines()]
+    assert [row["changes"] for row in rows] == [
+        {"launch.num_workers": [1, 2]},
+        {"training.batch_size": [size, 2 * size], "launch.num_workers": [2, 1]},
+    ]
+    assert read_json(run.path / "config.json") == last
+
+
+def test_settings_that_are_new_or_gone_are_changes_as_well() -> None:
+    before = {"a": {"same": 1, "gone": 2}, "whole": {"b": 3}}
+    after = {"a": {"same": 1, "new": 4}, "whole": None}
+    assert setting_changes(before, after) == {"a.gone": (2, None), "a.new": (None, 4), "whole": ({"b": 3}, None)}
+
+
+# metrics, and the end of a run
+
+
 def test_what_is_recorded_is_on_disk_at_once_and_in_mlflow_in_the_end(settings: Settings, told: list[str]) -> None:
     run = create(settings)
     with open_run_writer(run, settings.tracking.uri, description(settings), told.append) as writer:
-        assert read_status(run.path)["status"] == "RUNNING"
+        assert run.files.read_status()["status"] == "RUNNING"
         writer.write(points(1, 2))
         writer.write_metrics({"val/loss": 0.5}, 2)
         assert (steps(run), steps(run, "val/loss")) == ([1, 2], [2])
@@ -54,15 +212,15 @@ def test_what_is_recorded_is_on_disk_at_once_and_in_mlflow_in_the_end(settings: 
 def test_while_one_records_nobody_else_may(settings: Settings, told: list[str]) -> None:
     run = create(settings)
     with open_run_writer(run, settings.tracking.uri, description(settings), told.append):
-        assert run_lock(run).is_held()
-    assert not run_lock(run).is_held()
+        assert run.files.lock.is_held()
+    assert not run.files.lock.is_held()
 
 
 def test_an_error_lets_go_of_the_directory_sends_what_there_is_and_leaves_the_run_running(settings: Settings, told: list[str]) -> None:
     run = create(settings)
     with pytest.raises(ZeroDivisionError):
         fail_after(run, settings, told, 1, 2)
-    assert not run_lock(run).is_held()
+    assert not run.files.lock.is_held()
     assert len(history(settings, run)) == 2
     assert mlflow_run(settings, run).info.status == "RUNNING"  # Ray may start it again
 
@@ -99,7 +257,7 @@ def test_training_needs_no_mlflow(settings: Settings, told: list[str], monkeypat
         writer.write(points(1, 2))
         assert not writer.finish("FINISHED")
     assert steps(run) == [1, 2]
-    assert read_status(run.path)["status"] == "FINISHED"
+    assert run.files.read_status()["status"] == "FINISHED"
     (line,) = told
     assert "training goes on" in line
 
@@ -123,7 +281,7 @@ def test_a_full_disk_is_told_with_the_path_and_what_was_noted_stays(
 def test_a_disk_that_is_full_from_the_start_is_told_as_such(small_disk: Path, settings: Settings, told: list[str], tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
-    with run_lock(run).held():
+    with run.files.lock.held():
         pass  # the lock file has its room already
     fill(small_disk)
     with (
@@ -131,22 +289,22 @@ def test_a_disk_that_is_full_from_the_start_is_told_as_such(small_disk: Path, se
         open_run_writer(run, settings.tracking.uri, description(settings), told.append),
     ):
         pytest.fail("it was recorded")
-    assert not run_lock(run).is_held()
+    assert not run.files.lock.is_held()
 
 
 @pytest.mark.parametrize("status", ["FAILED", "KILLED"])
 def test_the_end_of_a_run_whose_workers_are_gone_is_on_disk_and_in_mlflow(settings: Settings, status: str) -> None:
     run = create(settings)
     assert end_run(run, settings.tracking.uri, status)
-    assert read_status(run.path)["status"] == status
+    assert run.files.read_status()["status"] == status
     assert mlflow_run(settings, run).info.status == status
 
 
 def test_a_run_that_has_finished_stays_so_whatever_dies_afterwards(settings: Settings) -> None:
     run = create(settings)
-    write_status(run.path, "FINISHED")
+    run.files.write_status("FINISHED")
     assert end_run(run, settings.tracking.uri, "FAILED")
-    assert read_status(run.path)["status"] == "FINISHED"
+    assert run.files.read_status()["status"] == "FINISHED"
     assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
@@ -155,12 +313,12 @@ def test_the_end_of_a_run_is_on_disk_though_mlflow_is_away(settings: Settings) -
     with away(settings):
         assert not end_run(run, settings.tracking.uri, "FAILED")
     assert not end_run(run, NOBODY, "FAILED")
-    assert read_status(run.path)["status"] == "FAILED"
+    assert run.files.read_status()["status"] == "FAILED"
 
 
 def test_an_end_that_a_process_noted_and_could_not_send_before_it_died_is_sent(settings: Settings) -> None:
     run = create(settings)
-    write_status(run.path, "FINISHED")
+    run.files.write_status("FINISHED")
     with away(settings):
         assert not send_rest(run, settings.tracking.uri)
     assert mlflow_run(settings, run).info.status == "RUNNING"
@@ -174,13 +332,13 @@ def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, sett
     fill(small_disk)
     assert end_run(run, settings.tracking.uri, "FAILED")
     assert mlflow_run(settings, run).info.status == "FAILED"
-    assert read_status(run.path)["status"] == "RUNNING"
+    assert run.files.read_status()["status"] == "RUNNING"
 
 
 def test_a_run_that_has_finished_is_so_in_mlflow_though_its_disk_is_full(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
-    write_status(run.path, "FINISHED")
+    run.files.write_status("FINISHED")
     fill(small_disk)
     assert end_run(run, settings.tracking.uri, "FAILED")
     assert mlflow_run(settings, run).info.status == "FINISHED"
