@@ -90,7 +90,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     if options.launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "each of them names the run to resume", "give one of them"))
     run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
-    config = run.path / "config.json"
+    config = run.files.config
     if options.config is None and config.is_file():
         settings = load_settings(options.phase, config, options.overrides)
     check_password(settings.tracking.uri)

@@ -1,14 +1,14 @@
-"""The feature store: what a frozen encoder says about an item is computed once and kept.
+"""The feature store: the output of a frozen encoder for an item is computed once and kept.
 
     <root>/<encoder fingerprint>/<name>.npy     features (rows, T, D), float16, memory-mapped by the workers
-                                 <name>.keys    the rows' content keys, 32 bytes each; written last: no keys, no shard
+                                 <name>.keys    content keys of the rows, 32 bytes each; written last: a shard without keys is ignored
 
-Shards are never changed. An item is found by its content, so changed data recomputes only what changed, and every later
-run, worker and trial on the same storage reuses the rest.
+Shards are never changed. Items are keyed by their content: of changed data only what changed is computed again, and every
+later run, worker and trial on the same storage reuses the rest.
 """
 
 import functools
-import os
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from raytrain2p.data.media import ImageRef, decode_image
+from raytrain2p.storage.files import replaced, write_file
+from raytrain2p.storage.locks import Lock
 
 KEY_BYTES = 32
 SHARD_ROWS = 256
@@ -61,7 +62,7 @@ class FeatureStore:
         self.directory = Path(root) / fingerprint[:32]
 
     def index(self) -> dict[bytes, tuple[str, int]]:
-        """Where each stored item lies: content key to (shard, row)."""
+        """The place of each stored item: content key to (shard, row)."""
         found: dict[bytes, tuple[str, int]] = {}
         for keys in sorted(self.directory.glob("*.keys")):
             content, shard = keys.read_bytes(), str(keys.with_suffix(".npy"))
@@ -73,7 +74,7 @@ class FeatureStore:
         """The table for items that are all stored.
 
         Raises:
-            KeyError: one is not.
+            KeyError: an item is not stored.
         """
         index = self.index()
         places = [index[key] for key in keys]
@@ -92,22 +93,21 @@ class FeatureStore:
         gpus: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> int:
-        """Compute what is missing, through Ray Data over a pool of encoder processes, and return how many items that was.
+        """Compute missing features through Ray Data, in a pool of encoder processes. Returns the number of items computed.
 
-        One process at a time completes a store; a second one waits and then finds the work done.
+        One process at a time completes a store; a second one waits for the first.
 
         Args:
             items: images or texts by content key.
-            build_encoder: makes the encoder, inside its process.
-            workers: encoder processes.
-            cpus: CPUs for each of them.
-            gpus: GPUs for each of them.
+            build_encoder: builds the encoder, inside its process.
+            workers: number of encoder processes.
+            cpus: CPUs of each process.
+            gpus: GPUs of each process.
             progress: called with (done, total) as shards are finished.
         """
         if not self.missing(items):
             return 0
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.directory / "lock"):
+        with Lock(self.directory / "lock").held(math.inf):
             missing = self.missing(items)
             if missing:
                 self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
@@ -154,7 +154,7 @@ class FeatureStore:
 
 
 class ShardWriter:
-    """Encodes batches of items and writes each as a shard; what travels through Ray is only the count."""
+    """Encodes batches of items and writes each as a shard. Only the number of rows goes through Ray."""
 
     def __init__(self, build_encoder: Callable[[], Encoder], directory: str) -> None:
         self.encoder = build_encoder()
@@ -168,19 +168,14 @@ class ShardWriter:
         parts = [self.encoder(items[start : start + ENCODE_ROWS]).cpu().numpy() for start in range(0, len(items), ENCODE_ROWS)]
         features = np.concatenate(parts)
         if not np.isfinite(features).all():
-            raise ValueError("the encoder's output has values beyond float16 (65504) or NaN: use data.features=online, or another encoder")
+            raise ValueError("the encoder's output has NaN or values beyond float16 (65504): use data.features=online, or another encoder")
         write_shard(self.directory, [bytes(key) for key in batch["key"]], features)
         return {"rows": np.array([len(items)])}
 
 
 def write_shard(directory: Path, keys: Sequence[bytes], features: np.ndarray) -> None:
-    """Features first, keys last, each aside and then renamed: a reader never sees a shard that is not whole."""
-    name = uuid.uuid4().hex
-    aside = directory / f".{name}"
-    with aside.open("wb") as stream:
+    """Features first and keys last, each atomically: a reader never sees an incomplete shard."""
+    shard = directory / f"{uuid.uuid4().hex}.npy"
+    with replaced(shard) as stream:
         np.save(stream, features)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.rename(directory / f"{name}.npy")
-    aside.write_bytes(b"".join(keys))
-    aside.rename(directory / f"{name}.keys")
+    write_file(shard.with_suffix(".keys"), b"".join(keys))

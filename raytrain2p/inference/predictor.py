@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.batches import Ragged
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.media import decode_image
@@ -27,7 +28,7 @@ class Predictor:
     """
 
     def __init__(self, path: Path) -> None:
-        artifact = load_artifact(path, "phase2")
+        artifact = load_artifact(path, INSTRUCTION)
         for role, needed in artifact["models"].items():
             found = fingerprint(model_directory(needed["name"], role))
             check_fingerprint(path, artifact, role, needed["name"], found, f"model.{role}")

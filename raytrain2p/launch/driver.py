@@ -21,7 +21,6 @@ from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.data import check_aligner
 from raytrain2p.phases.registry import read_inputs
-from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.find import find_artifact
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
 from raytrain2p.tracking.run import Run, launch_lock, recorded_run
@@ -92,7 +91,7 @@ def resolve_aligner(settings: Settings, console: Console, run: Run | None = None
     if not isinstance(settings, InstructionSettings):
         return settings
     wanted = settings.model.aligner
-    if run is not None and wanted == "latest" and (config := read_json(run.path / "config.json")):
+    if run is not None and wanted == "latest" and (config := run.files.read_config()):
         wanted = config["model"]["aligner"]
     path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings))
     console.say(f"aligner: {path}")

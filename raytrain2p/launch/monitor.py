@@ -20,10 +20,10 @@ from raytrain2p.launch.progress import Console, followed
 from raytrain2p.launch.signals import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.phases.inputs import InputDigests
-from raytrain2p.storage.errors import FAILED_DISK, StorageError, is_reachable
+from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
-from raytrain2p.tracking.run import Run, disk_gone, read_status, recorded_run
+from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
@@ -133,11 +133,11 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
     """
     run = recorded_run(job.settings.output.root, job.launch_id)
     assert run is not None
-    if signal is not None and read_status(run.path)["status"] == "KILLED":
+    if signal is not None and run.files.read_status()["status"] == "KILLED":
         raise StoppedError(signal)
     if not MlflowSync(run, job.settings.tracking.uri).complete():
         say_sync_later(run, console)
-    return Outcome(**read_json(run.path / "result.json"))
+    return Outcome(**read_json(run.files.result))
 
 
 def mlflow_environment() -> dict[str, str]:
@@ -160,11 +160,11 @@ def record_end(job: TrainJob, status: str, console: Console) -> None:
     if run is None or not is_reachable(run.path):
         end_unrecorded(uri, job.launch_id, status)
         return
-    if read_status(run.path)["status"] == status and MlflowSync(run, uri).complete():
+    if run.files.read_status()["status"] == status and MlflowSync(run, uri).complete():
         return
     if not end_run(run, uri, status):
         console.say(f"run {run.run_id[:8]} is {status}, but not yet in MLflow; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
-    elif read_status(run.path)["status"] == "RUNNING":
+    elif run.files.read_status()["status"] == "RUNNING":
         console.say(f"its status cannot be written to its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
     elif not MlflowSync(run, uri).complete():
         say_sync_later(run, console)
@@ -187,7 +187,7 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)
-    if isinstance(first, OSError) and first.errno in FAILED_DISK:
+    if is_disk_failure(first):
         return masked(one_line(first))
     text = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
     return masked(text).rstrip() + "\n(more with --ray-logs)"

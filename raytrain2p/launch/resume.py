@@ -9,7 +9,7 @@ from raytrain2p.config.metadata import FIXED, belongs_to, settings_where
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, planned_steps
 from raytrain2p.storage.files import read_json
-from raytrain2p.tracking.run import Run, read_status
+from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
 
@@ -24,7 +24,7 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
     Raises:
         InputError: every setting that differs and must not, and other inputs.
     """
-    config = read_json(run.path / "config.json")
+    config = run.files.read_config()
     if config is None:
         return  # it ended before it wrote its settings, and so before it trained
     before, after = flatten_tree(config), without_passwords(flatten(settings))
@@ -43,7 +43,7 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
 
 def _changed_records(run: Run, digests: InputDigests) -> str | None:
     """How the training records differ from those that the run began with. A run of an older version has no digest."""
-    recorded = read_json(run.path / "run.json") or {}
+    recorded = run.files.read_record() or {}
     before = InputDigests(**(asdict(digests) | {key: recorded[key] for key in asdict(digests) if key in recorded}))
     if before.train_records != digests.train_records:
         count = f"has {digests.train_records} records; run {run.run_id[:8]} began with {before.train_records}"
@@ -55,8 +55,8 @@ def _changed_records(run: Run, digests: InputDigests) -> str | None:
 
 def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | None:
     """The outcome of a finished run, unless these settings ask for more steps."""
-    outcome, status = read_json(run.path / "result.json"), read_status(run.path)
-    config = read_json(run.path / "config.json")
+    outcome, status = read_json(run.files.result), run.files.read_status()
+    config = run.files.read_config()
     if outcome is None or config is None or status["status"] != "FINISHED":
         return None
     try:

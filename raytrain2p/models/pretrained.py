@@ -3,14 +3,14 @@
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from raytrain2p.config import InputError, Problem, cache_directory
 from raytrain2p.models.packaged import PACKAGED_MODELS, packaged_directory
+from raytrain2p.storage.files import write_file
 
 WEIGHTS = ("*.safetensors", "*.bin")
-DESCRIPTIONS = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")
+CONFIGURATION = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")
 
 
 def model_directory(name: str, setting: str = "model") -> Path:
@@ -21,7 +21,7 @@ def model_directory(name: str, setting: str = "model") -> Path:
         setting: the dotted path that `name` came from, for the message.
 
     Raises:
-        InputError: it is none of the three, or cannot be fetched.
+        InputError: it is none of the three, or cannot be downloaded.
     """
     if name in PACKAGED_MODELS:
         return packaged_directory(name)
@@ -49,7 +49,7 @@ def _from_hub(name: str, setting: str) -> Path:
         raise InputError(
             Problem(
                 f"{setting}={name}",
-                f"is no packaged name ({', '.join(PACKAGED_MODELS)}) and no directory, and the hub did not give it: {reason}",
+                f"is neither a packaged model ({', '.join(PACKAGED_MODELS)}) nor a directory, and the hub did not provide it: {reason}",
                 "check the spelling, or download the model and give its directory",
             )
         ) from None
@@ -58,34 +58,32 @@ def _from_hub(name: str, setting: str) -> Path:
 
 @functools.cache
 def fingerprint(directory: Path) -> str:
-    """What a model is, wherever it lies: a sha256 over its weights and descriptions.
+    """Identifies a model by its content: a sha256 over its weights and configuration files.
 
-    Artifacts carry it, so that they are never combined with another model, and stored features are keyed by it.
-    Packaged models have the pinned sha256 of their package, whatever a library's version writes around the weights.
+    Artifacts hold it, so that they are never combined with another model, and stored features are keyed by it. Packaged
+    models have that of their pinned package: what else is in their directory depends on the version of transformers.
     """
     for name, model in PACKAGED_MODELS.items():
         if directory.parent == cache_directory() / "models" and directory.name.startswith(f"{name}-{model.sha256[:12]}"):
             return hashlib.sha256(f"{directory.name}".encode()).hexdigest()
     digest = hashlib.sha256()
     weights = next((found for pattern in WEIGHTS if (found := sorted(directory.glob(pattern)))), [])
-    for path in [*(directory / name for name in DESCRIPTIONS if (directory / name).is_file()), *weights]:
+    for path in [*(directory / name for name in CONFIGURATION if (directory / name).is_file()), *weights]:
         digest.update(f"{path.name}:{_file_sha256(path)}".encode())
     return digest.hexdigest()
 
 
 def _file_sha256(path: Path) -> str:
-    """Remembered by size and time of change: hashing tens of gigabytes at each start would take minutes."""
+    """Cached by size and modification time: hashing tens of gigabytes at each start would take minutes."""
     stat = path.stat()
     identity = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
-    note = cache_directory() / "fingerprints" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.sha256"
+    cached = cache_directory() / "fingerprints" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.sha256"
     try:
-        return note.read_text()
+        return cached.read_text()
     except OSError:
         pass
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    aside = note.with_suffix(f".{os.getpid()}")
-    aside.write_text(found)
-    aside.rename(note)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    write_file(cached, found)
     return found

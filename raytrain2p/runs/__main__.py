@@ -1,10 +1,17 @@
 """`python -m raytrain2p.runs {sync,reconcile} [RUN ...]`: bring MLflow up to date with what is on disk."""
 
 import argparse
+import importlib
 import sys
 
 from raytrain2p.config import load_settings
 from raytrain2p.config.cli import FAILED, exit_code
+
+# Verb: module whose `update` does it, and what it does
+VERBS = {
+    "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
+    "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -13,10 +20,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Bring MLflow up to date with the run directories.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, meaning in (
-        ("sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
-        ("reconcile", "find runs that died without a word, set them FAILED, and send what MLflow does not have"),
-    ):
+    for verb, (_, meaning) in VERBS.items():
         one = verbs.add_parser(verb, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
         one.add_argument(
             "words",
@@ -28,16 +32,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (MLflow is away, or lacks something still) or 2 (bad input); 130 after Ctrl-C."""
+    """Run the command and return its exit code: 0, 1 (MLflow is away, or still lacks something) or 2 (bad input); 130 after Ctrl-C."""
     options = parse(arguments)
-    return exit_code(lambda: bring_up_to_date(options.verb, options.words))
+    return exit_code(lambda: update(options.verb, options.words))
 
 
-def bring_up_to_date(verb: str, words: list[str]) -> int:
-    """Look at the runs named, or at all.
+def update(verb: str, words: list[str]) -> int:
+    """Apply a verb to the runs named, or to all.
 
     Args:
-        verb: `sync` or `reconcile`.
         words: runs, and settings as `key=value`.
 
     Raises:
@@ -45,17 +48,14 @@ def bring_up_to_date(verb: str, words: list[str]) -> int:
     """
     overrides = [word for word in words if "=" in word]
     settings = load_settings(1, None, overrides)
-    from raytrain2p.runs.reconcile import is_store, reconcile, reconcile_unborn
-    from raytrain2p.runs.sync import runs_to_look_at, sync
+    from raytrain2p.tracking.find import find_runs
 
-    root, uri = settings.output.root, settings.tracking.uri
-    runs = runs_to_look_at(root, [word for word in words if "=" not in word])
-    given = uri if any(override.startswith("tracking.uri=") for override in overrides) else None
-    whole = [(sync if verb == "sync" else reconcile)(run, root, given, print) for run in runs]
-    if verb == "reconcile" and is_store(uri):
-        reconcile_unborn(root, uri, print)
-    print(f"{sum(whole)} of {len(whole)} runs are whole in MLflow")
-    return 0 if all(whole) else FAILED
+    runs = find_runs(settings.output.root, [word for word in words if "=" not in word])
+    given = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
+    module, _ = VERBS[verb]  # imported here: `--help` does not wait for MLflow
+    complete: int = importlib.import_module(module).update(runs, settings, given)
+    print(f"{complete} of {len(runs)} runs are complete in MLflow")
+    return 0 if complete == len(runs) else FAILED
 
 
 if __name__ == "__main__":

@@ -14,20 +14,29 @@ class StorageError(RuntimeError):
     """The disk is full, read-only or gone. Its text is one line for the user."""
 
 
+def is_disk_failure(error: BaseException) -> bool:
+    """Whether a disk that is full, read-only or gone raised an exception, or one that was being handled when it was raised:
+    torch's writer turns the former into a RuntimeError.
+    """
+    return any(
+        isinstance(one, StorageError) or (isinstance(one, OSError) and one.errno in FAILED_DISK) for one in (error, error.__context__)
+    )
+
+
 def storage_error(path: Path, error: Exception, needed: int) -> StorageError:
-    """One line: the path, what is wrong with it, and the space that is needed."""
+    """One line: the path, the reason, and the space that is needed."""
     folder = path.parent
     try:
         free = shutil.disk_usage(folder).free
     except OSError as gone:
-        return StorageError(f"{path} cannot be written: {folder} is gone ({gone.strerror}); what was whole before stays as it is")
+        return StorageError(f"{path} cannot be written: {folder} is gone ({gone.strerror}); complete files are unchanged")
     full = free < needed or getattr(error, "errno", None) in OUT_OF_SPACE
     reason = "no space left" if full else " ".join(str(error).split())[:200]
     return StorageError(f"{path} cannot be written: {reason}; needed {needed / 1e6:.1f} MB, free {free / 1e6:.1f} MB")
 
 
 def is_reachable(folder: Path) -> bool:
-    """Whether a directory can be seen. One on a device that was pulled, or on a server that went away, cannot."""
+    """Whether a directory can be accessed. One on a device that was removed, or on a server that is down, cannot."""
     try:
         return folder.is_dir()
     except OSError:
@@ -36,18 +45,20 @@ def is_reachable(folder: Path) -> bool:
 
 @contextmanager
 def reporting_disk_errors(path: Path, needed: int) -> Iterator[None]:
-    """Within, a disk that fails ends with one line.
+    """Turn the disk errors of a block that writes files into one line for the user.
 
     Args:
-        path: named in it, with the free space of its disk.
+        path: named in that line, with the free space of its disk.
         needed: bytes, roughly.
 
     Raises:
-        StorageError: the disk is full, read-only or gone.
+        StorageError: any OSError, or what torch's writer makes of a failed disk.
     """
     try:
         yield
+    except StorageError:
+        raise
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):  # what torch's writer makes of one
+        if not isinstance(error, OSError) and not is_disk_failure(error):
             raise
         raise storage_error(path, error, needed) from None

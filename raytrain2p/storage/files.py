@@ -1,27 +1,35 @@
-"""Files of a run directory, each written aside and then renamed: what can be read is whole. And locks on them."""
+"""Atomic files: written beside their place, put on disk, renamed. No other module writes files this way."""
 
+import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose content replaces a file in one step: a reader sees the whole old content or the whole new one.
+
+    When the block ends, the new content and its name are on disk. If the block raises, the file stays as it was.
+    The directory must exist.
+    """
+    with _aside(path) as aside, aside.open("wb") as stream:
+        yield stream
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Replace a file by new content in one step, on disk before it is seen.
+    """Replace a file by new content, atomically.
 
     Its directory is made if need be, but none above it: where a run's directory is gone, its disk was taken away, and what
     is made in its place would lie on another one.
     """
     path.parent.mkdir(exist_ok=True)
-    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
-    try:
-        with aside.open("wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replaced(path) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -29,8 +37,50 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; None if there is no such file."""
+    """The value that `write_json` wrote; None if the file does not exist."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
+
+
+def link_file(source: Path, path: Path) -> None:
+    """Give a file a second name, atomically: a hard link, or a copy where the file system has none."""
+    with _aside(path) as aside:
+        aside.unlink(missing_ok=True)  # left by a killed process that had this process ID
+        try:
+            os.link(source, aside)
+        except OSError:
+            shutil.copyfile(source, aside)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left half written below a directory. No other process may be writing there."""
+    for aside in folder.rglob(".*.aside-*"):
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _aside(path: Path) -> Iterator[Path]:
+    """A path beside `path`; the file that the block writes there takes its place."""
+    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
+    try:
+        yield aside
+        _sync(aside)
+        aside.rename(path)
+        try:
+            _sync(path.parent)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a file system that cannot sync a directory
+                raise
+    finally:
+        with suppress(OSError):  # on a disk that has failed: its first error is the one to report
+            aside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Files of a run directory, each written aside and then renamed: what can be read is whole. And locks on them."""
+"""File locks that end with their process. No other module locks files."""
 
 import fcntl
 import os
@@ -10,9 +10,10 @@ from pathlib import Path
 
 
 class Lock:
-    """A file that one process holds at a time; it lets go when it dies, however it dies.
+    """A file that one process holds at a time. It is released when the process ends, even by SIGKILL.
 
-    Between machines this needs a file system with locks, such as NFS 4.
+    Between machines this needs a file system with locks, such as NFS 4. In place of the `filelock` package, because it names
+    its holder, and because it can be asked whether it is held without being taken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -20,7 +21,8 @@ class Lock:
 
     @contextmanager
     def held(self, seconds: float = 0.0) -> Iterator[str | None]:
-        """Try for so long. Yields None if the lock is held within, else who has it: such as `pid 4711 on node3`."""
+        """Try for that long (`math.inf`: for ever). Yields None if this process has the lock, else the holder, such as
+        `pid 4711 on node3`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as stream:
             deadline = time.monotonic() + seconds
@@ -36,15 +38,15 @@ class Lock:
             yield None
 
     def touch(self) -> None:
-        """A sign of life, for machines that locks do not reach."""
+        """Update the file's time: a heartbeat for machines that locks do not reach."""
         os.utime(self.path)
 
     def is_held(self) -> bool:
-        """Whether a living process has it. Changes nothing."""
+        """Whether a process has the lock. Changes nothing."""
         try:
             with self.path.open("r+") as stream:  # NFS locks only what may be written to
                 return not _locked(stream.fileno(), fcntl.LOCK_SH)
-        except OSError:  # no such file; or on a disk that is read-only or gone, where nobody writes either
+        except OSError:  # no such file; or on a disk that is read-only or gone, where no process writes either
             return False
 
 

@@ -20,7 +20,7 @@ from raytrain2p.sweep.results import (
     write_results,
 )
 from raytrain2p.sweep.trial import SweepJob, trial_launch_id
-from raytrain2p.tracking.run import add_tags, read_status, recorded_run
+from raytrain2p.tracking.run import recorded_run
 from raytrain2p.tracking.run_writer import RunWriter, end_run, send_rest
 from raytrain2p.worker.job import OBJECTIVE
 
@@ -50,7 +50,7 @@ class TrialFinalizer:
         """Tune does not try a trial again. Its process has reported that, unless it was killed or had no run yet."""
         self.records.give_up(number, reason)
         run = recorded_run(self.root, trial_launch_id(self.job.launch_id, number))
-        if run is None or read_status(run.path)["status"] == "RUNNING":
+        if run is None or run.files.read_status()["status"] == "RUNNING":
             self.console.say(f"trial {number}: failed: {reason}")
             if run is not None:
                 self.executor.submit(end_run, run, self.uri, "FAILED")
@@ -62,7 +62,7 @@ class TrialFinalizer:
             return
         if state == EARLY:
             reason = result.reason or f"{self.stop.reason or self.job.sweep.options.scheduler} at step {result.steps}"
-            add_tags(result.run, {EARLY_TAG: reason})
+            result.run.add_tags({EARLY_TAG: reason})
         end_run(result.run, self.uri, {EARLY: "FINISHED", KILLED: "KILLED"}[state])
 
     def settle_all(self, signalled: bool) -> None:

@@ -19,6 +19,7 @@ from raytrain2p.sweep.live_table import short_name
 from raytrain2p.sweep.results import EARLY, TrialResult, best_result
 from raytrain2p.sweep.space import NUMBERS, Axis
 from raytrain2p.tracking.plots import BLUE, ORANGE, save
+from raytrain2p.tracking.run_directory import RunDirectory
 
 LEAST_FOR_IMPORTANCES = 8  # trials: with fewer, chance decides which setting comes first
 TRIALS_ON_TOP = 5  # so many of the best are compared with all, as Optuna recommends; but at most half
@@ -45,7 +46,7 @@ def draw_sweep(directory: Path, results: Sequence[TrialResult], axes: Sequence[A
         with plt.rc_context(style), warnings.catch_warnings():  # Optuna's functions change the style for all later plots
             warnings.simplefilter("ignore")  # its plots are experimental; matplotlib warns where a setting has one value
             plot()
-            save(plt.gcf(), directory / "plots" / f"{name}.png")
+            save(plt.gcf(), RunDirectory(directory).plots / f"{name}.png")
 
 
 def study_of(results: Sequence[TrialResult], axes: Sequence[Axis], mode: str) -> optuna.Study:

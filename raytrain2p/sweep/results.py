@@ -21,10 +21,10 @@ from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.metrics_file import read_points
-from raytrain2p.tracking.run import Run, read_status, recorded_run, run_tags
+from raytrain2p.tracking.run import Run, recorded_run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
 
-TRIALS = "trials"  # folder in a sweep's directory
 EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
@@ -99,7 +99,7 @@ class TrialRecords:
     """
 
     def __init__(self, directory: Path, root: str) -> None:
-        self.folder, self.root = directory / TRIALS, root
+        self.folder, self.root = RunDirectory(directory).trials, root
         self.over: dict[int, TrialResult] = {}  # cached: these do not change any more
 
     def begin(self, trial: Trial) -> None:
@@ -134,12 +134,12 @@ class TrialRecords:
 
 def read_trial_result(trial: Trial, run: Run) -> TrialResult:
     """The results in a trial's run directory."""
-    points = list(read_points(run.path / "metrics.jsonl"))
+    points = list(read_points(run.files.metrics))
     lineage = tuple(read_lineage(run.path))
-    reason = run_tags(run.path).get(EARLY_TAG, "")
+    reason = run.files.tags().get(EARLY_TAG, "")
     return TrialResult(
         trial,
-        state_of(read_status(run.path)["status"], reason),
+        state_of(run.files.read_status()["status"], reason),
         run,
         tuple((point.step, point.value) for point in points if point.name == OBJECTIVE),
         max((point.step for point in points if point.name == "train_loss"), default=0),
@@ -158,7 +158,7 @@ def state_of(status: str, reason: str) -> str:
 
 def read_lineage(directory: Path) -> Iterator[Inheritance]:
     """The inheritances of a trial, the oldest first."""
-    path = directory / "lineage.jsonl"
+    path = RunDirectory(directory).lineage
     if path.is_file():
         for line in path.read_text().splitlines():
             yield Inheritance(**json.loads(line))
@@ -167,7 +167,7 @@ def read_lineage(directory: Path) -> Iterator[Inheritance]:
 def add_inheritance(directory: Path, inheritance: Inheritance) -> None:
     """Add a line to lineage.jsonl; the file is replaced atomically."""
     lines = [json.dumps(asdict(known)) for known in read_lineage(directory)]
-    write_file(directory / "lineage.jsonl", "\n".join([*lines, json.dumps(asdict(inheritance))]) + "\n")
+    write_file(RunDirectory(directory).lineage, "\n".join([*lines, json.dumps(asdict(inheritance))]) + "\n")
 
 
 def best_result(results: Sequence[TrialResult], mode: str) -> TrialResult | None:
@@ -207,7 +207,7 @@ def write_table(path: Path, lines: Sequence[dict[str, Any]]) -> None:
 
 def write_results(directory: Path, results: Sequence[TrialResult], settings: Sequence[str], mode: str, phase: int) -> dict[str, Any] | None:
     """Write trials.csv and best.json: the best trial, with the command that trains it again. Returns the content of best.json."""
-    write_table(directory / "trials.csv", trial_table(results, settings, mode))
+    write_table(RunDirectory(directory).trials_table, trial_table(results, settings, mode))
     result = best_result(results, mode)
     if result is None or result.run is None or (found := result.best(mode)) is None:
         return None
@@ -220,7 +220,7 @@ def write_results(directory: Path, results: Sequence[TrialResult], settings: Seq
         "settings": result.values,
         "command": retrain_command(result.run, phase),
     }
-    write_json(directory / "best.json", best)
+    write_json(RunDirectory(directory).best_trial, best)
     return best
 
 

@@ -12,9 +12,9 @@ from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
-from raytrain2p.storage.errors import FAILED_DISK, StorageError
+from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
-from raytrain2p.sweep.results import PARENT_TAG, TRIALS, SweepOutcome, TrialRecords, sweep_config, sweep_page
+from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
@@ -60,7 +60,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             return run_trials(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
         except (OSError, StorageError) as error:
             gone = disk_gone(root, launch_id)
-            if gone is None and isinstance(error, OSError) and error.errno not in FAILED_DISK:
+            if gone is None and not is_disk_failure(error):
                 raise
             end_unrecorded(sweep.base.tracking.uri, launch_id, "FAILED")
             raise SweepFailedError(one_line(gone or error, 1000)) from error
@@ -83,7 +83,7 @@ def run_trials(
     sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
-    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, folder=TRIALS)
+    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id)
     command = typed_command("raytrain2p.tune")
     describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:

@@ -28,7 +28,8 @@ from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial,
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
-from raytrain2p.tracking.run import CHECKPOINTS, Run, add_tags, disk_gone, launch_lock, read_status, recorded_run, run_lock
+from raytrain2p.tracking.run import Run, disk_gone, launch_lock, recorded_run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.channel import RunChannel, SweepChannel, TrialProgress, TrialReport
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
@@ -94,7 +95,7 @@ def run_trial(config: Values, job: SweepJob) -> None:
         if holder is not None:
             raise RuntimeError(f"trial {number} is already running: {holder}")
         run = recorded_run(root, launch_id)
-        if run is None or read_status(run.path)["status"] != "FINISHED":
+        if run is None or run.files.read_status()["status"] != "FINISHED":
             if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
                 with checkpoint.as_directory() as folder:
                     inherit(run, number, Path(folder), values)
@@ -208,8 +209,8 @@ def report_with_weights(message: dict[str, Any], directory: Path, number: int) -
     """Report with a checkpoint of this step, and the trial that it belongs to."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shutil.copyfile(directory / CHECKPOINTS / LAST, folder / LAST)
-        write_json(folder / "of.json", {"trial": number, "run_id": directory.name[:32], "step": message["step"]})
+        shutil.copyfile(RunDirectory(directory).last_checkpoint, folder / LAST)
+        write_json(folder / "of.json", {"trial": number, "run_id": RunDirectory(directory).run_id, "step": message["step"]})
         tune.report(message, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
@@ -235,11 +236,11 @@ def inherit(run: Run, number: int, folder: Path, values: Values) -> None:
     for state in checkpoint["callbacks"].values():
         if "best" in state:
             state["best"] = None  # the file of the other trial's best is not here
-    with run_lock(run).held(SECONDS_TO_INHERIT) as holder:
+    with run.files.lock.held(SECONDS_TO_INHERIT) as holder:
         if holder is not None:
             raise RuntimeError(f"another process still writes to {run.directory}: {holder}")
         write_checkpoint(checkpoint, run.checkpoints / LAST, None)
         add_inheritance(run.path, inheritance)
         lineage = (*result.lineage, inheritance)
         line = "; ".join(f"at step {each.at_step} from trial {each.from_trial} at step {each.from_step}" for each in lineage)
-        add_tags(run, {LINEAGE_TAG: line})
+        run.add_tags({LINEAGE_TAG: line})

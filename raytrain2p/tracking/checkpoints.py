@@ -1,51 +1,41 @@
-"""Checkpoint files: each one whole or not there, which is the best, which the latest, and which are damaged."""
+"""Checkpoint files: writing them, which is the best, which is the last, and which are damaged."""
 
-import os
-import shutil
 import zipfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raytrain2p.storage.errors import storage_error
-
-BEST, LAST = "best-*.ckpt", "last.ckpt"
+from raytrain2p.storage.errors import reporting_disk_errors
+from raytrain2p.storage.files import link_file, replaced
+from raytrain2p.tracking.run_directory import BEST, LAST, best_checkpoint_name
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
-    """Write aside, put on disk, rename; then give it its second name, if it is the best.
+    """Write a checkpoint, atomically.
+
+    Args:
+        best: a second name for the file, if it is the best checkpoint.
 
     Raises:
-        StorageError: no space, or no such disk; what was whole stays.
+        StorageError: the disk is full, read-only or gone. Earlier checkpoints are unchanged.
     """
-    aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
-    try:
+    with reporting_disk_errors(path, _size(checkpoint)):
         path.parent.mkdir(exist_ok=True)  # not the run's directory: if that is gone, its disk is, and another one is below
-        with aside.open("wb") as stream:
+        with replaced(path) as stream:
             torch.save(checkpoint, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(path)
         if best is not None:
             make_best(path, path.with_name(best))
-    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise storage_error(path, error, _size(checkpoint)) from None
 
 
 def make_best(path: Path, best: Path) -> None:
-    """Name a checkpoint the best, and remove those that were before it."""
-    aside = best.with_name(f".{best.name}.aside-{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    try:
-        os.link(path, aside)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, aside)
-    aside.rename(best)
+    """Give a checkpoint the name of the best one, and remove the previous best."""
+    link_file(path, best)
+    remove_other_best(best)
+
+
+def remove_other_best(best: Path) -> None:
     for other in best.parent.glob(BEST):
         if other != best:
             other.unlink(missing_ok=True)
@@ -63,7 +53,7 @@ def _size(value: Any) -> int:
 
 @dataclass(frozen=True)
 class CheckpointScore:
-    """One checkpoint's value of the monitored metric."""
+    """The monitored metric of one checkpoint."""
 
     epoch: int
     step: int
@@ -71,25 +61,30 @@ class CheckpointScore:
     value: float
 
     def file_name(self) -> str:
-        return f"best-epoch={self.epoch:02d}-{self.metric.replace('/', '_')}={self.value:.4f}.ckpt"
+        """What it is called if it is the best."""
+        return best_checkpoint_name(self.epoch, self.metric, self.value)
 
 
 def settle(directory: Path, best: str, is_last: bool) -> None:
-    """After a resume: the best is the one that the checkpoint knows of. A predecessor may have died between naming a new
-    one and removing the old one, or before it named it."""
+    """Restore the best checkpoint that a resumed checkpoint names: the previous process may have been killed before it made
+    the new best, or before it removed the old one.
+
+    Args:
+        directory: of the checkpoints.
+        best: file name.
+        is_last: whether last.ckpt has the same content.
+    """
     path, last = directory / best, directory / LAST
     if not path.is_file() and is_last and last.is_file():
         make_best(last, path)
     if path.is_file():
-        for other in directory.glob(BEST):
-            if other != path:
-                other.unlink(missing_ok=True)
+        remove_other_best(path)
 
 
 def resumable_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is wrong with those that would have come before it.
+    """The checkpoint to resume from, and a line for each damaged one that was passed over.
 
-    last.ckpt; if it is torn or corrupt, the best; if that is too, none.
+    It is last.ckpt; if that is damaged, the best; if both are, None.
     """
     complaints: list[str] = []
     for path in [directory / LAST, *sorted(directory.glob(BEST))]:
@@ -101,13 +96,13 @@ def resumable_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file: None if every byte is as it was written."""
+    """Why a checkpoint file cannot be used; None if every byte is as it was written."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if (bad := archive.testzip()) is not None:  # compares each part's checksum, which torch.load does not
+            if (bad := archive.testzip()) is not None:  # compares checksums, which torch.load does not
                 return f"checksum of {bad} is wrong"
         torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    except Exception as error:  # a torn file fails in many ways
+    except Exception as error:  # a truncated file raises many kinds of errors
         return " ".join(f"{type(error).__name__}: {error}".split())[:120]
     return None
 

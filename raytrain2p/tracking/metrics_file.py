@@ -1,4 +1,4 @@
-"""metrics.jsonl: every metric point, on disk before anybody else hears of it, and each one once."""
+"""metrics.jsonl: every metric point, once, on disk before it is sent anywhere."""
 
 import json
 import os
@@ -22,30 +22,29 @@ class MetricPoint:
 class MetricsFile:
     """Appends points to a run's metrics.jsonl.
 
-    A run that goes on from step n does the steps after it again. What is noted of them already stays, and is not noted
-    again: MLflow has it, and MLflow forgets nothing.
+    A run that resumes from step n repeats the steps after it. Points of them that the file has already stay, and are not
+    written again: MLflow has them too, and cannot replace a point.
 
     Args:
-        path: of the file.
-        resumed_step: step that the run goes on from; 0 for a new one.
+        resumed_step: step that the run resumes from; 0 for a new one.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
-        self.path, self.one_at_a_time = path, threading.Lock()
+        self.path, self.appending = path, threading.Lock()
         trim_torn_line(path)
-        self.noted = {(point.name, point.step) for point in read_points(path) if point.step >= resumed_step}
+        self.written = {(point.name, point.step) for point in read_points(path) if point.step >= resumed_step}
 
     def append(self, points: Sequence[MetricPoint]) -> None:
-        """Note what is not noted yet, on disk when this returns.
+        """Write the points that the file does not have yet. They are on disk when this returns.
 
         Raises:
             OSError: the disk is full, or gone.
         """
-        fresh = [point for point in points if (point.name, point.step) not in self.noted]
+        fresh = [point for point in points if (point.name, point.step) not in self.written]
         lines = [json.dumps({"step": p.step, "name": p.name, "value": p.value, "time": round(p.time, 3)}) + "\n" for p in fresh]
         if not lines:
             return
-        with self.one_at_a_time:
+        with self.appending:
             try:
                 with self.path.open("ab") as stream:
                     stream.write("".join(lines).encode())
@@ -53,12 +52,12 @@ class MetricsFile:
                     os.fsync(stream.fileno())
             except OSError:
                 with suppress(OSError):
-                    trim_torn_line(self.path)  # there may be room again for the next one, which must not be glued to it
+                    trim_torn_line(self.path)  # there may be space again for the next line, which must begin a line of its own
                 raise
 
 
 def trim_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill has torn: it was sent nowhere, and what follows must not be glued to it."""
+    """Cut off an incomplete last line, left by a killed process: it was sent nowhere, and the next one begins a line of its own."""
     if not path.is_file():
         return
     with path.open("rb+") as stream:
@@ -73,7 +72,7 @@ def trim_torn_line(path: Path) -> None:
 
 
 def read_points(path: Path) -> Iterator[MetricPoint]:
-    """The whole lines of a metrics.jsonl that may be growing; none if there is no such file."""
+    """The complete lines of a metrics.jsonl, which another process may be writing to; none if it does not exist."""
     if not path.is_file():
         return
     with path.open("rb") as stream:

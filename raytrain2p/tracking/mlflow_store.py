@@ -1,38 +1,43 @@
-"""The MLflow store: is it there, and may every worker use it? Asked once, in the driver."""
+"""The MLflow store: checked and prepared once, in the driver; and searched."""
 
 import http.client
-import os
 import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from raytrain2p.config import InputError, Problem, Settings
-from raytrain2p.config.secrets import MASK, masked, one_line
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-# What fails is kept on disk and sent again later: MLflow's own retries, minutes of them, would only hide an outage.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the plain-file store is one of the three that we support
-
-import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
+
+from raytrain2p.config import InputError, Problem, Settings
+from raytrain2p.config.secrets import MASK, masked, one_line
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
-def client_of(uri: str) -> "mlflow.MlflowClient":
-    """A client for a tracking URI, with MLflow's environment as it is set above."""
-    return mlflow.MlflowClient(uri)
+def client_of(uri: str) -> MlflowClient:
+    """A client for a tracking URI."""
+    return MlflowClient(uri)
+
+
+def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
+    """The runs of all experiments that are RUNNING in MLflow and have this value of a tag."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, f"attributes.status = 'RUNNING' AND tags.`{tag}` = '{value}'"))
+
+
+def store_exists(uri: str) -> bool:
+    """Whether a store can be searched: a client for an SQLite file that does not exist would create it."""
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
 
 
 def local_folder(uri: str) -> Path | None:
-    """The directory of a store that is a file or a folder on some machine's disk; None for a server or a database server."""
+    """The directory of a store on the disk of one machine; None for a tracking server or a database server."""
     scheme = urlsplit(uri).scheme
     if scheme == "sqlite":
         return Path(unquote(uri.partition(":///")[2])).parent
@@ -42,17 +47,17 @@ def local_folder(uri: str) -> Path | None:
 
 
 def check_password(uri: str) -> None:
-    """Passwords are not recorded: a store that has one needs it again.
+    """Refuse a recorded URI whose password is masked: passwords are not recorded.
 
     Raises:
-        InputError: the URI has a masked one.
+        InputError: the URI has a masked password.
     """
     if f":{MASK}@" in uri:
         raise InputError(Problem(f"tracking.uri={uri}", "its password is not recorded with the run", "give tracking.uri=... again with it"))
 
 
 def check_store_is_shared(uri: str, machines: int) -> list[Problem]:
-    """A store on one machine's disk serves no second machine: rank 0 may be placed there."""
+    """A store on the disk of one machine cannot be used from a second one, where rank 0 may be placed."""
     if machines < 2 or local_folder(uri) is None:
         return []
     return [
@@ -65,10 +70,10 @@ def check_store_is_shared(uri: str, machines: int) -> list[Problem]:
 
 
 def prepare_store(settings: Settings, default_experiment: str) -> None:
-    """Make the store and the experiment once, in the driver: several workers at a fresh SQLite file fail.
+    """Create the store and the experiment once, in the driver: several workers that open a new SQLite file at once fail.
 
     Raises:
-        InputError: the store cannot be used, said within 15 seconds.
+        InputError: the store cannot be used. Found within 15 seconds.
     """
     uri, name = settings.tracking.uri, experiment_name(settings, default_experiment)
     location = None
@@ -98,10 +103,10 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
 
 
 def check_server(uri: str) -> None:
-    """Ask a tracking or database server whether it lives, and do not wait long for its answer: MLflow would for minutes.
+    """Check that a tracking or database server answers within seconds: MLflow would wait for minutes.
 
     Raises:
-        OSError: it does not answer, or the URI names no server.
+        OSError: it does not answer, or the URI is not valid.
     """
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]
@@ -117,9 +122,9 @@ def check_server(uri: str) -> None:
     try:
         urllib.request.urlopen(f"http://{host}:{port}{parts.path.rstrip('/')}/health", timeout=SECONDS_TO_ANSWER).close()
     except urllib.error.HTTPError:
-        return  # somebody answers; whether it is MLflow, the first real request shows
+        return  # a web server answers; the first real request shows whether it is MLflow
     except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"no web server answers there: {type(error).__name__}") from None
+        raise OSError(f"it does not answer as a web server does: {type(error).__name__}") from None
 
 
 def experiment_name(settings: Settings, default: str) -> str:

@@ -1,72 +1,89 @@
-"""MLflow's copy of a run directory: what is on disk is the truth, and is sent from there, each point once.
+"""Copies a run directory to MLflow: the directory is the original, and each point is sent once.
 
-Training only ever writes to the directory. A thread sends what it finds there; while MLflow is away it waits and tries
-again, and what is left at the end `python -m raytrain2p.runs sync` sends later.
+Training writes to the directory alone. A thread sends what it finds there; while MLflow is away it tries again, and what is
+left at the end is sent later by `python -m raytrain2p.runs sync`.
 """
 
 import json
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from raytrain2p.config import flatten_tree
 from raytrain2p.config.secrets import one_line
-from raytrain2p.storage.errors import is_reachable, storage_error
+from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.mlflow_store import client_of
-from raytrain2p.tracking.run import ARTIFACTS, Run, read_status, run_lock
+from raytrain2p.tracking.run import Run
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
-TRIES_AT_THE_END = 5  # a second apart, or more where a request runs into its time-out
+TRIES_AT_THE_END = 5  # a second apart, or more where a request times out
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
 
 
 class RunDirectoryError(OSError):
-    """How far the sync got cannot be noted: the run's own disk has failed, and not MLflow."""
+    """The run's own disk has failed, and not MLflow. Its text is one line for the user."""
+
+
+@contextmanager
+def reporting_run_disk_errors(path: Path) -> Iterator[None]:
+    """Turn the disk errors of a block that writes a small file of a run into one line for the user.
+
+    Raises:
+        RunDirectoryError: any OSError.
+    """
+    try:
+        with reporting_disk_errors(path, 1_000):
+            yield
+    except StorageError as error:
+        raise RunDirectoryError(str(error)) from None
 
 
 class MlflowSync:
     """Sends a run directory to MLflow.
 
-    `.mirror.json` in the directory says how far it got: `sent` bytes of metrics.jsonl, and, while a batch is under way,
-    `sending` up to which. A kill or a time-out in between leaves open whether MLflow has the batch: it is asked then.
+    The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
+    of it as `sending`. After a kill or a time-out in between, MLflow is asked which points of the batch it has.
     """
 
     def __init__(self, run: Run, uri: str) -> None:
-        self.run, self.uri = run, uri
-        self.state_path, self.metrics_file = run.path / ".mirror.json", run.path / "metrics.jsonl"
+        self.run, self.files, self.uri = run, run.files, uri
+        self.state_path, self.metrics_file = self.files.sync_state, self.files.metrics
         self.state: dict[str, Any] = {"sent": 0, "sending": None, "described": None, "status": None} | (read_json(self.state_path) or {})
 
     @cached_property
-    def client(self) -> Any:
-        """Made when it is needed: a database that is away fails here already."""
+    def client(self) -> MlflowClient:
+        """Created on first use: for a database that is away, this fails already."""
         return client_of(self.uri)
 
     def complete(self) -> bool:
         """Whether MLflow has everything, the final status included."""
-        status = read_status(self.run.path)
+        status = self.files.read_status()
         return status["status"] != "RUNNING" and self.state["status"] == status and not self._lines_left()
 
     def send(self) -> None:
-        """Send what is not sent yet: what the run is, its points, and, once it has ended, its artifacts and its status.
+        """Send what MLflow does not have yet: settings and tags, points, and, once the run has ended, artifacts and status.
 
         Raises:
             RunDirectoryError: the disk of the run is full, read-only or gone.
-            STORE_ERRORS: MLflow is away; nothing is lost, call again.
+            STORE_ERRORS: MLflow is away. Nothing is lost: call again.
         """
-        if not is_reachable(self.run.path):
-            raise RunDirectoryError(str(storage_error(self.state_path, FileNotFoundError(), 0)))
+        with reporting_run_disk_errors(self.state_path):
+            if not is_reachable(self.run.path):
+                raise FileNotFoundError(self.run.path)
         self._send_description()
         while self._send_points():
             pass
-        status = read_status(self.run.path)
+        status = self.files.read_status()
         if self.state["status"] != status:
             if status["status"] != "RUNNING":
                 self._send_artifacts()
@@ -77,10 +94,11 @@ class MlflowSync:
             self._note(status=status)
 
     def _left(self) -> int:
+        """Bytes of metrics.jsonl that are not sent; negative if the file has lost some that were."""
         return (self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0) - int(self.state["sent"])
 
     def _lines_left(self) -> bool:
-        """Whether a whole line is not sent, or what was sent is not there. A last line that is torn was never noted."""
+        """Whether a complete line is not sent, or sent lines are gone. An incomplete last line does not count."""
         if self._left() <= 0:
             return self._left() < 0
         with self.metrics_file.open("rb") as stream:
@@ -89,22 +107,19 @@ class MlflowSync:
 
     def _note(self, **changes: Any) -> None:
         self.state |= changes
-        try:
+        with reporting_run_disk_errors(self.state_path):
             write_json(self.state_path, self.state)
-        except OSError as error:
-            raise RunDirectoryError(str(storage_error(self.state_path, error, 1_000))) from None
 
     def _note_sent(self, end: int) -> None:
         self._note(sent=end, sending=None)
 
     def _send_description(self) -> None:
-        """Every setting as a parameter, and the tags. MLflow never changes a parameter: what a resumed run has otherwise
-        is a tag beside it."""
-        described = read_json(self.run.path / "run.json")
-        config = read_json(self.run.path / "config.json")
-        if described is None or config is None or "described" not in described:
-            return  # a launch that died before it had described itself
-        if self.state["described"] == described["described"]:
+        """Every setting as a parameter, and the tags. MLflow cannot change a parameter: a setting that a resumed run changed
+        becomes a tag."""
+        record, config = self.files.read_record(), self.files.read_config()
+        if record is None or config is None or "described" not in record:
+            return  # the launch was killed before it described the run
+        if self.state["described"] == record["described"]:
             return
         params = {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
         logged = self.client.get_run(self.run.run_id).data.params
@@ -112,13 +127,13 @@ class MlflowSync:
         for start in range(0, len(missing), PARAMS_PER_BATCH):
             self.client.log_batch(self.run.run_id, params=missing[start : start + PARAMS_PER_BATCH])
         changed = {f"raytrain2p.changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
-        tags = {key: str(value) for key, value in described["tags"].items()} | changed
+        tags = {key: str(value) for key, value in record["tags"].items()} | changed
         self.client.log_batch(self.run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        self.client.log_artifact(self.run.run_id, str(self.run.path / "config.json"), "config")
-        self._note(described=described["described"])
+        self.client.log_artifact(self.run.run_id, str(self.files.config), "config")
+        self._note(described=record["described"])
 
     def _send_points(self) -> bool:
-        """One batch; whether there may be more."""
+        """Send one batch. Returns whether there may be another."""
         if self._left() <= 0:
             return False
         start = int(self.state["sent"])
@@ -143,15 +158,14 @@ class MlflowSync:
         return True
 
     def _unknown(self, metrics: list[Metric]) -> list[Metric]:
-        """Those that MLflow does not have: an earlier request may have arrived, in whole or in part."""
+        """Those that MLflow does not have: an earlier request may have arrived, completely or in part."""
         known = defaultdict(set)
         for name in {metric.key for metric in metrics}:
             known[name] = {(point.step, point.timestamp) for point in self.client.get_metric_history(self.run.run_id, name)}
         return [metric for metric in metrics if (metric.step, metric.timestamp) not in known[metric.key]]
 
     def _send_artifacts(self) -> None:
-        for name, folder in ARTIFACTS.items():
-            path = self.run.path / name
+        for path, folder in self.files.mlflow_artifacts():
             if path.is_dir():
                 self.client.log_artifacts(self.run.run_id, str(path), folder)
             elif path.is_file():
@@ -159,17 +173,21 @@ class MlflowSync:
 
 
 class MlflowSyncThread:
-    """A sync at work while training goes on. Errors of MLflow are told once and tried again, for however long."""
+    """Sends a run directory while training continues. An outage of MLflow is reported once; sending is tried again until it works.
 
-    def __init__(self, mlflow_sync: MlflowSync, tell: Callable[[str], None]) -> None:
-        self.mlflow_sync, self.tell = mlflow_sync, tell
+    Args:
+        report: called with a line for the user.
+    """
+
+    def __init__(self, mlflow_sync: MlflowSync, report: Callable[[str], None]) -> None:
+        self.mlflow_sync, self.report = mlflow_sync, report
         self.closing = threading.Event()
         self.deadline = float("inf")
         self.thread = threading.Thread(target=self._work, name="mlflow-sync", daemon=True)
         self.thread.start()
 
     def close(self, seconds: float) -> bool:
-        """Send the rest, for at most so long; whether MLflow has everything."""
+        """Send the rest, for at most that long. Returns whether MLflow has everything."""
         self.deadline = time.monotonic() + seconds
         self.closing.set()
         self.thread.join(seconds + 1)
@@ -178,25 +196,25 @@ class MlflowSyncThread:
         return False
 
     def _work(self) -> None:
-        wait, failed, told = SEND_SECONDS, 0, False
+        wait, failed, reported = SEND_SECONDS, 0, False
         while True:
             closing = self.closing.wait(wait)
             with suppress(OSError):
-                run_lock(self.mlflow_sync.run).touch()
+                self.mlflow_sync.files.lock.touch()
             try:
                 self.mlflow_sync.send()
             except Exception as error:  # whatever MLflow's client raises: training must not stop for it
-                if not told and not isinstance(error, RunDirectoryError):  # which training meets as well, and ends with
-                    told, reason = True, one_line(error)
-                    self.tell(f"MLflow does not answer; training goes on, and what it lacks waits on disk ({reason})")
+                if not reported and not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
+                    reported, reason = True, one_line(error)
+                    self.report(f"MLflow does not answer; training goes on, and what it lacks waits on disk ({reason})")
                 failed, wait = failed + 1, min(2 * wait, LONGEST_WAIT)
                 if closing and (failed > TRIES_AT_THE_END or time.monotonic() > self.deadline):
                     return
                 if closing:
                     time.sleep(1)
                 continue
-            if told:
-                self.tell("MLflow is back, and has everything so far")
-            wait, failed, told = SEND_SECONDS, 0, False
+            if reported:
+                self.report("MLflow is back, and has everything so far")
+            wait, failed, reported = SEND_SECONDS, 0, False
             if closing:
                 return

@@ -1,4 +1,4 @@
-"""Images of a run, made to be looked at."""
+"""Plots of a run."""
 
 import io
 import json
@@ -21,7 +21,7 @@ SMOOTHING = 0.9
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """metrics.jsonl as (steps, values) by metric name. A line that a kill has torn is left out."""
+    """metrics.jsonl as (steps, values) by metric name, without an incomplete last line."""
     found: dict[str, tuple[list[int], list[float]]] = {}
     with path.open() as stream:
         for line in stream:
@@ -36,7 +36,7 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def training_curve(metrics: Path, target: Path, title: str) -> None:
-    """Loss over steps, each step and smoothed, with the validation loss; the learning rate below."""
+    """Plot the training loss by step, as it is and smoothed, the validation loss, and the learning rate below."""
     found = read_metrics(metrics)
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, height_ratios=(4, 1), layout="constrained")
     steps, losses = found["train_loss"]
@@ -58,7 +58,7 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
 
 
 def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str, Any]], Any], target: Path, title: str) -> None:
-    """Images with what was asked, what the model answered, and what was expected where it was wrong."""
+    """Plot images with the question, the model's answer, and the expected answer where the model's is wrong."""
     columns = 5
     lines = -(-len(rows) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(2.3 * columns, 2.75 * lines), squeeze=False, layout="constrained")
@@ -91,7 +91,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def save(figure: Figure, target: Path) -> None:
-    """As PNG, whole."""
+    """Write a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -16,7 +16,7 @@ from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Split
 from raytrain2p.phases.registry import PhaseFunctions
 from raytrain2p.storage.errors import reporting_disk_errors
-from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.tracking.checkpoints import best_checkpoint, damage, last_checkpoint
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.plots import answer_sheet, training_curve
@@ -63,11 +63,13 @@ def export(phase: PhaseFunctions, module: PhaseModule, run: Run) -> None:
     path = artifact_path(run)
     size = sum(weights.numel() * weights.element_size() for weights in module.parameters() if weights.requires_grad)
     with reporting_disk_errors(path, size):
-        phase.export(module, path, read_json(run.path / "config.json"))
+        config = run.files.read_config()
+        assert config is not None, "open_run_writer has written it"
+        phase.export(module, path, config)
 
 
 def artifact_path(run: Run) -> Path:
-    return run.path / PHASES_BY_NAME[run.phase].artifact
+    return run.files.artifact(PHASES_BY_NAME[run.phase])
 
 
 def evaluate(
@@ -90,14 +92,14 @@ def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) 
         StorageError: the disk is full, or gone.
     """
     run = writer.run
-    with reporting_disk_errors(run.path / "result.json", 1_000_000):
-        training_curve(run.path / "metrics.jsonl", run.path / "plots" / "training_curve.png", f"{run.phase} run {run.run_id[:8]}")
+    with reporting_disk_errors(run.files.result, 1_000_000):
+        training_curve(run.files.metrics, run.files.training_curve, f"{run.phase} run {run.run_id[:8]}")
         if answers:
-            write_file(run.path / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+            write_file(run.files.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
             title = f"run {run.run_id[:8]}: answers on test images, drawn at random"
-            answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.path / "plots" / "answers.png", title)
-        write_json(run.path / "test_metrics.json", metrics)
-        write_json(run.path / "result.json", asdict(outcome_of(run, metrics)))
+            answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.files.answer_sheet, title)
+        write_json(run.files.test_metrics, metrics)
+        write_json(run.files.result, asdict(outcome_of(run, metrics)))
         writer.finish("FINISHED")
 
 
@@ -109,7 +111,7 @@ def outcome_of(run: Run, metrics: dict[str, float]) -> Outcome:
         str(best) if best else None,
         str(last) if last else None,
         str(artifact_path(run)),
-        metrics | last_values(run.path / "metrics.jsonl", ("val/loss", "train_loss")),
+        metrics | last_values(run.files.metrics, ("val/loss", "train_loss")),
     )
 
 

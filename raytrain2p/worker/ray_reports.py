@@ -12,9 +12,9 @@ import ray.train.collective
 
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.storage.errors import is_reachable, storage_error
-from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.checkpoints import CheckpointScore
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.channel import RunChannel, TrialReport
 from raytrain2p.worker.job import OBJECTIVE
 
@@ -63,11 +63,11 @@ class RayReports:
             return
         folder = Path(tempfile.mkdtemp())
         try:
-            write_json(folder / "run.json", {"run_id": self.run.run_id, "directory": self.run.directory} | asdict(score))
+            RunDirectory(folder).write_record({"run_id": self.run.run_id, "directory": self.run.directory} | asdict(score))
             ray.train.report(reported, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
         except (OSError, RuntimeError) as error:  # Ray's bookkeeping is on the same disk, and may fail first when that is gone
             if isinstance(error, OSError) or not is_reachable(self.run.path):
-                raise storage_error(self.run.path / "run.json", error, 10_000) from None
+                raise storage_error(self.run.files.record, error, 10_000) from None
             raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -51,7 +51,7 @@ def test_mlflow_is_stopped_in_the_middle_and_everything_arrives_by_sync(
     server.start()
     done = sync()
     assert done.code == 0, done.err
-    assert "1 of 1 runs are whole in MLflow" in done.out
+    assert "1 of 1 runs are complete in MLflow" in done.out
     (run,) = launch.mlflow_runs()
     assert {artifact.path for artifact in launch.client.list_artifacts(run.info.run_id)} >= {"aligner", "config", "plots"}
     assert sync().code == 0  # sends nothing twice

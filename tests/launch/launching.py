@@ -17,6 +17,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.pretrained import fingerprint
@@ -270,5 +271,5 @@ def untrained_aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) 
     aligner = Aligner({"image": 32}, hidden=32, dimension=16)
     path = tmp_path_factory.mktemp("aligner") / "aligner.pt"
     models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(path, "alignment", {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
+    save_artifact(path, ALIGNMENT, {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
     return path

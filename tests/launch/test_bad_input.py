@@ -38,6 +38,7 @@ def refused(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.fixture
 def aligner(tmp_path: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
     """An aligner.pt for the small models."""
+    from raytrain2p.config.phases import ALIGNMENT
     from raytrain2p.models.aligner import Aligner
     from raytrain2p.models.artifacts import save_artifact
     from raytrain2p.models.pretrained import fingerprint
@@ -45,7 +46,7 @@ def aligner(tmp_path: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
     untrained = Aligner({"image": 32, "text": 32}, 32, 16)
     models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
     path = tmp_path / "aligner.pt"
-    save_artifact(path, "alignment", {}, models, image_size=None, shape=untrained.shape, state_dict=untrained.state_dict())
+    save_artifact(path, ALIGNMENT, {}, models, image_size=None, shape=untrained.shape, state_dict=untrained.state_dict())
     return path
 
 

@@ -9,7 +9,8 @@ import pytest
 from raytrain2p.config import InputError, load_settings
 from raytrain2p.launch.resume import check_resumable
 from raytrain2p.phases.inputs import InputDigests
-from raytrain2p.tracking.run import Run, describe_run, resolved_config
+from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_writer import describe_run, resolved_config
 
 DIGESTS = InputDigests(60, "a" * 64)
 TRAINING = ("training.global_batch_size=8", "training.micro_batch_size=4")

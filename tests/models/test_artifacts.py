@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from raytrain2p.config import InputError
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.models.artifacts import FORMAT_VERSION, check_fingerprint, load_artifact, save_artifact
 
 MODELS = {"image_encoder": {"name": "some-encoder", "fingerprint": "a" * 64}}
@@ -18,11 +19,11 @@ MODELS = {"image_encoder": {"name": "some-encoder", "fingerprint": "a" * 64}}
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "aligner.pt"
-    save_artifact(path, "alignment", {"training": {"seed": 1}}, MODELS, image_size=None, state_dict={"w": torch.arange(6.0)})
+    save_artifact(path, ALIGNMENT, {"training": {"seed": 1}}, MODELS, image_size=None, state_dict={"w": torch.arange(6.0)})
     return path
 
 
-def problem_of(path: Path, phase: str = "alignment") -> str:
+def problem_of(path: Path, phase: Phase = ALIGNMENT) -> str:
     with pytest.raises(InputError) as caught:
         load_artifact(path, phase)
     assert str(path) in str(caught.value)
@@ -30,7 +31,7 @@ def problem_of(path: Path, phase: str = "alignment") -> str:
 
 
 def test_an_artifact_comes_back_as_it_was_saved(saved: Path) -> None:
-    artifact = load_artifact(saved, "alignment")
+    artifact = load_artifact(saved, ALIGNMENT)
     assert artifact["config"] == {"training": {"seed": 1}}
     assert artifact["models"] == MODELS
     assert artifact["image_size"] is None
@@ -42,15 +43,15 @@ def test_an_artifact_loads_without_running_code(saved: Path) -> None:
 
 
 def test_saving_leaves_the_artifact_alone_in_its_directory(saved: Path) -> None:
-    save_artifact(saved, "alignment", {}, MODELS, state_dict={})
+    save_artifact(saved, ALIGNMENT, {}, MODELS, state_dict={})
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
-    assert load_artifact(saved, "alignment")["config"] == {}
+    assert load_artifact(saved, ALIGNMENT)["config"] == {}
 
 
 def test_a_save_that_fails_keeps_the_earlier_artifact_and_leaves_nothing_behind(saved: Path) -> None:
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save_artifact(saved, "alignment", {}, MODELS, state_dict={"w": lambda: None})
-    assert load_artifact(saved, "alignment")["config"] == {"training": {"seed": 1}}
+        save_artifact(saved, ALIGNMENT, {}, MODELS, state_dict={"w": lambda: None})
+    assert load_artifact(saved, ALIGNMENT)["config"] == {"training": {"seed": 1}}
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
 
 
@@ -59,21 +60,22 @@ def test_a_kill_while_saving_leaves_no_half_artifact(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, torch\n"
         "from pathlib import Path\n"
+        "from raytrain2p.config.phases import INSTRUCTION\n"
         "from raytrain2p.models.artifacts import save_artifact\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "save_artifact(Path(sys.argv[1]), 'phase2', {}, {}, state_dict={'w': torch.zeros(1000)})\n"
+        "save_artifact(Path(sys.argv[1]), INSTRUCTION, {}, {}, state_dict={'w': torch.zeros(1000)})\n"
     )
     path = tmp_path / "model.pt"
     assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == -signal.SIGKILL
     assert not path.exists()
     assert list(tmp_path.iterdir()), "the process died too early to show anything"
     assert not list(tmp_path.glob("[!.]*")), "what is left must not look like an artifact"
-    save_artifact(path, "phase2", {}, {}, state_dict={})
-    assert load_artifact(path, "phase2")["phase"] == "phase2"
+    save_artifact(path, INSTRUCTION, {}, {}, state_dict={})
+    assert load_artifact(path, INSTRUCTION)["phase"] == "phase2"
 
 
 def test_an_artifact_of_the_other_phase_is_refused_with_both_phases_named(saved: Path) -> None:
-    message = problem_of(saved, "phase2")
+    message = problem_of(saved, INSTRUCTION)
     assert "`alignment`" in message
     assert "`phase2`" in message
     assert "model.pt" in message
@@ -127,7 +129,7 @@ def test_a_missing_artifact_is_refused_with_what_to_give_instead(tmp_path: Path)
 
 
 def test_another_frozen_model_is_refused_with_both_sides_named(saved: Path) -> None:
-    artifact = load_artifact(saved, "alignment")
+    artifact = load_artifact(saved, ALIGNMENT)
     with pytest.raises(InputError) as caught:
         check_fingerprint(saved, artifact, "image_encoder", "new-encoder", "b" * 64, "model.image_encoder")
     for needed in ("model.image_encoder=new-encoder", "b" * 12, "some-encoder", "a" * 12, str(saved)):
@@ -135,4 +137,4 @@ def test_another_frozen_model_is_refused_with_both_sides_named(saved: Path) -> N
 
 
 def test_the_same_frozen_model_is_accepted_under_another_name(saved: Path) -> None:
-    check_fingerprint(saved, load_artifact(saved, "alignment"), "image_encoder", "renamed", "a" * 64, "model.image_encoder")
+    check_fingerprint(saved, load_artifact(saved, ALIGNMENT), "image_encoder", "renamed", "a" * 64, "model.image_encoder")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from raytrain2p.config import AlignmentSettings, InstructionSettings
+from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.data.batches import StepSampler
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.features import FeatureTable
@@ -37,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit:
     np.save(folder / "texts.npy", np.random.default_rng(1).normal(size=(RECORDS, 1, WIDTH)).astype(np.float16))
     texts = FeatureTable((str(folder / "texts.npy"),), np.zeros(RECORDS, np.int32), np.arange(RECORDS))
     aligner = Aligner({"image": WIDTH, "text": 8}, hidden=16, dimension=12)
-    save_artifact(folder / "aligner.pt", "alignment", {}, {}, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
+    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, {}, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
     records = [Record(f"x:{number}", None, instruction="What?", response="la " * (1 + number % 7)) for number in range(RECORDS)]
     tokens = tokenize(records, load_chat_format(tiny_llama, 4, None), 256)
     models: dict[int, dict[str, Any]] = {

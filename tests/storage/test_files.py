@@ -1,21 +1,17 @@
-"""Files that are whole whenever they can be read, and locks that end with their process."""
+"""Atomic files."""
 
+import errno
 import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from raytrain2p.storage.files import read_json, write_file, write_json
-from raytrain2p.storage.locks import Lock
-from tests.tracking.stores import lock_holder
+from raytrain2p.storage.files import link_file, read_json, remove_partial_files, replaced, write_file, write_json
 
 
-def test_new_content_replaces_the_old_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_new_content_replaces_the_old_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "made on the way" / "file"
     for content in ("older and longer", "new", b"bytes\xff", "Füße"):
         write_file(path, content)
@@ -29,18 +25,18 @@ def test_a_file_is_not_written_where_the_directory_above_its_own_is_gone(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_written_as_json_is_read_again(tmp_path: Path) -> None:
+def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
     value = {"text": "Füße", "nothing": None, "numbers": [1, 2.5], "groups": {"a": {"b": True}}}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
     assert "Füße" in (tmp_path / "a.json").read_text()
 
 
-def test_a_file_that_is_not_there_is_none(tmp_path: Path) -> None:
+def test_a_missing_json_file_is_read_as_none(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") is None
 
 
-def test_what_cannot_be_written_leaves_the_file_of_before_and_nothing_beside_it(small_disk: Path) -> None:
+def test_a_full_disk_leaves_the_previous_content_and_no_other_file(small_disk: Path) -> None:
     write_file(small_disk / "file", "before")
     with pytest.raises(OSError, match="No space left"):
         write_file(small_disk / "file", bytes(2_000_000))
@@ -48,72 +44,58 @@ def test_what_cannot_be_written_leaves_the_file_of_before_and_nothing_beside_it(
     assert [path.name for path in small_disk.iterdir()] == ["file"]
 
 
-def test_a_lock_is_held_by_one_process_at_a_time_and_says_by_whom(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "folder" / ".lock")
-    assert not lock.is_held()
-    with lock_holder(lock.path) as process:
-        assert lock.is_held()
-        with lock.held() as holder:
-            assert str(holder).startswith(f"pid {process.pid} on ")
-    with lock.held() as holder:
-        assert holder is None
-        assert lock.is_held()
-        assert f"pid {os.getpid()} on " in lock.path.read_text()
-    assert not lock.is_held()
+def test_a_stream_that_raises_leaves_the_previous_content_and_no_other_file(tmp_path: Path) -> None:
+    write_file(tmp_path / "file", "before")
+    with pytest.raises(TypeError), replaced(tmp_path / "file") as stream:
+        stream.writelines([b"half of it", "not bytes"])  # type: ignore[list-item]
+    assert (tmp_path / "file").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@contextmanager
-def ended_soon(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Kills a process while what is within goes on."""
-    timer = threading.Timer(0.5, process.kill)
-    timer.start()
-    yield
-    timer.join()
+def test_a_file_is_on_disk_before_it_is_renamed_and_its_directory_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, int, bool]] = []
+
+    def record(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced.append(("directory" if stat.S_ISDIR(status.st_mode) else "file", status.st_size, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    write_file(tmp_path / "file", "content")
+    assert synced == [("file", len("content"), False), ("directory", tmp_path.stat().st_size, True)]
 
 
-@pytest.mark.timeout(60)
-def test_a_lock_is_waited_for(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / ".lock")
-    with lock_holder(lock.path) as process, ended_soon(process), lock.held(50.0) as holder:
-        assert holder is None
+@pytest.mark.parametrize(("number", "raises"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_directory_that_cannot_be_synced_is_an_error_unless_its_file_system_never_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raises: bool
+) -> None:
+    sync = os.fsync
+
+    def fail(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, "of a directory")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="of a directory") if raises else nullcontext():
+        write_file(tmp_path / "file", "content")
+    assert (tmp_path / "file").read_text() == "content"
 
 
-def test_a_killed_process_lets_go_of_its_lock(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / ".lock")
-    with lock_holder(lock.path) as process:
-        assert lock.is_held()
-        process.kill()
-        process.wait()
-        assert not lock.is_held()
-        with lock.held() as holder:
-            assert holder is None
+def test_a_second_name_replaces_a_file_even_if_a_killed_process_left_a_partial_one(tmp_path: Path) -> None:
+    source, path = tmp_path / "source", tmp_path / "path"
+    source.write_text("new")
+    path.write_text("old")
+    (tmp_path / f".path.aside-{os.getpid()}").write_text("half")
+    for _ in range(2):
+        link_file(source, path)
+        assert path.samefile(source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["path", "source"]
 
 
-def test_a_lock_that_an_error_ends_is_let_go(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / ".lock")
-    with pytest.raises(ZeroDivisionError), lock.held():
-        raise ZeroDivisionError
-    assert not lock.is_held()
-
-
-def test_asking_whether_a_lock_is_held_makes_no_file(tmp_path: Path) -> None:
-    assert not Lock(tmp_path / ".lock").is_held()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_child_of_another_program_does_not_keep_a_lock(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / ".lock")
-    with lock.held():
-        child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    try:
-        assert not lock.is_held()
-    finally:
-        child.communicate()
-
-
-def test_a_sign_of_life_is_a_new_time_of_the_file(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / ".lock")
-    with lock.held():
-        os.utime(lock.path, (1, 1))
-        lock.touch()
-    assert lock.path.stat().st_mtime > 1
+def test_partial_files_of_killed_processes_are_removed_and_others_kept(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    kept, left = [tmp_path / "a.json", tmp_path / ".mirror.json"], [tmp_path / ".a.json.aside-1", tmp_path / "plots" / ".b.png.aside-2"]
+    for path in kept + left:
+        path.write_bytes(b"")
+    remove_partial_files(tmp_path)
+    assert [path for path in kept + left if path.exists()] == kept

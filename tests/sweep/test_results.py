@@ -26,7 +26,8 @@ from raytrain2p.sweep.results import (
     write_table,
 )
 from raytrain2p.sweep.space import Axis
-from raytrain2p.tracking.run import Run, add_tags, launch_record, run_tags, write_status
+from raytrain2p.tracking.run import Run, launch_record
+from raytrain2p.tracking.run_directory import RunDirectory
 
 SETTINGS = ["training.learning_rate", "model.lora.rank"]
 
@@ -47,11 +48,11 @@ def begun(root: Path, trial_records: TrialRecords, number: int, status: str, rep
     run = Run(directory.name[:32], str(directory), "e", "20260101_000000", trial.launch_id, "phase2", "sqlite:///x")
     write_json(launch_record(str(root), trial.launch_id), vars(run))
     write_json(directory / "run.json", vars(run))
-    write_status(directory, status)
+    RunDirectory(directory).write_status(status)
     lines = [{"step": step, "name": name, "value": value, "time": 0.0} for step, value in reports for name in ("train_loss", "objective")]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if early:
-        add_tags(run, {EARLY_TAG: early})
+        run.add_tags({EARLY_TAG: early})
     return trial
 
 
@@ -151,11 +152,11 @@ def test_a_trial_that_took_over_weights_has_the_settings_that_it_continues_with(
 def test_tags_that_are_added_stay_beside_those_that_are_there(trial_records: TrialRecords) -> None:
     run = trial_records.results()[0].run
     assert run is not None
-    add_tags(run, {"one": "1"})
-    first = read_json(run.path / "run.json")["described"]
-    add_tags(run, {"two": "2"})
-    assert run_tags(run.path) == {"one": "1", "two": "2"}
-    assert read_json(run.path / "run.json")["described"] > first, "or MLflow would not get them: sync would not send them"
+    run.add_tags({"one": "1"})
+    first = (run.files.read_record() or {})["described"]
+    run.add_tags({"two": "2"})
+    assert run.files.tags() == {"one": "1", "two": "2"}
+    assert (run.files.read_record() or {})["described"] > first, "or MLflow would not get them: sync would not send them"
 
 
 def test_a_resumed_sweep_may_have_more_trials_and_no_other_space(tmp_path: Path) -> None:

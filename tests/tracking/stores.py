@@ -29,6 +29,11 @@ def settings_in(folder: Path, *overrides: str, store: str = "sqlite", phase: int
     return load_settings(phase, None, [f"output.root={folder}/checkpoints", f"tracking.uri={STORES[store].format(folder)}", *overrides])
 
 
+def elsewhere(settings: Settings, uri: str) -> Settings:
+    """The same settings with another store."""
+    return settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": uri})})
+
+
 def begin(settings: Settings) -> Settings:
     """Make the place where drivers have their locks: rank 0 does not."""
     launch_record(settings.output.root, "any").parent.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 
 from raytrain2p.config import InputError, load_settings
-from raytrain2p.runs.sync import is_alive, runs_to_look_at, sync
+from raytrain2p.runs.sync import sync
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import read_json, write_file, write_json
-from raytrain2p.tracking import run as run_module
+from raytrain2p.tracking import run_directory as run_directory_module
+from raytrain2p.tracking import run_writer as writer_module
 from raytrain2p.tracking.checkpoints import write_checkpoint
+from raytrain2p.tracking.find import find_runs, is_alive
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
-from raytrain2p.tracking.run import describe_run, launch_record, resolved_config, run_lock, write_status
-from raytrain2p.tracking.run_writer import end_run, open_run_writer
+from raytrain2p.tracking.run import launch_record
+from raytrain2p.tracking.run_writer import describe_run, end_run, open_run_writer, resolved_config
 from tests.tracking.stores import create, fill, mlflow_run, note, settings_in
 
 
@@ -44,8 +46,9 @@ def test_a_run_that_died_while_it_described_itself_can_be_sent(settings: Any, mo
         (write_file if isinstance(content, str) else write_json)(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "write_file", die)
-        patch.setattr(run_module, "write_json", die)
+        for module in (run_directory_module, writer_module):
+            patch.setattr(module, "write_file", die)
+        patch.setattr(run_directory_module, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             describe_run(run, resolved_config(settings, {}), "command", {})
     assert end_run(run, settings.tracking.uri, "FAILED")
@@ -54,11 +57,11 @@ def test_a_run_that_died_while_it_described_itself_can_be_sent(settings: Any, mo
 
 def test_a_run_of_another_machine_that_gave_no_sign_of_life_is_dead(settings: Any) -> None:
     run = create(settings)
-    with run_lock(run).held():
+    with run.files.lock.held():
         pass
-    write_status(run.path, "RUNNING")
+    run.files.write_status("RUNNING")
     write_json(run.path / "status.json", read_json(run.path / "status.json") | {"host": "another"})
-    os.utime(run_lock(run).path, (1, 1))
+    os.utime(run.files.lock.path, (1, 1))
     assert not is_alive(run, settings.output.root)
 
 
@@ -72,7 +75,7 @@ def test_training_needs_no_mlflow_even_if_it_is_a_database(settings: Any, tmp_pa
 
 def test_a_database_that_cannot_be_opened_is_away(settings: Any, tmp_path: Path) -> None:
     run = create(settings)
-    write_status(run.path, "FAILED")
+    run.files.write_status("FAILED")
     (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
     assert not sync(run, settings.output.root, f"sqlite:///{tmp_path}/broken.db", lambda line: None)
 
@@ -89,9 +92,9 @@ def test_a_disk_that_is_full_before_the_lock_is_told_as_such(small_disk: Path, s
 def test_whether_a_run_is_alive_can_be_asked_on_a_full_disk(small_disk: Path, settings: Any, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
-    run_lock(run).path.touch()
+    run.files.lock.path.touch()
     fill(small_disk)
-    assert not run_lock(run).is_held()
+    assert not run.files.lock.is_held()
 
 
 def test_a_launch_whose_record_is_gone_keeps_its_directory(settings: Any) -> None:
@@ -140,7 +143,7 @@ def test_a_run_directory_that_was_moved_is_looked_at_where_it_is(settings: Any, 
     run = create(settings)
     moved = tmp_path / "moved" / run.path.name
     shutil.copytree(run.path, moved)
-    (found,) = runs_to_look_at(settings.output.root, [str(moved)])
+    (found,) = find_runs(settings.output.root, [str(moved)])
     assert found.path == moved
 
 
@@ -149,7 +152,7 @@ def test_a_run_whose_password_is_not_recorded_does_not_keep_the_others_from_bein
 
     first, second = create(settings, "launch-1"), create(settings, "launch-2")
     for run in (first, second):
-        write_status(run.path, "FAILED")
+        run.files.write_status("FAILED")
         note(run, 1)
     write_json(first.path / "run.json", read_json(first.path / "run.json") | {"tracking_uri": "postgresql://me:***@db/mlflow"})
     runs.main(["sync", f"output.root={settings.output.root}", first.run_id, second.run_id])

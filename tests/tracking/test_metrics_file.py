@@ -66,7 +66,7 @@ def test_going_on_twice_from_one_step_notes_each_point_once(path: Path) -> None:
 
 def test_only_steps_from_the_resumed_one_on_are_kept_in_memory(path: Path) -> None:
     MetricsFile(path).append(points(*range(1, 100)))
-    assert MetricsFile(path, 97).noted == {("train_loss", 97), ("train_loss", 98), ("train_loss", 99)}
+    assert MetricsFile(path, 97).written == {("train_loss", 97), ("train_loss", 98), ("train_loss", 99)}
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "na', b"{", b'{"step": 3, "name": "train_loss", "value": 1.5, "time": 1.0}'])

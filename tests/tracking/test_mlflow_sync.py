@@ -1,4 +1,4 @@
-"""MLflow's copy of a run directory, in a real SQLite store and in real plain files: everything arrives, and each point once."""
+"""A run directory is sent to a real SQLite store and to real plain files: everything arrives, and each point once."""
 
 import json
 import math
@@ -19,11 +19,12 @@ from raytrain2p.tracking import mlflow_sync as sync_module
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of
 from raytrain2p.tracking.mlflow_sync import PARAM_LENGTH, POINTS_PER_BATCH, MlflowSync, MlflowSyncThread, RunDirectoryError
-from raytrain2p.tracking.run import Run, describe_run, resolved_config, sole_writer, write_status
+from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_writer import describe_run, resolved_config, sole_writer
 from tests.tracking.stores import NOBODY, away, begin, create, fill, history, mlflow_run, note, points, settings_in
 
 
-def mirror_of(settings: Settings, run: Run) -> MlflowSync:
+def sync_of(settings: Settings, run: Run) -> MlflowSync:
     return MlflowSync(run, settings.tracking.uri)
 
 
@@ -51,19 +52,19 @@ def artifacts(settings: Settings, run: Run, folder: str | None = None) -> list[s
 def test_every_point_arrives_once_however_often_it_is_sent(each_store: Settings) -> None:
     run = create(each_store)
     note(run, 1, 2, 3)
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     mlflow_sync.send()
     mlflow_sync.send()
     note(run, 4, 5)
     mlflow_sync.send()
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     assert history(each_store, run) == values(1, 2, 3, 4, 5)
 
 
 def test_points_of_all_names_arrive_with_their_time(each_store: Settings) -> None:
     run = create(each_store)
     MetricsFile(run.path / "metrics.jsonl").append([MetricPoint("val/loss", 0.25, 7, 1_700_000_000.1234), *points(7, name="learning_rate")])
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     (point,) = client_of(each_store.tracking.uri).get_metric_history(run.run_id, "val/loss")
     assert (point.step, point.value, point.timestamp) == (7, 0.25, 1_700_000_000_123)
     assert history(each_store, run, "learning_rate") == values(7)
@@ -73,30 +74,30 @@ def test_more_points_than_one_request_takes_all_arrive_in_one_call(each_store: S
     run = create(each_store)
     steps = range(1, POINTS_PER_BATCH + 2)
     note(run, *steps)
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     assert history(each_store, run) == values(*steps)
 
 
-def test_what_is_no_number_arrives_once(each_store: Settings) -> None:
+def test_nan_is_sent_once(each_store: Settings) -> None:
     run = create(each_store)
     MetricsFile(run.path / "metrics.jsonl").append(
         [MetricPoint("train_loss", math.nan, 1, 1.0), MetricPoint("train_loss", math.nan, 2, 2.0)]
     )
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     mlflow_sync.send()
     write_json(mlflow_sync.state_path, mlflow_sync.state | {"sent": 0, "sending": mlflow_sync.state["sent"]})
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     assert [(step, math.isnan(value)) for step, value in history(each_store, run)] == [(1, True), (2, True)]
 
 
-def test_a_line_that_is_still_being_written_is_sent_when_it_is_whole(each_store: Settings) -> None:
+def test_a_line_that_is_still_being_written_is_sent_when_it_is_complete(each_store: Settings) -> None:
     run = create(each_store)
     note(run, 1)
     whole = (run.path / "metrics.jsonl").read_bytes()
     note(run, 2)
     both = (run.path / "metrics.jsonl").read_bytes()
     (run.path / "metrics.jsonl").write_bytes(both[:-5])
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     mlflow_sync.send()
     assert history(each_store, run) == values(1)
     assert mlflow_sync.state["sent"] == len(whole)
@@ -111,7 +112,7 @@ def test_a_kill_in_the_middle_of_a_batch_leaves_each_point_once(
 ) -> None:
     run = create(each_store)
     note(run, 1, 2)
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     note(run, 3, 4, 5, 6, 7)
     whole = mlflow.MlflowClient.log_batch
 
@@ -123,10 +124,10 @@ def test_a_kill_in_the_middle_of_a_batch_leaves_each_point_once(
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "log_batch", die)
         with pytest.raises(KeyboardInterrupt):
-            mirror_of(each_store, run).send()
+            sync_of(each_store, run).send()
     assert history(each_store, run) == values(*range(1, 3 + arrived))
     note(run, 8, 9)  # the next one trains on before it sends
-    successor = mirror_of(each_store, run)
+    successor = sync_of(each_store, run)
     assert successor.state["sending"] is not None
     successor.send()
     assert history(each_store, run) == values(*range(1, 10))
@@ -148,18 +149,16 @@ def test_a_kill_between_two_batches_leaves_each_point_once(each_store: Settings,
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "log_batch", die)
         with pytest.raises(KeyboardInterrupt):
-            mirror_of(each_store, run).send()
-    mirror_of(each_store, run).send()
+            sync_of(each_store, run).send()
+    sync_of(each_store, run).send()
     assert batches == [2, 2]
     assert history(each_store, run) == values(*range(1, 8))
 
 
-def test_a_request_that_arrives_though_its_answer_is_lost_leaves_each_point_once(
-    each_store: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_request_whose_answer_is_lost_leaves_each_point_once(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(each_store)
     note(run, 1, 2)
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     whole = mlflow.MlflowClient.log_batch
 
     def lose(client: mlflow.MlflowClient, run_id: str, metrics: list[Any]) -> None:
@@ -177,7 +176,7 @@ def test_a_request_that_arrives_though_its_answer_is_lost_leaves_each_point_once
 
 def test_a_request_that_fails_is_sent_again(settings: Settings) -> None:
     run = create(settings)
-    mlflow_sync = mirror_of(settings, run)
+    mlflow_sync = sync_of(settings, run)
     note(run, 1, 2)
     with away(settings), pytest.raises(STORE_ERRORS):
         mlflow_sync.send()
@@ -188,31 +187,31 @@ def test_a_request_that_fails_is_sent_again(settings: Settings) -> None:
 # what the run is
 
 
-def test_every_setting_is_a_parameter_whole_and_flat(each_store: Settings) -> None:
+def test_every_setting_is_a_parameter_under_its_dotted_path(each_store: Settings) -> None:
     run = create(each_store)
     config = describe(run, each_store)
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     found = mlflow_run(each_store, run).data.params
     assert found == {key: str(value) for key, value in flatten_tree(config).items()}
     assert found["model.lora.rank"] == "16"
     assert found["data.train"] == each_store.data.train
 
 
-def test_a_value_longer_than_mlflow_takes_is_cut_and_no_change_for_that(each_store: Settings) -> None:
+def test_a_value_that_is_too_long_for_mlflow_is_cut_and_does_not_count_as_a_change(each_store: Settings) -> None:
     run = create(each_store)
     config = resolved_config(each_store, {"model.system_prompt": "long " * 2000})
     for _ in range(2):
         describe_run(run, config, "command", {})
-        mirror_of(each_store, run).send()
+        sync_of(each_store, run).send()
     data = mlflow_run(each_store, run).data
     assert data.params["model.system_prompt"] == ("long " * 2000)[:PARAM_LENGTH]
     assert not any(key.startswith("raytrain2p.changed.") for key in data.tags)
 
 
-def test_tags_and_the_config_file_go_with_the_parameters(each_store: Settings) -> None:
+def test_tags_and_the_config_file_are_sent_with_the_parameters(each_store: Settings) -> None:
     run = create(each_store)
     describe(run, each_store, "python -m raytrain2p.train --phase 2 seed=3")
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     tags = mlflow_run(each_store, run).data.tags
     assert tags["raytrain2p.command"] == "python -m raytrain2p.train --phase 2 seed=3"
     assert tags["raytrain2p.directory"] == run.directory
@@ -225,20 +224,20 @@ def test_no_password_reaches_mlflow(settings: Settings) -> None:
     run = create(settings)
     secret = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": "postgresql://me:hunter2@db/mlflow"})})
     describe(run, secret, "python -m raytrain2p.train tracking.uri=postgresql://me:hunter2@db/mlflow")
-    mirror_of(settings, run).send()
+    sync_of(settings, run).send()
     data = mlflow_run(settings, run).data
     assert data.params["tracking.uri"] == "postgresql://me:***@db/mlflow"
     assert data.tags["raytrain2p.command"].endswith("postgresql://me:***@db/mlflow")
     assert "hunter2" not in json.dumps(data.to_dictionary())
 
 
-def test_a_setting_that_a_resumed_run_has_otherwise_is_a_tag_beside_its_parameter(each_store: Settings) -> None:
+def test_a_setting_that_a_resumed_run_changed_is_a_tag_beside_its_parameter(each_store: Settings) -> None:
     run = create(each_store)
     describe(run, each_store)
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     config = resolved_config(each_store, {"training.global_batch_size": 7, "launch.num_workers": 3})
     describe_run(run, config, "command", {})
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     data = mlflow_run(each_store, run).data
     assert data.params["training.global_batch_size"] == str(each_store.training.global_batch_size)
     changed = {key: value for key, value in data.tags.items() if key.startswith("raytrain2p.changed.")}
@@ -246,7 +245,7 @@ def test_a_setting_that_a_resumed_run_has_otherwise_is_a_tag_beside_its_paramete
     assert data.tags["raytrain2p.command"] == "command"
 
 
-def test_a_kill_between_the_parameters_and_the_tags_leaves_both_whole(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_kill_between_the_parameters_and_the_tags_both_are_complete(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(each_store)
     config = describe(run, each_store)
     whole = mlflow.MlflowClient.log_batch
@@ -258,18 +257,18 @@ def test_a_kill_between_the_parameters_and_the_tags_leaves_both_whole(each_store
     with monkeypatch.context() as patch:
         patch.setattr(mlflow.MlflowClient, "log_batch", die)
         with pytest.raises(KeyboardInterrupt):
-            mirror_of(each_store, run).send()
-    mirror_of(each_store, run).send()
+            sync_of(each_store, run).send()
+    sync_of(each_store, run).send()
     data = mlflow_run(each_store, run).data
     assert len(data.params) == len(flatten_tree(config))
     assert "raytrain2p.command" in data.tags
     assert not any(key.startswith("raytrain2p.changed.") for key in data.tags)
 
 
-def test_a_run_that_is_not_described_yet_sends_its_points_all_the_same(each_store: Settings) -> None:
+def test_the_points_of_a_run_that_is_not_described_yet_are_sent(each_store: Settings) -> None:
     run = create(each_store)
     note(run, 1)
-    mirror_of(each_store, run).send()
+    sync_of(each_store, run).send()
     assert history(each_store, run) == values(1)
     assert mlflow_run(each_store, run).data.params == {}
 
@@ -278,22 +277,22 @@ def test_a_run_that_is_not_described_yet_sends_its_points_all_the_same(each_stor
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "FAILED", "KILLED"])
-def test_the_status_on_disk_is_mlflows(each_store: Settings, status: str) -> None:
+def test_the_status_on_disk_is_sent(each_store: Settings, status: str) -> None:
     run = create(each_store)
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     for step in (status, "RUNNING", status):
-        write_status(run.path, step)
+        run.files.write_status(step)
         mlflow_sync.send()
         assert mlflow_run(each_store, run).info.status == step
     at = read_json(run.path / "status.json")["at"]
     assert mlflow_run(each_store, run).info.end_time == round(at * 1000)
 
 
-def test_a_run_that_somebody_ended_in_mlflow_is_running_when_it_goes_on(each_store: Settings) -> None:
+def test_a_run_that_was_ended_in_mlflow_is_running_when_it_is_resumed(each_store: Settings) -> None:
     run = create(each_store)
     client_of(each_store.tracking.uri).set_terminated(run.run_id, "FAILED")
-    write_status(run.path, "RUNNING")
-    mirror_of(each_store, run).send()
+    run.files.write_status("RUNNING")
+    sync_of(each_store, run).send()
     assert mlflow_run(each_store, run).info.status == "RUNNING"
 
 
@@ -304,11 +303,11 @@ def test_results_are_sent_when_the_run_has_ended_and_checkpoints_never(each_stor
     for name, content in files.items():
         (run.path / name).write_bytes(content)
     (run.checkpoints / "last.ckpt").write_bytes(b"checkpoint")
-    write_status(run.path, "RUNNING")
-    mlflow_sync = mirror_of(each_store, run)
+    run.files.write_status("RUNNING")
+    mlflow_sync = sync_of(each_store, run)
     mlflow_sync.send()
     assert artifacts(each_store, run) == []
-    write_status(run.path, "FINISHED")
+    run.files.write_status("FINISHED")
     mlflow_sync.send()
     sent = {"model/model.pt": b"weights", "plots/training_curve.png": b"image", "answers.jsonl": b"{}\n"}
     assert artifacts(each_store, run) == sorted(sent)
@@ -316,41 +315,41 @@ def test_results_are_sent_when_the_run_has_ended_and_checkpoints_never(each_stor
     assert {path: Path(client.download_artifacts(run.run_id, path)).read_bytes() for path in sent} == sent
 
 
-def test_only_what_has_ended_and_arrived_is_complete(each_store: Settings) -> None:
+def test_a_run_is_complete_once_it_has_ended_and_everything_was_sent(each_store: Settings) -> None:
     run = create(each_store)
-    mlflow_sync = mirror_of(each_store, run)
+    mlflow_sync = sync_of(each_store, run)
     note(run, 1)
     mlflow_sync.send()
     assert not mlflow_sync.complete()  # it is RUNNING
-    write_status(run.path, "FINISHED")
+    run.files.write_status("FINISHED")
     assert not mlflow_sync.complete()
     mlflow_sync.send()
     assert mlflow_sync.complete()
-    assert mirror_of(each_store, run).complete()
+    assert sync_of(each_store, run).complete()
     note(run, 2)
     assert not mlflow_sync.complete()
     mlflow_sync.send()
-    write_status(run.path, "FAILED")
+    run.files.write_status("FAILED")
     assert not mlflow_sync.complete()
 
 
-def test_a_run_whose_last_line_a_kill_has_torn_is_complete_without_it(settings: Settings) -> None:
+def test_a_run_with_an_incomplete_last_line_is_complete_without_it(settings: Settings) -> None:
     run = create(settings)
-    mlflow_sync = mirror_of(settings, run)
+    mlflow_sync = sync_of(settings, run)
     note(run, 1)
     with (run.path / "metrics.jsonl").open("ab") as stream:
         stream.write(b'{"step": 2, "na')
-    write_status(run.path, "FAILED")
+    run.files.write_status("FAILED")
     mlflow_sync.send()
     assert mlflow_sync.complete()
     assert history(settings, run) == values(1)
 
 
-def test_a_run_whose_journal_has_lost_what_was_sent_is_not_complete(settings: Settings) -> None:
+def test_a_run_whose_metrics_file_has_lost_sent_points_is_not_complete(settings: Settings) -> None:
     run = create(settings)
-    mlflow_sync = mirror_of(settings, run)
+    mlflow_sync = sync_of(settings, run)
     note(run, 1, 2)
-    write_status(run.path, "FAILED")
+    run.files.write_status("FAILED")
     mlflow_sync.send()
     assert mlflow_sync.complete()
     (run.path / "metrics.jsonl").write_bytes(b"")
@@ -372,23 +371,23 @@ class Counted(MlflowSync):
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mirrors do not wait for seconds."""
+    """Threads that send do not wait for seconds."""
     monkeypatch.setattr(sync_module, "SEND_SECONDS", 0.02)
     monkeypatch.setattr(sync_module, "LONGEST_WAIT", 0.05)
 
 
 @pytest.fixture
-def told() -> list[str]:
+def reported() -> list[str]:
     return []
 
 
 @pytest.fixture
-def started(told: list[str]) -> Iterator[Callable[[MlflowSync], MlflowSyncThread]]:
-    """Starts mirrors, and ends those that a failed test leaves."""
+def started(reported: list[str]) -> Iterator[Callable[[MlflowSync], MlflowSyncThread]]:
+    """Starts threads that send, and ends those that a failed test leaves."""
     threads: list[MlflowSyncThread] = []
 
     def start(mlflow_sync: MlflowSync) -> MlflowSyncThread:
-        threads.append(MlflowSyncThread(mlflow_sync, told.append))
+        threads.append(MlflowSyncThread(mlflow_sync, reported.append))
         return threads[-1]
 
     yield start
@@ -399,7 +398,7 @@ def started(told: list[str]) -> Iterator[Callable[[MlflowSync], MlflowSyncThread
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
+        assert time.monotonic() < deadline, "the condition was not met in time"
         time.sleep(0.02)
 
 
@@ -407,52 +406,52 @@ Start = Callable[[MlflowSync], MlflowSyncThread]
 
 
 @pytest.mark.usefixtures("hasty")
-def test_points_arrive_while_training_goes_on(each_store: Settings, started: Start, told: list[str]) -> None:
+def test_points_are_sent_during_training(each_store: Settings, started: Start, reported: list[str]) -> None:
     run = create(each_store)
     with sole_writer(run):
-        thread = started(mirror_of(each_store, run))
+        thread = started(sync_of(each_store, run))
         for steps in ([1, 2], [3], [4, 5]):
             note(run, *steps)
             until(lambda: history(each_store, run)[-1:] == values(steps[-1]))  # noqa: B023
-        write_status(run.path, "FINISHED")
+        run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(each_store, run) == values(1, 2, 3, 4, 5)
     assert mlflow_run(each_store, run).info.status == "FINISHED"
-    assert told == []
+    assert reported == []
 
 
 def test_closing_sends_the_rest_at_once(each_store: Settings, started: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync_module, "SEND_SECONDS", 1000.0)
     run = create(each_store)
     with sole_writer(run):
-        thread = started(mirror_of(each_store, run))
+        thread = started(sync_of(each_store, run))
         note(run, *range(1, POINTS_PER_BATCH + 2))
-        write_status(run.path, "FINISHED")
+        run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(each_store, run) == values(*range(1, POINTS_PER_BATCH + 2))
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("hasty")
-def test_a_store_that_is_away_is_told_once_and_training_goes_on(settings: Settings, started: Start, told: list[str]) -> None:
+def test_an_outage_is_reported_once_and_training_continues(settings: Settings, started: Start, reported: list[str]) -> None:
     run = create(settings)
     with sole_writer(run):
         mlflow_sync = Counted(run, NOBODY.replace("//", "//me:hunter2@"))
         thread = started(mlflow_sync)
         note(run, 1)
         until(lambda: mlflow_sync.tries > 3)
-        write_status(run.path, "FINISHED")
+        run.files.write_status("FINISHED")
         assert not thread.close(0)
-    (line,) = told
+    (line,) = reported
     assert "training goes on" in line
     assert "hunter2" not in line
     assert not mlflow_sync.complete()
-    assert mirror_of(settings, run).state["sent"] == 0
+    assert sync_of(settings, run).state["sent"] == 0
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.usefixtures("hasty")
-def test_a_store_that_stays_away_is_given_up_at_the_end_though_there_is_time(
+def test_a_store_that_stays_away_is_given_up_at_the_end_before_the_deadline(
     settings: Settings, started: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync_module, "TRIES_AT_THE_END", 1)
@@ -463,8 +462,8 @@ def test_a_store_that_stays_away_is_given_up_at_the_end_though_there_is_time(
 
 
 @pytest.mark.usefixtures("hasty")
-def test_an_error_that_mlflow_does_not_name_ends_nothing(
-    settings: Settings, started: Start, told: list[str], monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_an_unknown_type_does_not_end_the_thread(
+    settings: Settings, started: Start, reported: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = create(settings)
 
@@ -478,14 +477,14 @@ def test_an_error_that_mlflow_does_not_name_ends_nothing(
             patch.setattr(mlflow.MlflowClient, "log_batch", fail)
             thread = started(mlflow_sync)
             until(lambda: mlflow_sync.tries > 2)
-        write_status(run.path, "FINISHED")
+        run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(settings, run) == values(1)
-    assert len(told) == 2
+    assert len(reported) == 2
 
 
 @pytest.mark.usefixtures("hasty")
-def test_when_a_store_is_back_everything_arrives(settings: Settings, started: Start, told: list[str]) -> None:
+def test_everything_is_sent_when_a_store_is_back(settings: Settings, started: Start, reported: list[str]) -> None:
     run = create(settings)
     describe(run, settings)
     with sole_writer(run):
@@ -499,10 +498,10 @@ def test_when_a_store_is_back_everything_arrives(settings: Settings, started: St
             until(lambda: mlflow_sync.tries > tries + 3)
             note(run, 5)
         until(lambda: len(history(settings, run)) == 5)
-        write_status(run.path, "FINISHED")
+        run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(settings, run) == values(1, 2, 3, 4, 5)
-    away_line, back_line = told
+    away_line, back_line = reported
     assert "training goes on" in away_line
     assert "MLflow is back" in back_line
     assert mlflow_run(settings, run).info.status == "FINISHED"
@@ -510,8 +509,8 @@ def test_when_a_store_is_back_everything_arrives(settings: Settings, started: St
 
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("disaster", ["full", "gone"])
-def test_a_disk_that_fails_is_not_told_as_mlflows_fault(
-    disaster: str, small_disk: Path, settings: Settings, started: Start, told: list[str], tmp_path: Path
+def test_a_failed_disk_is_not_reported_as_an_outage_of_mlflow(
+    disaster: str, small_disk: Path, settings: Settings, started: Start, reported: list[str], tmp_path: Path
 ) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}/checkpoints")
     run = create(begin(settings))
@@ -528,30 +527,30 @@ def test_a_disk_that_fails_is_not_told_as_mlflows_fault(
     thread = started(mlflow_sync)
     until(lambda: mlflow_sync.tries > 4)
     assert not thread.close(1)
-    assert told == []
+    assert reported == []
 
 
 @pytest.mark.usefixtures("hasty")
-def test_what_was_not_sent_at_the_end_is_sent_by_the_next_mirror(settings: Settings, started: Start) -> None:
+def test_what_was_not_sent_at_the_end_is_sent_by_the_next_sync(settings: Settings, started: Start) -> None:
     run = create(settings)
     with sole_writer(run), away(settings):
         thread = started(Counted(run, settings.tracking.uri))
         note(run, 1, 2)
-        write_status(run.path, "FAILED")
+        run.files.write_status("FAILED")
         assert not thread.close(0.5)
         until(lambda: not thread.thread.is_alive())
-    mirror_of(settings, run).send()
+    sync_of(settings, run).send()
     assert history(settings, run) == values(1, 2)
     assert mlflow_run(settings, run).info.status == "FAILED"
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_working_mirror_gives_signs_of_life(settings: Settings, started: Start) -> None:
+def test_a_working_thread_touches_the_lock(settings: Settings, started: Start) -> None:
     run = create(settings)
     with sole_writer(run):
         lock = run.path / ".lock"
         before = lock.stat().st_mtime_ns
-        thread = started(mirror_of(settings, run))
+        thread = started(sync_of(settings, run))
         until(lambda: lock.stat().st_mtime_ns > before)
         thread.close(0)
 
@@ -565,5 +564,5 @@ def test_two_runs_of_one_store_do_not_mix(each_store: Settings) -> None:
     note(first, 1)
     note(second, 2)
     for run in (first, second):
-        mirror_of(each_store, replace(run)).send()
+        sync_of(each_store, replace(run)).send()
     assert (history(each_store, first), history(each_store, second)) == (values(1), values(2))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raytrain2p.config import AlignmentSettings
+from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
@@ -101,7 +102,7 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
     model = module.settings.model
     save_artifact(
         path,
-        "alignment",
+        ALIGNMENT,
         config,
         {spec.role: {"name": spec.name, "fingerprint": fingerprint(spec.directory())} for spec in encoder_specs(model).values()},
         image_size=model.image_size,

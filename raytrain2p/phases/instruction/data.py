@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
+from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.config.settings import InstructionModelSettings
 from raytrain2p.data.batches import MicroBatch, Ragged
 from raytrain2p.data.chat import ChatFormat, load_chat_format
@@ -172,7 +173,7 @@ def check_aligner(settings: InstructionSettings) -> None:
     model, path = settings.model, Path(settings.model.aligner)
     if not path.is_file():
         return  # reported where the setting was resolved to a path
-    artifact = load_artifact(path, "alignment")
+    artifact = load_artifact(path, ALIGNMENT)
     found = fingerprint(encoder_spec(model).directory())
     check_fingerprint(path, artifact, "image_encoder", model.image_encoder, found, "model.image_encoder")
     if artifact["image_size"] != model.image_size:
@@ -281,5 +282,5 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         soft_tokens=model.soft_tokens,
         tuning=model.tuning,
         lora=model.lora.model_dump(),
-        aligner=load_artifact(Path(model.aligner), "alignment")["shape"],
+        aligner=load_artifact(Path(model.aligner), ALIGNMENT)["shape"],
     )

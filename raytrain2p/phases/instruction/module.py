@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from raytrain2p.config import InstructionSettings
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assistant
 from raytrain2p.models.encoders import ImageEncoder
@@ -62,7 +63,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
         attention = "sdpa" if settings.launch.use_gpu else "eager"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
-    aligner = load_artifact(Path(model.aligner), "alignment")["state_dict"]
+    aligner = load_artifact(Path(model.aligner), ALIGNMENT)["state_dict"]
     prefix = "branches.image."
     assistant.branch.load_state_dict({k.removeprefix(prefix): v for k, v in aligner.items() if k.startswith(prefix)})
     assistant.soft_token_dropout = model.soft_token_dropout
@@ -92,7 +93,7 @@ def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> Non
     }
     save_artifact(
         path,
-        "phase2",
+        INSTRUCTION,
         config,
         {role: {"name": name, "fingerprint": fingerprint(directory)} for role, (name, directory) in directories.items()},
         image_size=model.image_size,

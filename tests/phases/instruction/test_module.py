@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from raytrain2p.config import InputError, InstructionSettings, flatten
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.chat import IMAGE_MARK, SOFT, ChatFormat, load_chat_format
 from raytrain2p.data.features import FeatureTable
@@ -51,7 +52,7 @@ def aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
     model = Aligner({"image": WIDTH, "text": 8}, hidden=16, dimension=12)
     path = tmp_path_factory.mktemp("aligner") / "aligner.pt"
     encoders = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(path, "alignment", {}, encoders, image_size=None, shape=model.shape, state_dict=model.state_dict())
+    save_artifact(path, ALIGNMENT, {}, encoders, image_size=None, shape=model.shape, state_dict=model.state_dict())
     return path
 
 
@@ -290,7 +291,7 @@ def test_an_aligner_of_another_image_size_is_refused_with_both_sizes(settings: I
 
 def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSettings, aligner: Path) -> None:
     module = build(settings, 1, "float32")
-    state = load_artifact(aligner, "alignment")["state_dict"]
+    state = load_artifact(aligner, ALIGNMENT)["state_dict"]
     for name, value in module.assistant.branch.state_dict().items():
         assert torch.equal(value, state[f"branches.image.{name}"]), name
 
@@ -322,7 +323,7 @@ def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
             parameter.data += 0.05 * torch.randn_like(parameter)
     export(module, tmp_path / "model.pt", flatten(settings))
 
-    artifact = load_artifact(tmp_path / "model.pt", "phase2")
+    artifact = load_artifact(tmp_path / "model.pt", INSTRUCTION)
     kept = {name for name in artifact["state_dict"] if name.startswith("language_model.")}
     assert {name for name in kept if "lora_" not in name} == (kept if tuning == "full" else set()), "the frozen base is not repeated"
     assert bool(kept) == (tuning != "frozen")

@@ -1,0 +1,128 @@
+"""The files of a run: their names and their formats. No other module spells these names."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
+from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.locks import Lock
+
+RUN_ID_LENGTH = 32  # the name of a run directory begins with the MLflow run ID
+BEST, LAST = "best-*.ckpt", "last.ckpt"  # in the folder of checkpoints
+
+
+class RunStatus(TypedDict):
+    """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), and which process wrote it."""
+
+    status: str
+    at: float
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file or folder of a run: as an attribute of `RunDirectory`, its path."""
+
+    name: str
+
+    def __get__(self, directory: "RunDirectory", owner: type) -> Path:
+        return directory.path / self.name
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The directory of a run, or of a sweep."""
+
+    path: Path
+
+    record = Entry("run.json")  # the fields of `Run`, tags, and what a resumed run is checked against
+    config = Entry("config.json")  # every setting, resolved
+    changes = Entry("changes.jsonl")  # settings that a resumed run changed
+    status = Entry("status.json")
+    metrics = Entry("metrics.jsonl")
+    test_metrics = Entry("test_metrics.json")
+    answers = Entry("answers.jsonl")  # sample answers to test records
+    result = Entry("result.json")  # the outcome
+    readme = Entry("README.md")
+    mlflow_run_id = Entry("MLFLOW_RUN_ID.txt")
+    checkpoints = Entry("lightning_checkpoints")
+    last_checkpoint = Entry(f"lightning_checkpoints/{LAST}")
+    plots = Entry("plots")
+    training_curve = Entry("plots/training_curve.png")
+    answer_sheet = Entry("plots/answers.png")
+    sync_state = Entry(".mirror.json")  # how much of it MLflow has
+    lineage = Entry("lineage.jsonl")  # of a trial: whose weights it took over
+    trials = Entry("trials")  # of a sweep: a file for each trial
+    trials_table = Entry("trials.csv")  # of a sweep
+    best_trial = Entry("best.json")  # of a sweep
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name[:RUN_ID_LENGTH]
+
+    @property
+    def lock(self) -> Lock:
+        """Held by rank 0 for as long as it writes to the directory."""
+        return Lock(self.path / ".lock")
+
+    def artifact(self, phase: Phase) -> Path:
+        return self.path / phase.artifact
+
+    def mlflow_artifacts(self) -> Iterator[tuple[Path, str | None]]:
+        """What goes to MLflow when the run has ended: each file or folder, and its folder among the run's artifacts."""
+        yield self.artifact(ALIGNMENT), "aligner"
+        yield self.artifact(INSTRUCTION), "model"
+        yield self.plots, "plots"
+        for path in (self.answers, self.trials_table, self.best_trial):
+            yield path, None
+
+    def read_record(self) -> dict[str, Any] | None:
+        record: dict[str, Any] | None = read_json(self.record)
+        return record
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_json(self.record, record)
+
+    def tags(self) -> dict[str, str]:
+        """Tags of the MLflow run, as recorded here; none if there is no record."""
+        tags: dict[str, str] = (self.read_record() or {}).get("tags", {})
+        return tags
+
+    def read_config(self) -> dict[str, Any] | None:
+        """Every setting as nested groups; None if the run ended before it wrote them."""
+        config: dict[str, Any] | None = read_json(self.config)
+        return config
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        write_json(self.config, config)
+
+    def append_changes(self, changes: dict[str, tuple[Any, Any]]) -> None:
+        """Settings that a resumed run changed, by dotted path, as (before, after)."""
+        row = {"at": time.time(), "changes": {key: list(pair) for key, pair in changes.items()}}
+        with self.changes.open("a") as stream:
+            stream.write(json.dumps(row) + "\n")
+
+    def write_mlflow_run_id(self, run_id: str, experiment: str, timestamp: str) -> None:
+        lines = {"run_id": run_id, "directory": self.path, "experiment": experiment, "timestamp": timestamp}
+        write_file(self.mlflow_run_id, "".join(f"{label}: {value}\n" for label, value in lines.items()))
+
+    def read_status(self) -> RunStatus:
+        """The last status; RUNNING at time 0 if none was written."""
+        status: RunStatus | None = read_json(self.status)
+        return status or {"status": "RUNNING", "at": 0.0, "host": "", "pid": 0}
+
+    def write_status(self, status: str) -> None:
+        """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
+        row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        write_json(self.status, row)
+
+
+def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:
+    return f"best-epoch={epoch:02d}-{metric.replace('/', '_')}={value:.4f}.ckpt"
