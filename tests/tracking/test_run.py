@@ -1,4 +1,4 @@
-"""One launch is one MLflow run and one directory, whenever it died and however often it is retried; in real stores."""
+"""One launch is one MLflow run and one directory, after any kill and any number of retries; in real stores."""
 
 import re
 import shutil
@@ -65,7 +65,7 @@ def test_the_same_launch_id_gives_one_run_and_one_directory(each_store: Settings
     is_the_only_one(each_store, first)
 
 
-def test_a_run_is_not_begun_anew_where_the_disk_of_its_launch_is_gone(settings: Settings) -> None:
+def test_a_run_is_not_created_again_where_the_disk_of_its_launch_is_gone(settings: Settings) -> None:
     run = create(settings)
     shutil.rmtree(settings.output.root)
     with pytest.raises(StorageError, match="is gone"):
@@ -73,7 +73,7 @@ def test_a_run_is_not_begun_anew_where_the_disk_of_its_launch_is_gone(settings: 
     assert not Path(settings.output.root).exists()
 
 
-def test_a_run_whose_directory_is_gone_is_not_begun_anew(settings: Settings) -> None:
+def test_a_run_whose_directory_is_gone_is_not_created_again(settings: Settings) -> None:
     run = create(settings)
     shutil.rmtree(run.path)
     with pytest.raises(StorageError, match=f"{run.directory} is gone, where launch launch-1 has its run {run.run_id[:8]}: mount its disk"):
@@ -81,7 +81,7 @@ def test_a_run_whose_directory_is_gone_is_not_begun_anew(settings: Settings) -> 
     assert not run.path.exists()
 
 
-def test_a_launch_that_is_repeated_before_its_disk_is_back_does_not_begin_its_run_anew(settings: Settings) -> None:
+def test_a_launch_repeated_before_its_disk_is_back_does_not_create_its_run_again(settings: Settings) -> None:
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "command", {})
     MlflowSync(run, settings.tracking.uri).send()
@@ -116,7 +116,7 @@ def test_two_launches_of_one_second_are_two_runs(each_store: Settings, monkeypat
     assert (create(each_store, "launch-1"), create(each_store, "launch-2")) == (first, second)
 
 
-def test_an_experiment_of_ones_own_takes_the_place_of_the_default(tmp_path: Path, settings: Settings) -> None:
+def test_a_configured_experiment_replaces_the_default(tmp_path: Path, settings: Settings) -> None:
     mine = settings_in(tmp_path, "tracking.experiment=mine")
     prepare_store(mine, EXPERIMENT)
     run = create(mine)
@@ -126,7 +126,7 @@ def test_an_experiment_of_ones_own_takes_the_place_of_the_default(tmp_path: Path
 
 
 @pytest.mark.parametrize("launch_id", ["trial_00003", "user@host 2026-01-01"])
-def test_a_launch_id_of_the_users_own_is_taken(settings: Settings, launch_id: str) -> None:
+def test_a_launch_id_may_be_chosen_by_the_user(settings: Settings, launch_id: str) -> None:
     run = create(settings, launch_id)
     assert create(settings, launch_id) == run
     launch_record(settings.output.root, launch_id).unlink()
@@ -158,14 +158,14 @@ def test_a_run_keeps_no_password(settings: Settings, monkeypatch: pytest.MonkeyP
     assert not any(b"hunter2" in path.read_bytes() for path in files)
 
 
-# whenever it died
+# after a kill
 
 
 def test_a_launch_that_made_no_run_has_no_record(tmp_path: Path) -> None:
     assert recorded_run(str(tmp_path), "launch-1") is None
 
 
-def test_dead_before_the_run_was_asked_for_there_is_one_in_the_end(each_store: Settings) -> None:
+def test_a_kill_before_the_run_was_created_leaves_one_run_in_the_end(each_store: Settings) -> None:
     root = each_store.output.root
     intent = {"launch_id": "launch-1", "timestamp": "20260101_120000", "since": time.time()}
     write_json(launch_record(root, "launch-1"), intent)
@@ -176,7 +176,7 @@ def test_dead_before_the_run_was_asked_for_there_is_one_in_the_end(each_store: S
 
 
 @pytest.mark.parametrize("dies_in", ["search_runs", "create_run", "set_tag"])
-def test_whenever_rank_0_dies_at_the_store_its_successor_finds_the_same_run(
+def test_after_a_kill_during_any_request_the_next_rank_0_finds_the_same_run(
     each_store: Settings, monkeypatch: pytest.MonkeyPatch, dies_in: str
 ) -> None:
     whole, made = getattr(mlflow.MlflowClient, dies_in), []
@@ -196,7 +196,9 @@ def test_whenever_rank_0_dies_at_the_store_its_successor_finds_the_same_run(
 
 
 @pytest.mark.parametrize("dies_before", ["run.json", "launch-1.json"])
-def test_dead_before_it_was_noted_the_same_run_is_noted(each_store: Settings, monkeypatch: pytest.MonkeyPatch, dies_before: str) -> None:
+def test_after_a_kill_before_its_record_the_same_run_is_recorded(
+    each_store: Settings, monkeypatch: pytest.MonkeyPatch, dies_before: str
+) -> None:
     def die(path: Path, value: Any) -> None:
         if path.name == dies_before and "run_id" in value:
             raise KeyboardInterrupt
@@ -213,7 +215,7 @@ def test_dead_before_it_was_noted_the_same_run_is_noted(each_store: Settings, mo
     is_the_only_one(each_store, run)
 
 
-def test_two_rank_0s_of_one_launch_that_ask_at_once_have_one_run(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_rank_0s_of_one_launch_at_once_have_one_run(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = mlflow.MlflowClient.create_run
 
     def slowly(*arguments: object, **options: object) -> Any:
@@ -227,7 +229,7 @@ def test_two_rank_0s_of_one_launch_that_ask_at_once_have_one_run(each_store: Set
     is_the_only_one(each_store, first)
 
 
-def test_if_the_record_on_disk_is_gone_the_tag_still_finds_the_run(each_store: Settings) -> None:
+def test_without_its_record_on_disk_a_run_is_found_by_its_tag(each_store: Settings) -> None:
     first = create(each_store)
     launch_record(each_store.output.root, "launch-1").unlink()
     assert create(each_store).run_id == first.run_id
@@ -235,9 +237,7 @@ def test_if_the_record_on_disk_is_gone_the_tag_still_finds_the_run(each_store: S
 
 
 @pytest.mark.parametrize("left", [[], ["mlflow.user"], ["mlflow.user", "mlflow.runName"], [LAUNCH_TAG]], ids=str)
-def test_a_file_store_that_had_not_written_the_tags_gives_the_run_that_it_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: list[str]
-) -> None:
+def test_a_run_of_the_file_store_is_found_without_its_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: list[str]) -> None:
     settings = settings_in(tmp_path, store="file")
     prepare_store(settings, EXPERIMENT)
     whole = mlflow.MlflowClient.create_run
@@ -262,7 +262,7 @@ def test_a_file_store_that_had_not_written_the_tags_gives_the_run_that_it_made(
     assert (tags[LAUNCH_TAG], tags[DIRECTORY_TAG]) == ("launch-1", run.directory)
 
 
-def test_a_file_store_that_had_not_even_made_the_folder_of_tags_gives_the_run_that_it_made(tmp_path: Path) -> None:
+def test_a_run_of_the_file_store_is_found_without_its_folder_of_tags(tmp_path: Path) -> None:
     settings = settings_in(tmp_path, store="file")
     prepare_store(settings, EXPERIMENT)
     first = create(settings)
@@ -290,7 +290,7 @@ def test_a_run_of_the_same_name_that_is_not_ours_is_left_alone(each_store: Setti
     assert client.get_run(theirs.info.run_id).data.tags.get(LAUNCH_TAG) == tags.get(LAUNCH_TAG)
 
 
-def test_a_recorded_run_is_known_without_asking_the_store(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_run_is_found_without_the_store(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(settings)
     monkeypatch.setattr(run_module, "SECONDS_TO_CREATE", 0.0)
     assert create(elsewhere(settings, NOBODY)) == run
@@ -306,7 +306,7 @@ def test_a_store_that_stays_away_is_an_error_and_the_launch_can_be_tried_again(s
 
 
 @pytest.mark.timeout(60)
-def test_a_store_that_is_away_for_a_moment_is_asked_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_is_sent_again_after_a_short_outage(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     failed, whole = threading.Event(), run_module._find_or_make
 
     def noted(*arguments: Any) -> tuple[str, str, bool]:
@@ -335,14 +335,22 @@ def test_a_launch_and_its_run_have_locks_of_their_own(settings: Settings) -> Non
         assert Lock(Path(settings.output.root) / ".launches" / "launch-2.lock").is_held()
 
 
-def test_an_experiment_that_nobody_prepared_is_a_developers_error(settings: Settings) -> None:
+def test_an_experiment_that_was_not_prepared_is_an_assertion_error(settings: Settings) -> None:
     with pytest.raises(AssertionError, match="prepare_store"):
         get_or_create_run(settings, "alignment", "never prepared", "launch-1")
 
 
-def test_tags_of_a_new_run_are_in_its_directory_too_and_stay_there(settings: Settings) -> None:
+def test_tags_of_a_new_run_are_in_its_directory_and_stay_there(settings: Settings) -> None:
     run = get_or_create_run(settings, "phase2", EXPERIMENT, "launch-1", {SWEEP_TAG: "a1" * 16})
     assert run.files.tags()[SWEEP_TAG] == "a1" * 16
     describe_run(run, resolved_config(settings, {}), "command", {})
     assert run.files.tags()[SWEEP_TAG] == "a1" * 16
     assert mlflow_run(settings, run).data.tags[SWEEP_TAG] == "a1" * 16
+
+
+def test_a_launch_whose_record_is_gone_keeps_its_directory(settings: Settings) -> None:
+    first = create(settings)
+    path = launch_record(settings.output.root, "launch-1")
+    path.unlink()
+    write_json(path, {"launch_id": "launch-1", "timestamp": "20260101_120000", "since": 0.0})  # a second later, that is
+    assert create(settings) == first

@@ -1,4 +1,4 @@
-"""Rank 0's hand on the run directory: what it notes is on disk at once, and in a real SQLite store in the end."""
+"""The exclusive writer of a run directory: what it writes is on disk at once, and in a real SQLite store in the end."""
 
 import json
 import threading
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from raytrain2p.config import Settings, flatten, load_settings
+from raytrain2p.runs.sync import sync
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.storage.files import read_json
+from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.tracking import run_directory as run_directory_module
 from raytrain2p.tracking import run_writer as writer_module
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.run import DIRECTORY_TAG, LAUNCH_TAG, TIMESTAMP_TAG, Run
@@ -27,7 +29,7 @@ from tests.tracking.stores import NOBODY, away, create, elsewhere, fill, history
 
 
 @pytest.fixture
-def told() -> list[str]:
+def reported() -> list[str]:
     return []
 
 
@@ -40,9 +42,9 @@ def steps(run: Run, name: str = "train_loss") -> list[int]:
     return [point.step for point in read_points(run.path / "metrics.jsonl") if point.name == name]
 
 
-def fail_after(run: Run, settings: Settings, told: list[str], *steps: int) -> None:
+def fail_after(run: Run, settings: Settings, reported: list[str], *steps: int) -> None:
     """Note these steps, and fail while the writer is open."""
-    with open_run_writer(run, settings.tracking.uri, description(settings), told.append) as writer:
+    with open_run_writer(run, settings.tracking.uri, description(settings), reported.append) as writer:
         writer.write(points(*steps))
         raise ZeroDivisionError
 
@@ -64,7 +66,7 @@ def test_one_process_alone_writes_to_a_run_directory(settings: Settings, monkeyp
 
 
 @pytest.mark.timeout(60)
-def test_a_predecessor_that_is_about_to_die_is_waited_for(settings: Settings) -> None:
+def test_a_predecessor_that_is_about_to_end_is_waited_for(settings: Settings) -> None:
     run = create(settings)
     with lock_holder(run.path / ".lock") as process:
         threading.Timer(0.5, process.kill).start()
@@ -72,7 +74,7 @@ def test_a_predecessor_that_is_about_to_die_is_waited_for(settings: Settings) ->
             assert process.wait() != 0
 
 
-def test_what_a_kill_left_half_written_is_removed_by_the_next_writer(settings: Settings) -> None:
+def test_partial_files_of_a_killed_process_are_removed_by_the_next_writer(settings: Settings) -> None:
     run = create(settings)
     kept = [run.path / "config.json", run.checkpoints / "last.ckpt", run.path / ".mirror.json"]
     left = [run.path / ".config.json.aside-4711", run.checkpoints / ".last.ckpt.aside-4711", run.path / "plots" / ".a.png.aside-1"]
@@ -95,7 +97,7 @@ def test_nothing_is_removed_while_another_process_writes(settings: Settings, mon
 # the description
 
 
-def test_a_run_directory_says_what_it_is(settings: Settings) -> None:
+def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train --phase 2 seed=3", {"train_records": 60})
     lines = dict(line.split(": ", 1) for line in (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines())
@@ -125,7 +127,7 @@ def test_a_run_directory_says_what_it_is(settings: Settings) -> None:
         ("phase2", ["model.pt", "raytrain2p.predict --run {}", "raytrain2p.train --phase 2 --resume {}"]),
     ],
 )
-def test_the_page_of_a_run_says_how_it_was_made_and_what_to_do_with_it(settings: Settings, phase: str, lines: list[str]) -> None:
+def test_the_readme_has_the_command_and_the_next_steps(settings: Settings, phase: str, lines: list[str]) -> None:
     run = create(settings, phase=phase)
     describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", {})
     page = (run.path / "README.md").read_text()
@@ -170,7 +172,7 @@ def test_a_run_that_is_described_again_with_the_same_settings_has_no_changes(set
     assert not (run.path / "changes.jsonl").exists()
 
 
-def test_what_a_resumed_run_has_otherwise_is_told_and_kept_for_each_time(settings: Settings) -> None:
+def test_changed_settings_are_reported_and_kept_for_each_resume(settings: Settings) -> None:
     run = create(settings)
     size = settings.training.batch_size
     describe_run(run, resolved_config(settings, {}), "command", {})
@@ -185,7 +187,7 @@ def test_what_a_resumed_run_has_otherwise_is_told_and_kept_for_each_time(setting
     assert read_json(run.path / "config.json") == last
 
 
-def test_settings_that_are_new_or_gone_are_changes_as_well() -> None:
+def test_new_and_removed_settings_are_changes() -> None:
     before = {"a": {"same": 1, "gone": 2}, "whole": {"b": 3}}
     after = {"a": {"same": 1, "new": 4}, "whole": None}
     assert setting_changes(before, after) == {"a.gone": (2, None), "a.new": (None, 4), "whole": ({"b": 3}, None)}
@@ -194,9 +196,9 @@ def test_settings_that_are_new_or_gone_are_changes_as_well() -> None:
 # metrics, and the end of a run
 
 
-def test_what_is_recorded_is_on_disk_at_once_and_in_mlflow_in_the_end(settings: Settings, told: list[str]) -> None:
+def test_metrics_are_on_disk_at_once_and_in_mlflow_in_the_end(settings: Settings, reported: list[str]) -> None:
     run = create(settings)
-    with open_run_writer(run, settings.tracking.uri, description(settings), told.append) as writer:
+    with open_run_writer(run, settings.tracking.uri, description(settings), reported.append) as writer:
         assert run.files.read_status()["status"] == "RUNNING"
         writer.write(points(1, 2))
         writer.write_metrics({"val/loss": 0.5}, 2)
@@ -206,32 +208,32 @@ def test_what_is_recorded_is_on_disk_at_once_and_in_mlflow_in_the_end(settings: 
     assert history(settings, run, "val/loss") == [(2, 0.5)]
     assert mlflow_run(settings, run).info.status == "FINISHED"
     assert read_json(run.path / "run.json")["train_records"] == 3
-    assert told == []
+    assert reported == []
 
 
-def test_while_one_records_nobody_else_may(settings: Settings, told: list[str]) -> None:
+def test_an_open_writer_holds_the_lock(settings: Settings, reported: list[str]) -> None:
     run = create(settings)
-    with open_run_writer(run, settings.tracking.uri, description(settings), told.append):
+    with open_run_writer(run, settings.tracking.uri, description(settings), reported.append):
         assert run.files.lock.is_held()
     assert not run.files.lock.is_held()
 
 
-def test_an_error_lets_go_of_the_directory_sends_what_there_is_and_leaves_the_run_running(settings: Settings, told: list[str]) -> None:
+def test_an_error_releases_the_directory_sends_the_metrics_and_leaves_the_run_running(settings: Settings, reported: list[str]) -> None:
     run = create(settings)
     with pytest.raises(ZeroDivisionError):
-        fail_after(run, settings, told, 1, 2)
+        fail_after(run, settings, reported, 1, 2)
     assert not run.files.lock.is_held()
     assert len(history(settings, run)) == 2
     assert mlflow_run(settings, run).info.status == "RUNNING"  # Ray may start it again
 
 
-def test_a_run_that_goes_on_notes_and_sends_its_steps_once(settings: Settings, told: list[str]) -> None:
+def test_a_resumed_run_writes_and_sends_each_step_once(settings: Settings, reported: list[str]) -> None:
     run = create(settings)
     with pytest.raises(ZeroDivisionError):
-        fail_after(run, settings, told, 1, 2, 3, 4)
+        fail_after(run, settings, reported, 1, 2, 3, 4)
     with (run.path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 5, "na')
-    with open_run_writer(run, settings.tracking.uri, description(settings), told.append) as writer:
+    with open_run_writer(run, settings.tracking.uri, description(settings), reported.append) as writer:
         writer.resume_from(2)
         writer.write(points(3, 4, 5))
         assert writer.finish("FINISHED")
@@ -240,35 +242,35 @@ def test_a_run_that_goes_on_notes_and_sends_its_steps_once(settings: Settings, t
     assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
-def test_what_changed_since_the_run_began_is_told_before_it_goes_on(settings: Settings, told: list[str]) -> None:
+def test_changed_settings_are_reported_before_the_run_resumes(settings: Settings, reported: list[str]) -> None:
     run = create(settings)
     for workers in (1, 2):
-        with open_run_writer(run, settings.tracking.uri, description(settings, launch__num_workers=workers), told.append) as writer:
+        with open_run_writer(run, settings.tracking.uri, description(settings, launch__num_workers=workers), reported.append) as writer:
             writer.finish("FINISHED")
-    assert told == ["changed since the run began: launch.num_workers: 1 -> 2"]
+    assert reported == ["changed since the run began: launch.num_workers: 1 -> 2"]
     assert mlflow_run(settings, run).data.tags["raytrain2p.changed.launch.num_workers"] == "2"
 
 
 @pytest.mark.timeout(120)
-def test_training_needs_no_mlflow(settings: Settings, told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_needs_no_mlflow(settings: Settings, reported: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "SECONDS_TO_SEND", 0.0)
     run = create(settings)
-    with open_run_writer(run, NOBODY, description(settings), told.append) as writer:
+    with open_run_writer(run, NOBODY, description(settings), reported.append) as writer:
         writer.write(points(1, 2))
         assert not writer.finish("FINISHED")
     assert steps(run) == [1, 2]
     assert run.files.read_status()["status"] == "FINISHED"
-    (line,) = told
+    (line,) = reported
     assert "training goes on" in line
 
 
-def test_a_full_disk_is_told_with_the_path_and_what_was_noted_stays(
-    small_disk: Path, settings: Settings, told: list[str], tmp_path: Path
+def test_a_full_disk_is_reported_with_the_path_and_written_points_stay(
+    small_disk: Path, settings: Settings, reported: list[str], tmp_path: Path
 ) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
     filler = small_disk / "somebody elses"
-    with open_run_writer(run, settings.tracking.uri, description(settings), told.append) as writer:
+    with open_run_writer(run, settings.tracking.uri, description(settings), reported.append) as writer:
         writer.write(points(1))
         filler.write_bytes(bytes(940_000))
         with pytest.raises(StorageError) as caught:
@@ -278,7 +280,7 @@ def test_a_full_disk_is_told_with_the_path_and_what_was_noted_stays(
     assert steps(run)[0] == 1
 
 
-def test_a_disk_that_is_full_from_the_start_is_told_as_such(small_disk: Path, settings: Settings, told: list[str], tmp_path: Path) -> None:
+def test_a_disk_that_is_full_from_the_start_is_reported(small_disk: Path, settings: Settings, reported: list[str], tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
     with run.files.lock.held():
@@ -286,7 +288,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_as_such(small_disk: Path, se
     fill(small_disk)
     with (
         pytest.raises(StorageError, match=r"config\.json cannot be written: no space left"),
-        open_run_writer(run, settings.tracking.uri, description(settings), told.append),
+        open_run_writer(run, settings.tracking.uri, description(settings), reported.append),
     ):
         pytest.fail("it was recorded")
     assert not run.files.lock.is_held()
@@ -300,7 +302,7 @@ def test_the_end_of_a_run_whose_workers_are_gone_is_on_disk_and_in_mlflow(settin
     assert mlflow_run(settings, run).info.status == status
 
 
-def test_a_run_that_has_finished_stays_so_whatever_dies_afterwards(settings: Settings) -> None:
+def test_a_finished_run_stays_finished(settings: Settings) -> None:
     run = create(settings)
     run.files.write_status("FINISHED")
     assert end_run(run, settings.tracking.uri, "FAILED")
@@ -308,7 +310,7 @@ def test_a_run_that_has_finished_stays_so_whatever_dies_afterwards(settings: Set
     assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
-def test_the_end_of_a_run_is_on_disk_though_mlflow_is_away(settings: Settings) -> None:
+def test_the_end_of_a_run_is_on_disk_while_mlflow_is_away(settings: Settings) -> None:
     run = create(settings)
     with away(settings):
         assert not end_run(run, settings.tracking.uri, "FAILED")
@@ -316,7 +318,7 @@ def test_the_end_of_a_run_is_on_disk_though_mlflow_is_away(settings: Settings) -
     assert run.files.read_status()["status"] == "FAILED"
 
 
-def test_an_end_that_a_process_noted_and_could_not_send_before_it_died_is_sent(settings: Settings) -> None:
+def test_a_status_that_a_killed_process_did_not_send_is_sent(settings: Settings) -> None:
     run = create(settings)
     run.files.write_status("FINISHED")
     with away(settings):
@@ -326,7 +328,7 @@ def test_an_end_that_a_process_noted_and_could_not_send_before_it_died_is_sent(s
     assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
-def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
+def test_the_end_of_a_run_whose_disk_is_full_is_sent_to_mlflow(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
     fill(small_disk)
@@ -335,7 +337,7 @@ def test_mlflow_knows_the_end_of_a_run_whose_disk_is_full(small_disk: Path, sett
     assert run.files.read_status()["status"] == "RUNNING"
 
 
-def test_a_run_that_has_finished_is_so_in_mlflow_though_its_disk_is_full(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
+def test_a_finished_run_whose_disk_is_full_is_finished_in_mlflow(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
     settings = settings_in(tmp_path, f"output.root={small_disk}")
     run = create(settings)
     run.files.write_status("FINISHED")
@@ -344,8 +346,67 @@ def test_a_run_that_has_finished_is_so_in_mlflow_though_its_disk_is_full(small_d
     assert mlflow_run(settings, run).info.status == "FINISHED"
 
 
-def test_mlflow_knows_the_end_of_a_run_whose_disk_is_gone(settings: Settings) -> None:
+def test_the_end_of_a_run_whose_disk_is_gone_is_sent_to_mlflow(settings: Settings) -> None:
     run, other = create(settings), create(settings, launch_id="launch-2")
     end_unrecorded(settings.tracking.uri, run.launch_id, "FAILED")
     assert mlflow_run(settings, run).info.status == "FAILED"
     assert mlflow_run(settings, other).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["tracking.uri=http://server:5000", "tracking.experiment=me@lab"],
+        ['model.system_prompt="say token=abcd\\"x"'],
+        ["model.system_prompt='the secret: giraffes'"],
+    ],
+)
+def test_settings_without_a_password_are_recorded_unchanged(tmp_path: Path, overrides: list[str]) -> None:
+    settings = load_settings(2, None, [f"output.root={tmp_path}", *overrides])
+    assert resolved_config(settings, {}) == settings.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("dies_at", ["MLFLOW_RUN_ID.txt", "README.md", "run.json"])
+def test_a_run_that_was_killed_while_it_was_described_can_be_sent(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, dies_at: str
+) -> None:
+    run = create(settings)
+
+    def die(path: Path, content: Any) -> None:
+        if path.name == dies_at:
+            raise KeyboardInterrupt
+        (write_file if isinstance(content, str) else write_json)(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in (run_directory_module, writer_module):
+            patch.setattr(module, "write_file", die)
+        patch.setattr(run_directory_module, "write_json", die)
+        with pytest.raises(KeyboardInterrupt):
+            describe_run(run, resolved_config(settings, {}), "command", {})
+    assert end_run(run, settings.tracking.uri, "FAILED")
+    assert sync(run, settings.output.root, None, lambda line: None)
+
+
+def test_training_needs_no_database(settings: Settings, tmp_path: Path) -> None:
+    run = create(settings)
+    (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
+    description = {"config": resolved_config(settings, {}), "command": "command", "facts": {}}
+    with open_run_writer(run, f"sqlite:///{tmp_path}/broken.db", description, lambda line: None) as writer:
+        assert not writer.mlflow_sync.close(0)
+
+
+def test_a_disk_that_is_full_before_the_lock_is_reported(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}")
+    run = create(settings)
+    fill(small_disk)
+    description = {"config": resolved_config(settings, {}), "command": "command", "facts": {}}
+    with pytest.raises(StorageError), open_run_writer(run, settings.tracking.uri, description, lambda line: None):
+        pass
+
+
+def test_a_lock_can_be_checked_on_a_full_disk(small_disk: Path, settings: Settings, tmp_path: Path) -> None:
+    settings = settings_in(tmp_path, f"output.root={small_disk}")
+    run = create(settings)
+    run.files.lock.path.touch()
+    fill(small_disk)
+    assert not run.files.lock.is_held()
