@@ -1,4 +1,4 @@
-"""The feature store on disk: a shard is whole or not there, and a table finds every item by its content."""
+"""The feature store on disk: a shard is complete or ignored, and a table finds every item by its content."""
 
 import io
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def test_features_without_keys_are_ignored(store: FeatureStore) -> None:
     assert store.missing({key("a"): "a", key("b"): "b"}) == [key("b")]
 
 
-def test_a_half_written_file_aside_is_ignored(store: FeatureStore) -> None:
+def test_a_partial_file_is_ignored(store: FeatureStore) -> None:
     fill(store, {"a": 1})
     (store.directory / ".0123456789abcdef").write_bytes(key("b"))
     assert set(store.index()) == {key("a")}
@@ -112,7 +112,7 @@ def test_gathered_features_are_a_copy_that_may_be_changed(store: FeatureStore) -
     assert table.gather([0])[0, 0, 0].item() == 1
 
 
-def test_the_writer_encodes_pictures_and_texts_in_their_order(store: FeatureStore, tmp_path: Path) -> None:
+def test_the_writer_encodes_images_and_texts_in_their_order(store: FeatureStore, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (7, 0, 0)).save(buffer, "PNG")
     (tmp_path / "dark.png").write_bytes(buffer.getvalue())

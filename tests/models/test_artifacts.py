@@ -1,4 +1,4 @@
-"""aligner.pt and model.pt: whole or refused."""
+"""aligner.pt and model.pt: complete or refused."""
 
 import pickle
 import signal
@@ -48,14 +48,14 @@ def test_saving_leaves_the_artifact_alone_in_its_directory(saved: Path) -> None:
     assert load_artifact(saved, ALIGNMENT)["config"] == {}
 
 
-def test_a_save_that_fails_keeps_the_earlier_artifact_and_leaves_nothing_behind(saved: Path) -> None:
+def test_a_failed_save_keeps_the_earlier_artifact_and_leaves_no_other_file(saved: Path) -> None:
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
         save_artifact(saved, ALIGNMENT, {}, MODELS, state_dict={"w": lambda: None})
     assert load_artifact(saved, ALIGNMENT)["config"] == {"training": {"seed": 1}}
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
 
 
-def test_a_kill_while_saving_leaves_no_half_artifact(tmp_path: Path) -> None:
+def test_a_kill_while_saving_leaves_no_partial_artifact(tmp_path: Path) -> None:
     """The process dies when all is written but not yet on disk for certain: the worst moment for a file written in place."""
     script = (
         "import os, signal, sys, torch\n"
@@ -90,7 +90,7 @@ def test_an_artifact_of_another_format_version_is_refused_with_both_versions_nam
 
 
 @pytest.mark.parametrize("part", [0.5, 0.0])
-def test_a_torn_artifact_is_refused(saved: Path, part: float) -> None:
+def test_a_truncated_artifact_is_refused(saved: Path, part: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(len(content) * part)])
     assert "torn" in problem_of(saved)
@@ -116,7 +116,7 @@ def test_a_foreign_pickle_is_refused_without_running_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"weights": 1}, torch.zeros(3)])
-def test_a_torch_file_that_is_no_artifact_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_torch_file_that_is_not_an_artifact_is_refused(tmp_path: Path, content: object) -> None:
     path = tmp_path / "aligner.pt"
     torch.save(content, path)
     assert "not written by raytrain2p" in problem_of(path)
@@ -128,7 +128,7 @@ def test_a_missing_artifact_is_refused_with_what_to_give_instead(tmp_path: Path)
     assert "run ID" in message
 
 
-def test_another_frozen_model_is_refused_with_both_sides_named(saved: Path) -> None:
+def test_another_frozen_model_is_refused_with_both_models_named(saved: Path) -> None:
     artifact = load_artifact(saved, ALIGNMENT)
     with pytest.raises(InputError) as caught:
         check_fingerprint(saved, artifact, "image_encoder", "new-encoder", "b" * 64, "model.image_encoder")

@@ -1,4 +1,4 @@
-"""Packaged models: fetched once, checked, whole or not there. The wheel is a small one, the processes are real."""
+"""Packaged models are fetched once, checked, and complete or absent. The wheel is small, the processes are real."""
 
 import hashlib
 import json
@@ -118,7 +118,7 @@ def test_pip_fetches_the_pinned_wheel(cache: Path, wheel: Path, monkeypatch: pyt
     assert left_in(cache) == [directory.name]
 
 
-def test_a_package_that_pip_cannot_get_is_named_with_pips_reason(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_pip_cannot_fetch_is_reported_with_its_reason(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(InputError) as caught:
@@ -128,7 +128,7 @@ def test_a_package_that_pip_cannot_get_is_named_with_pips_reason(cache: Path, tm
     assert left_in(cache) == []
 
 
-def test_another_file_than_the_pinned_one_is_refused_and_nothing_of_it_stays(cache: Path, fetch: CopyWheel) -> None:
+def test_a_file_that_is_not_the_pinned_one_is_refused_and_removed(cache: Path, fetch: CopyWheel) -> None:
     with zipfile.ZipFile(fetch.wheel, "a") as archive:
         archive.writestr("tiny_packaged/evil.txt", "")
     with pytest.raises(InputError) as caught:
@@ -138,7 +138,7 @@ def test_another_file_than_the_pinned_one_is_refused_and_nothing_of_it_stays(cac
     assert left_in(cache) == []
 
 
-def test_a_conversion_that_fails_leaves_nothing_and_is_tried_again(
+def test_a_failed_conversion_leaves_nothing_and_is_tried_again(
     cache: Path, fetch: CopyWheel, model: PackagedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PACKAGED_MODELS, NAME, PackagedModel(model.requirement, model.sha256, 1, convert_and_fail))
@@ -172,7 +172,7 @@ def test_two_processes_at_once_fetch_once_and_get_the_same_model(
     assert left_in(cache) == [Path(said[0].read_text()).name]
 
 
-def test_a_kill_amid_the_conversion_leaves_no_model_and_the_next_call_cleans_up(
+def test_a_kill_during_the_conversion_leaves_no_model_and_the_next_call_cleans_up(
     cache: Path, fetch: CopyWheel, model: PackagedModel, tmp_path: Path
 ) -> None:
     hanging = PackagedModel(model.requirement, model.sha256, 1, convert_and_hang)
@@ -207,7 +207,7 @@ def test_a_packaged_models_fingerprint_is_that_of_its_package_wherever_the_cache
     assert fingerprint(there) == first
 
 
-def test_efficientnet_lite_gives_a_grid_and_comes_back_through_auto_model(tmp_path: Path) -> None:
+def test_efficientnet_lite_outputs_a_grid_and_loads_through_auto_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = EfficientNetLiteModel(EfficientNetLiteConfig()).eval()
     pixels = torch.randn(2, 3, 128, 128)

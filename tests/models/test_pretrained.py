@@ -1,4 +1,4 @@
-"""From a model setting to a directory, or to a message that mends it."""
+"""From a model setting to a directory, or to a message with a fix."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def test_an_unknown_name_is_refused_by_its_setting_with_the_packaged_names(name:
         assert packaged in str(caught.value)
 
 
-def test_the_fingerprint_does_not_depend_on_where_a_model_lies(tiny_vit: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_does_not_depend_on_the_path_of_a_model(tiny_vit: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_vit, copy)
     assert fingerprint(copy) == fingerprint(tiny_vit)

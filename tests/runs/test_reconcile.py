@@ -330,3 +330,20 @@ def test_a_trial_that_its_sweep_has_paused_is_alive(settings: Settings) -> None:
         assert is_alive(trial, settings.output.root)
         assert not is_alive(left(settings, "RUNNING", "launch-2"), settings.output.root), "another run"
     assert not is_alive(trial, settings.output.root), "its sweep has ended"
+
+
+def test_a_database_that_cannot_be_opened_is_an_outage(settings: Settings, tmp_path: Path) -> None:
+    run = create(settings)
+    run.files.write_status("FAILED")
+    (tmp_path / "broken.db").write_bytes(b"no database" * 1000)
+    assert not sync(run, settings.output.root, f"sqlite:///{tmp_path}/broken.db", lambda line: None)
+
+
+def test_the_other_runs_are_sent_if_the_password_of_one_is_not_recorded(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = create(settings, "launch-1"), create(settings, "launch-2")
+    for run in (first, second):
+        run.files.write_status("FAILED")
+        note(run, 1)
+    write_json(first.path / "run.json", read_json(first.path / "run.json") | {"tracking_uri": "postgresql://me:***@db/mlflow"})
+    runs.main(["sync", f"output.root={settings.output.root}", first.run_id, second.run_id])
+    assert mlflow_run(settings, second).info.status == "FAILED"

@@ -1,4 +1,4 @@
-"""What the tests of tracking share: stores of their own, and a disk that is soon full."""
+"""Fixtures of the tests of tracking: stores of their own, and a small disk."""
 
 import os
 import shutil

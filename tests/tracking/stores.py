@@ -1,4 +1,4 @@
-"""Runs in both stores that need no server, and what those stores say of them when asked directly."""
+"""Runs in both stores that need no server, and what those stores hold."""
 
 import os
 import sqlite3

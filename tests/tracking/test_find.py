@@ -1,16 +1,18 @@
 """Finding a run or its artifact again: by path, by run ID or the start of one, or the latest."""
 
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from raytrain2p.config import InputError
+from raytrain2p.config import InputError, Settings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
-from raytrain2p.storage.files import write_json
-from raytrain2p.tracking.find import check_in_place, find_artifact, find_run, run_directories
+from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.tracking.find import check_in_place, find_artifact, find_run, find_runs, is_alive, run_directories
 from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_record
+from tests.tracking.stores import create
 
 FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
 
@@ -63,31 +65,31 @@ def test_an_ambiguous_start_is_refused_with_the_runs_that_fit(tmp_path: Path) ->
     make_run(tmp_path, FIRST, "20260101_120000")
     make_run(tmp_path, SECOND, "20260102_120000")
     make_run(tmp_path, THIRD, "20260103_120000")
-    told = message(tmp_path, "a1")
-    assert "fits 2 runs" in told
-    assert "more of the run ID" in told
+    refusal = message(tmp_path, "a1")
+    assert "fits 2 runs" in refusal
+    assert "more of the run ID" in refusal
     assert find(tmp_path, SECOND[:18]).parent.name.startswith(SECOND)
 
 
-def test_runs_that_an_ambiguous_start_fits_can_be_told_apart_in_the_message(tmp_path: Path) -> None:
+def test_runs_that_an_ambiguous_start_fits_are_listed_distinctly(tmp_path: Path) -> None:
     make_run(tmp_path, FIRST, "20260101_120000")
     make_run(tmp_path, SECOND, "20260102_120000")
     listed = message(tmp_path, "a1").splitlines()[0].rpartition(": ")[2].split(", ")
     assert len(set(listed)) == 2
 
 
-def test_what_fits_nothing_is_refused_with_the_place_that_was_searched(tmp_path: Path) -> None:
+def test_a_name_that_fits_no_run_is_refused_with_the_folder_that_was_searched(tmp_path: Path) -> None:
     make_run(tmp_path, FIRST, "20260101_120000")
-    told = message(tmp_path, "ffff")
-    assert "neither a file nor the start of a run ID" in told
-    assert str(tmp_path / "alignment") in told
+    refusal = message(tmp_path, "ffff")
+    assert "neither a file nor the start of a run ID" in refusal
+    assert str(tmp_path / "alignment") in refusal
 
 
 def test_a_run_that_did_not_finish_is_refused_by_name(tmp_path: Path) -> None:
     run = make_run(tmp_path, FIRST, "20260101_120000", artifact=None)
-    told = message(tmp_path, FIRST[:8])
-    assert str(run) in told
-    assert "did not finish" in told
+    refusal = message(tmp_path, FIRST[:8])
+    assert str(run) in refusal
+    assert "did not finish" in refusal
 
 
 def test_latest_is_the_newest_by_timestamp_and_not_by_run_id(tmp_path: Path) -> None:
@@ -125,11 +127,11 @@ def make_trial(root: Path, run_id: str, timestamp: str) -> Path:
     return folder
 
 
-def test_latest_is_no_trial_of_a_sweep(tmp_path: Path) -> None:
+def test_latest_is_never_a_trial_of_a_sweep(tmp_path: Path) -> None:
     trial = make_trial(tmp_path, THIRD, "20260301_120000")
-    told = message(tmp_path, "latest")
-    assert "only trials of a sweep" in told
-    assert "best.json" in told
+    refusal = message(tmp_path, "latest")
+    assert "only trials of a sweep" in refusal
+    assert "best.json" in refusal
     with pytest.raises(InputError, match="no such run"):
         find_run(str(tmp_path), ["alignment"], "latest", "--resume")
     own = make_run(tmp_path, FIRST, "20260101_120000")
@@ -146,13 +148,13 @@ def test_a_run_that_was_moved_is_refused(tmp_path: Path) -> None:
     check_in_place(run, str(tmp_path), "--resume")
 
 
-def test_latest_without_any_finished_run_says_what_to_do_first(tmp_path: Path) -> None:
-    told = message(tmp_path, "latest")
-    assert "no finished run with aligner.pt" in told
-    assert "--phase 1" in told
+def test_latest_without_a_finished_run_is_refused_with_how_to_fix_it(tmp_path: Path) -> None:
+    refusal = message(tmp_path, "latest")
+    assert "no finished run with aligner.pt" in refusal
+    assert "--phase 1" in refusal
 
 
-def test_latest_prefers_what_fits_and_is_the_newest_of_all_if_nothing_does(tmp_path: Path) -> None:
+def test_latest_prefers_artifacts_that_fit_and_is_else_the_newest(tmp_path: Path) -> None:
     first = make_run(tmp_path, FIRST, "20260101_120000") / "aligner.pt"
     second = make_run(tmp_path, SECOND, "20260102_120000") / "aligner.pt"
     third = make_run(tmp_path, THIRD, "20260103_120000") / "aligner.pt"
@@ -220,23 +222,23 @@ def test_the_latest_run_is_the_newest_whether_it_has_finished_or_not(tmp_path: P
 def test_a_start_that_fits_several_runs_is_refused_with_all_of_them(tmp_path: Path) -> None:
     noted_run(tmp_path, FIRST, "20260101_120000")
     noted_run(tmp_path, SECOND, "20260102_120000", "alignment")
-    told = no_run(tmp_path, "a1")
-    assert "fits 2 runs" in told
-    assert FIRST in told
-    assert SECOND in told
+    refusal = no_run(tmp_path, "a1")
+    assert "fits 2 runs" in refusal
+    assert FIRST in refusal
+    assert SECOND in refusal
     assert find_run(str(tmp_path), ["phase2"], "a1", "--resume").run_id == FIRST
 
 
 @pytest.mark.parametrize("wanted", ["latest", "ffff", "no/such/directory"])
-def test_a_run_that_is_not_there_is_refused_with_the_place_that_was_searched(tmp_path: Path, wanted: str) -> None:
+def test_a_missing_run_is_refused_with_the_folder_that_was_searched(tmp_path: Path, wanted: str) -> None:
     assert f"there is no such run in {tmp_path}" in no_run(tmp_path, wanted)
 
 
-def test_a_run_of_the_other_phase_is_no_run_of_this_one(tmp_path: Path) -> None:
+def test_a_run_of_the_other_phase_is_refused(tmp_path: Path) -> None:
     run = noted_run(tmp_path, FIRST, "20260101_120000", "alignment")
     assert "there is no such run" in no_run(tmp_path, FIRST, "phase2")
-    told = no_run(tmp_path, run.directory, "phase2")
-    assert "is a run of alignment; required is one of phase2" in told
+    refusal = no_run(tmp_path, run.directory, "phase2")
+    assert "is a run of alignment; required is one of phase2" in refusal
 
 
 def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     assert "has no run.json" in no_run(tmp_path, FIRST, "alignment")
 
 
-def test_run_directories_come_in_the_order_of_their_time_and_nothing_else_comes(tmp_path: Path) -> None:
+def test_run_directories_are_listed_by_time_without_other_directories(tmp_path: Path) -> None:
     runs = [
         make_run(tmp_path, THIRD, "20260101_120000", None, "phase2"),
         make_run(tmp_path, FIRST, "20260102_120000"),
@@ -256,3 +258,21 @@ def test_run_directories_come_in_the_order_of_their_time_and_nothing_else_comes(
     assert run_directories(str(tmp_path), BOTH) == runs
     assert run_directories(str(tmp_path), ["alignment"]) == runs[1:2]
     assert run_directories(str(tmp_path / "nowhere"), BOTH) == []
+
+
+def test_a_run_of_another_machine_that_did_not_touch_its_lock_is_not_alive(settings: Settings) -> None:
+    run = create(settings)
+    with run.files.lock.held():
+        pass
+    run.files.write_status("RUNNING")
+    write_json(run.path / "status.json", read_json(run.path / "status.json") | {"host": "another"})
+    os.utime(run.files.lock.path, (1, 1))
+    assert not is_alive(run, settings.output.root)
+
+
+def test_a_moved_run_directory_is_found_where_it_is(settings: Settings, tmp_path: Path) -> None:
+    run = create(settings)
+    moved = tmp_path / "moved" / run.path.name
+    shutil.copytree(run.path, moved)
+    (found,) = find_runs(settings.output.root, [str(moved)])
+    assert found.path == moved

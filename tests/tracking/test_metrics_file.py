@@ -1,4 +1,4 @@
-"""metrics.jsonl: each point once, whatever died and however often the run goes on."""
+"""metrics.jsonl: each point once, after any kill and any number of resumes."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def places(path: Path) -> list[tuple[str, int]]:
     return [(point.name, point.step) for point in read_points(path)]
 
 
-def test_points_are_read_as_they_were_written_their_time_to_a_millisecond(path: Path) -> None:
+def test_points_are_read_as_they_were_written_with_times_to_a_millisecond(path: Path) -> None:
     MetricsFile(path).append([MetricPoint("val/loss", 0.1, 7, 1_700_000_000.12345)])
     assert list(read_points(path)) == [MetricPoint("val/loss", 0.1, 7, 1_700_000_000.123)]
     assert json.loads(path.read_text()) == {"step": 7, "name": "val/loss", "value": 0.1, "time": 1_700_000_000.123}
@@ -39,26 +39,26 @@ def test_no_points_make_no_file(path: Path) -> None:
     assert list(read_points(path)) == []
 
 
-def test_steps_that_are_done_again_are_noted_once_and_as_they_were(path: Path) -> None:
+def test_repeated_steps_keep_their_first_values(path: Path) -> None:
     MetricsFile(path).append(points(1, 2, 3, 4))
     again = MetricsFile(path, 2)
     again.append([MetricPoint("train_loss", 99.0, step, 1_800_000_000.0) for step in (3, 4, 5)])
     assert [(point.step, point.value) for point in read_points(path)] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0), (5, 99.0)]
 
 
-def test_another_metric_of_a_noted_step_is_noted(path: Path) -> None:
+def test_another_metric_of_a_written_step_is_written(path: Path) -> None:
     MetricsFile(path).append(points(1, 2))
     MetricsFile(path, 1).append([*points(2), *points(2, name="learning_rate")])
     assert places(path) == [("train_loss", 1), ("train_loss", 2), ("learning_rate", 2)]
 
 
-def test_what_is_noted_of_the_very_step_that_a_run_goes_on_from_is_not_noted_again(path: Path) -> None:
+def test_points_of_the_step_that_a_run_resumes_from_are_not_written_again(path: Path) -> None:
     MetricsFile(path).append(points(4, name="val/loss"))
     MetricsFile(path, 4).append(points(4, name="val/loss"))
     assert places(path) == [("val/loss", 4)]
 
 
-def test_going_on_twice_from_one_step_notes_each_point_once(path: Path) -> None:
+def test_resuming_twice_from_one_step_writes_each_point_once(path: Path) -> None:
     for last in (5, 7, 6):
         MetricsFile(path, 3 if path.exists() else 0).append(points(*range(4 if path.exists() else 1, last + 1)))
     assert places(path) == [("train_loss", step) for step in range(1, 8)]
@@ -70,7 +70,7 @@ def test_only_steps_from_the_resumed_one_on_are_kept_in_memory(path: Path) -> No
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 3, "na', b"{", b'{"step": 3, "name": "train_loss", "value": 1.5, "time": 1.0}'])
-def test_a_torn_last_line_is_cut_off_and_its_point_is_noted_anew(path: Path, torn: bytes) -> None:
+def test_an_incomplete_last_line_is_cut_off_and_its_point_is_written_again(path: Path, torn: bytes) -> None:
     MetricsFile(path).append(points(1, 2))
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
@@ -101,12 +101,12 @@ def test_what_follows_the_last_line_end_is_cut_off(path: Path, before: bytes, af
     assert path.read_bytes() == after
 
 
-def test_a_file_that_is_not_there_has_no_torn_line(path: Path) -> None:
+def test_trimming_a_missing_file_does_not_make_it(path: Path) -> None:
     trim_torn_line(path)
     assert not path.exists()
 
 
-def test_what_is_no_number_survives(path: Path) -> None:
+def test_nan_and_infinity_are_kept(path: Path) -> None:
     MetricsFile(path).append([MetricPoint("train_loss", value, step, 1.0) for step, value in enumerate([math.nan, math.inf, -math.inf], 1)])
     not_a_number, *infinite = [point.value for point in read_points(path)]
     assert math.isnan(not_a_number)
@@ -126,7 +126,7 @@ def test_a_line_that_is_still_being_written_is_not_read(path: Path) -> None:
     assert places(path) == [("train_loss", 1), ("train_loss", 2)]
 
 
-def test_a_full_disk_is_an_error_and_leaves_what_was_noted(small_disk: Path) -> None:
+def test_a_full_disk_is_an_error_and_keeps_earlier_points(small_disk: Path) -> None:
     path = small_disk / "metrics.jsonl"
     MetricsFile(path).append(points(1, 2))
     (small_disk / "somebody elses").write_bytes(bytes(1024 * 1024 - 8192))
@@ -137,7 +137,7 @@ def test_a_full_disk_is_an_error_and_leaves_what_was_noted(small_disk: Path) -> 
     assert places(path) == [("train_loss", step) for step in range(1, 1000)]
 
 
-def test_what_follows_a_line_that_a_full_disk_has_torn_is_not_glued_to_it(small_disk: Path) -> None:
+def test_after_a_full_disk_the_next_point_is_on_a_line_of_its_own(small_disk: Path) -> None:
     path = small_disk / "metrics.jsonl"
     metrics_file = MetricsFile(path)
     (small_disk / "somebody elses").write_bytes(bytes(1024 * 1024 - 8192))

@@ -1,7 +1,10 @@
-"""The MLflow store is made, or refused in a few seconds, before anything starts."""
+"""The MLflow store is created, or refused within seconds, before anything starts."""
 
 import http.server
+import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,24 +51,24 @@ def test_preparing_a_store_twice_changes_nothing(each_store: Settings) -> None:
 
 def test_a_store_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
-    told = refused(settings_in(tmp_path))
-    assert told.startswith(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db\nMLflow cannot use it: ")
-    assert "not a database" in told
+    refusal = refused(settings_in(tmp_path))
+    assert refusal.startswith(f"tracking.uri=sqlite:///{tmp_path}/mlflow.db\nMLflow cannot use it: ")
+    assert "not a database" in refusal
 
 
 def test_a_store_of_an_unknown_driver_is_bad_input_and_its_password_is_not_shown(tmp_path: Path) -> None:
-    told = refused(settings_in(tmp_path, "tracking.uri=mysql+nosuchdriver://me:hunter2@127.0.0.1:1/db"))
-    assert "mysql+nosuchdriver://me:***@127.0.0.1:1/db" in told
-    assert "hunter2" not in told
+    refusal = refused(settings_in(tmp_path, "tracking.uri=mysql+nosuchdriver://me:hunter2@127.0.0.1:1/db"))
+    assert "mysql+nosuchdriver://me:***@127.0.0.1:1/db" in refusal
+    assert "hunter2" not in refusal
 
 
-def test_an_experiment_in_the_bin_is_refused_before_any_worker_starts(settings: Settings) -> None:
+def test_a_deleted_experiment_is_refused_before_any_worker_starts(settings: Settings) -> None:
     client = client_of(settings.tracking.uri)
     number = client.get_experiment_by_name(EXPERIMENT).experiment_id
     client.delete_experiment(number)
-    told = refused(settings)
-    assert told.startswith(f"tracking.experiment={EXPERIMENT}\n")
-    assert f"mlflow experiments restore -x {number}" in told
+    refusal = refused(settings)
+    assert refusal.startswith(f"tracking.experiment={EXPERIMENT}\n")
+    assert f"mlflow experiments restore -x {number}" in refusal
     client.restore_experiment(number)
     prepare_store(settings, EXPERIMENT)
 
@@ -103,7 +106,7 @@ def answering(status: int, asked: list[str]) -> Iterator[str]:
             thread.join()
 
 
-def test_a_server_where_nobody_listens_is_an_error() -> None:
+def test_a_server_that_is_not_running_is_an_error() -> None:
     with pytest.raises(OSError, match="refused"):
         check_server(NOBODY)
 
@@ -120,14 +123,14 @@ def test_a_server_that_does_not_answer_is_bad_input_and_its_password_is_not_show
     monkeypatch.setattr(store_module, "SECONDS_TO_ANSWER", 0.3)
     with listening() as uri:
         for away in (uri, NOBODY):
-            told = refused(settings_in(tmp_path, f"tracking.uri={away.replace('//', '//me:hunter2@')}"))
-            assert "me:***@127.0.0.1" in told
-            assert "MLflow cannot use it" in told
-            assert "hunter2" not in told
+            refusal = refused(settings_in(tmp_path, f"tracking.uri={away.replace('//', '//me:hunter2@')}"))
+            assert "me:***@127.0.0.1" in refusal
+            assert "MLflow cannot use it" in refusal
+            assert "hunter2" not in refusal
 
 
 @pytest.mark.parametrize("status", [200, 404, 401])
-def test_a_server_that_answers_anything_lives(status: int) -> None:
+def test_a_server_that_gives_any_answer_passes(status: int) -> None:
     asked: list[str] = []
     with answering(status, asked) as uri:
         check_server(uri)
@@ -137,7 +140,7 @@ def test_a_server_that_answers_anything_lives(status: int) -> None:
 
 
 @pytest.mark.parametrize("uri", ["sqlite:////nowhere/mlflow.db", "file:///nowhere", "databricks"])
-def test_a_store_that_is_no_server_is_not_asked_as_one(uri: str) -> None:
+def test_a_store_that_is_not_a_server_is_not_checked_as_one(uri: str) -> None:
     check_server(uri)
 
 
@@ -164,7 +167,7 @@ def test_a_store_in_files_has_a_folder(uri: str, folder: str) -> None:
 @pytest.mark.parametrize(
     "uri", ["http://server:5000", "https://server/mlflow", "postgresql://me:secret@db:5432/mlflow", "mysql://db/mlflow"]
 )
-def test_a_server_has_none_and_serves_many_machines(uri: str) -> None:
+def test_a_server_has_no_folder_and_serves_many_machines(uri: str) -> None:
     assert local_folder(uri) is None
     assert check_store_is_shared(uri, 2) == []
 
@@ -186,6 +189,42 @@ def test_a_slash_at_the_end_of_a_servers_uri_does_not_double_in_requests() -> No
     assert asked[0].startswith("/api/")
 
 
-def test_a_database_that_nobody_serves_is_found_out_at_once() -> None:
+def test_a_database_that_is_not_running_is_an_error_at_once() -> None:
     with pytest.raises(OSError, match="refused"):
         check_server("postgresql+psycopg2://me:hunter2@127.0.0.1:1/mlflow")
+
+
+def answering_nonsense() -> socket.socket:
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")
+
+    threading.Thread(target=answer, daemon=True).start()
+    return server
+
+
+def test_a_port_where_something_else_listens_is_bad_input(tmp_path: Path) -> None:
+    with answering_nonsense() as server, pytest.raises(InputError):
+        prepare_store(settings_in(tmp_path, f"tracking.uri=http://127.0.0.1:{server.getsockname()[1]}"), "e")
+
+
+@pytest.mark.parametrize("uri", ["http://server:port", "http://[::1"])
+def test_an_invalid_uri_is_bad_input(tmp_path: Path, uri: str) -> None:
+    with pytest.raises(InputError):
+        prepare_store(settings_in(tmp_path, f"tracking.uri={uri}"), "e")
+
+
+def test_databricks_serves_many_machines() -> None:
+    assert check_store_is_shared("databricks", 2) == []
+
+
+@pytest.mark.parametrize("module", ["run", "mlflow_sync"])
+def test_telemetry_of_mlflow_is_off_whichever_module_is_imported_first(module: str) -> None:
+    code = f"import raytrain2p.tracking.{module}; from mlflow.telemetry import get_telemetry_client; print(get_telemetry_client())"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "DO_NOT_TRACK") and "MLFLOW" not in name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "None\n"

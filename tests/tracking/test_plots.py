@@ -1,4 +1,4 @@
-"""Images of a run: whole PNG files of a size to be looked at, whatever is in the numbers and the answers."""
+"""Plots of a run are PNG files of a sensible size, for any metrics and answers."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_metrics_are_read_by_name_in_the_order_of_the_file(tmp_path: Path) -> No
     assert values.tolist() == [3.0, 1.5, 1.0]
 
 
-def test_a_last_line_torn_by_a_kill_does_not_stop_the_reading(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_left_out(tmp_path: Path) -> None:
     path = write_metrics(tmp_path / "metrics.jsonl", 3)
     path.write_text(path.read_text()[:-15])
     assert read_metrics(path)["train_loss"][0].tolist() == [1, 2, 3]
@@ -75,7 +75,7 @@ def test_the_validation_loss_is_seen_in_the_curve(tmp_path: Path) -> None:
     assert orange[1] > 10
 
 
-def test_a_loss_that_is_not_a_number_leaves_a_picture_all_the_same(tmp_path: Path) -> None:
+def test_a_nan_loss_still_gives_a_plot(tmp_path: Path) -> None:
     path = write_metrics(tmp_path / "metrics.jsonl", 5)
     with path.open("a") as stream:
         stream.write('{"step": 6, "name": "train_loss", "value": NaN, "time": 0}\n')
@@ -83,7 +83,7 @@ def test_a_loss_that_is_not_a_number_leaves_a_picture_all_the_same(tmp_path: Pat
     opened(tmp_path / "curve.png")
 
 
-def test_drawing_again_replaces_the_picture_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_drawing_again_replaces_the_image_and_leaves_no_other_file(tmp_path: Path) -> None:
     target = tmp_path / "plots" / "curve.png"
     for steps in (2, 50):
         training_curve(write_metrics(tmp_path / "metrics.jsonl", steps), target, "run")
@@ -114,7 +114,7 @@ def test_the_answer_sheet_grows_by_rows_of_five(tmp_path: Path) -> None:
     assert all(1000 <= width <= 2000 for width, _ in sizes)
 
 
-def test_pictures_are_seen_in_the_sheet(tmp_path: Path) -> None:
+def test_images_are_visible_in_the_sheet(tmp_path: Path) -> None:
     answer_sheet(answers("a fox"), lambda row: Image.new("RGB", (16, 16), (255, 0, 0)), tmp_path / "sheet.png", "run")
     pixels = np.asarray(opened(tmp_path / "sheet.png").convert("RGB"))
     assert (pixels == (255, 0, 0)).all(axis=-1).sum() > 1000
@@ -123,6 +123,6 @@ def test_pictures_are_seen_in_the_sheet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "answer", ["", "a very long answer " * 10, "line\nbreaks\n", "5 $ or 6 $", r"$\frac{1}$ of $\nothing$", r"100% \alpha_{x}^{y"]
 )
-def test_whatever_a_model_answers_is_shown_as_plain_text(tmp_path: Path, answer: str) -> None:
+def test_answers_are_shown_as_plain_text(tmp_path: Path, answer: str) -> None:
     answer_sheet(answers(answer), no_image, tmp_path / "sheet.png", "run")
     opened(tmp_path / "sheet.png")

@@ -1,11 +1,8 @@
 """Two checkpoints, kept by a real Lightning trainer: the best by the monitored metric, and really the latest; whole, always."""
 
-import errno
 import math
-import os
 import shutil
 import threading
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +14,17 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from raytrain2p.config.settings import CheckpointSettings
-from raytrain2p.storage.errors import StorageError, storage_error
+from raytrain2p.storage.errors import StorageError
 from raytrain2p.tracking.checkpoints import (
     LAST,
     CheckpointScore,
     best_checkpoint,
-    damage,
     last_checkpoint,
     resumable_checkpoint,
-    settle,
-    write_checkpoint,
 )
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
+from tests.tracking.checkpoint_files import content, flip_bit, load, names, tear
 from tests.training import ScriptedMetrics, trainer_in
 
 Values = Callable[[int], dict[str, float]]
@@ -119,12 +114,6 @@ def fit(
     return notes, scored
 
 
-def load(path: Path | None) -> dict[str, Any]:
-    assert path is not None
-    found: dict[str, Any] = torch.load(path, weights_only=True)
-    return found
-
-
 def step_of(path: Path | None) -> int:
     """The step of a checkpoint; its weight must agree."""
     found = load(path)
@@ -132,28 +121,8 @@ def step_of(path: Path | None) -> int:
     return int(found["global_step"])
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def saved_steps(notes: list[tuple[str, int]]) -> list[int]:
     return [step for what, step in notes if what == "save"]
-
-
-def tear(path: Path) -> None:
-    """Leave the first half of a file."""
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_bit(path: Path) -> None:
-    """Change one bit of the weight; the file keeps its size, and torch notices nothing."""
-    weight = load(path)["state_dict"]["weight"].numpy().tobytes()
-    with zipfile.ZipFile(path) as archive:
-        (offset,) = [info.header_offset for info in archive.infolist() if archive.read(info) == weight]
-    content = bytearray(path.read_bytes())
-    content[content.index(weight, offset)] ^= 1
-    path.write_bytes(content)
-    assert load(path)["state_dict"]["weight"].numpy().tobytes() != weight
 
 
 # which are kept
@@ -339,26 +308,7 @@ def test_after_a_kill_before_the_best_was_named_it_is_made_from_the_last(tmp_pat
     assert step_of(best_checkpoint(tmp_path)) == 4
 
 
-def test_settling_makes_no_best_of_a_last_that_is_not_it(tmp_path: Path) -> None:
-    (tmp_path / LAST).write_bytes(b"a later step")
-    (tmp_path / "best-epoch=00-train_loss=2.0000.ckpt").write_bytes(b"an older best")
-    settle(tmp_path, "best-epoch=01-train_loss=1.0000.ckpt", is_last=False)
-    assert names(tmp_path) == ["best-epoch=00-train_loss=2.0000.ckpt", "last.ckpt"]
-
-
-def test_settling_a_directory_in_order_changes_nothing(tmp_path: Path) -> None:
-    fit(tmp_path, by_epoch(1.0, 2.0), 2)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    settle(tmp_path, "best-epoch=00-train_loss=1.0000.ckpt", is_last=False)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-# which one to resume from
-
-
-def test_the_last_is_resumed_from_if_it_is_whole(tmp_path: Path) -> None:
-    fit(tmp_path, by_epoch(1.0, 2.0), 2)
-    assert resumable_checkpoint(tmp_path) == (tmp_path / LAST, [])
+# which one to go on from
 
 
 @pytest.mark.parametrize("harm", [tear, flip_bit, lambda path: path.write_bytes(b"")], ids=["torn", "a bit flipped", "empty"])
@@ -377,81 +327,7 @@ def test_a_damaged_last_is_named_and_the_best_is_resumed_from(tmp_path: Path, ha
     assert step_of(last_checkpoint(tmp_path)) == 6
 
 
-def test_if_both_are_damaged_both_are_named_and_there_is_none(tmp_path: Path) -> None:
-    fit(tmp_path, by_epoch(1.0, 2.0), 2)
-    best = tmp_path / "best-epoch=00-train_loss=1.0000.ckpt"
-    tear(tmp_path / LAST)
-    flip_bit(best)
-    path, complaints = resumable_checkpoint(tmp_path)
-    assert path is None
-    assert [complaint.partition(" is damaged")[0] for complaint in complaints] == [str(tmp_path / LAST), str(best)]
-
-
-def test_a_flipped_bit_and_a_torn_file_have_different_reasons(tmp_path: Path) -> None:
-    fit(tmp_path, by_epoch(1.0), 1)
-    assert damage(tmp_path / LAST) is None
-    flip_bit(tmp_path / LAST)
-    assert "checksum" in str(damage(tmp_path / LAST))
-    tear(tmp_path / LAST)
-    assert "BadZipFile" in str(damage(tmp_path / LAST))
-
-
-def test_a_whole_archive_that_is_no_checkpoint_is_damage(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / LAST, "w") as archive:
-        archive.writestr("notes.txt", "something else")
-    assert damage(tmp_path / LAST) is not None
-    assert resumable_checkpoint(tmp_path)[0] is None
-
-
-def test_what_a_kill_left_half_written_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / ".last.ckpt.aside-4711").write_bytes(b"half")
-    (tmp_path / ".best-epoch=00-train_loss=1.0000.ckpt.aside-4711").write_bytes(b"half")
-    assert resumable_checkpoint(tmp_path) == (None, [])
-    assert best_checkpoint(tmp_path) is None
-    assert last_checkpoint(tmp_path) is None
-
-
-def test_an_empty_or_absent_directory_has_neither(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "absent"):
-        assert best_checkpoint(folder) is None
-        assert last_checkpoint(folder) is None
-        assert resumable_checkpoint(folder) == (None, [])
-
-
 # how a file is written
-
-
-def content(megabytes: float, value: float = 1.0) -> dict[str, Any]:
-    return {"state_dict": {"weight": torch.full((round(megabytes * 250_000),), value)}}
-
-
-def test_a_checkpoint_and_the_best_are_one_file_on_disk_and_nothing_is_left_beside(tmp_path: Path) -> None:
-    (tmp_path / "best-epoch=00-x=9.0000.ckpt").write_bytes(b"an older best")
-    write_checkpoint(content(0.1), tmp_path / LAST, "best-epoch=01-x=1.0000.ckpt")
-    assert names(tmp_path) == ["best-epoch=01-x=1.0000.ckpt", "last.ckpt"]
-    assert (tmp_path / LAST).samefile(tmp_path / "best-epoch=01-x=1.0000.ckpt")
-    write_checkpoint(content(0.1, 2.0), tmp_path / LAST, None)
-    assert load(tmp_path / "best-epoch=01-x=1.0000.ckpt")["state_dict"]["weight"][0] == 1
-    assert load(tmp_path / LAST)["state_dict"]["weight"][0] == 2
-
-
-def test_a_file_system_without_hard_links_gets_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def link(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", link)
-    write_checkpoint(content(0.1), tmp_path / LAST, "best-epoch=00-x=1.0000.ckpt")
-    assert names(tmp_path) == ["best-epoch=00-x=1.0000.ckpt", "last.ckpt"]
-    assert (tmp_path / LAST).read_bytes() == (tmp_path / "best-epoch=00-x=1.0000.ckpt").read_bytes()
-
-
-def test_a_best_of_the_same_name_is_replaced_by_the_new_one(tmp_path: Path) -> None:
-    name = CheckpointScore(0, 2, "train_loss", 1.00001).file_name()
-    assert name == CheckpointScore(0, 4, "train_loss", 1.00002).file_name()
-    write_checkpoint(content(0.1, 1.0), tmp_path / LAST, name)
-    write_checkpoint(content(0.1, 2.0), tmp_path / LAST, name)
-    assert names(tmp_path) == [name, "last.ckpt"]
-    assert load(tmp_path / name)["state_dict"]["weight"][0] == 2
 
 
 def test_what_is_saved_is_what_there_was_at_the_moment_of_saving(tmp_path: Path) -> None:
@@ -474,23 +350,6 @@ def test_the_directory_is_made_with_the_first_checkpoint(tmp_path: Path) -> None
     assert names(tmp_path / "checkpoints") == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
 
 
-def reports_full_disk(text: str, path: Path) -> None:
-    assert text.startswith(f"{path} cannot be written: no space left; needed 1.5 MB, free ")
-    assert 0 < float(text.rpartition("free ")[2].removesuffix(" MB")) < 1.1
-    assert "\n" not in text
-
-
-def test_a_full_disk_is_reported_with_path_and_sizes_and_the_previous_file_stays(small_disk: Path) -> None:
-    write_checkpoint(content(0.3), small_disk / LAST, "best-epoch=00-x=1.0000.ckpt")
-    with pytest.raises(StorageError) as caught:
-        write_checkpoint(content(1.5, 2.0), small_disk / LAST, "best-epoch=01-x=0.5000.ckpt")
-    reports_full_disk(str(caught.value), small_disk / LAST)
-    assert names(small_disk) == ["best-epoch=00-x=1.0000.ckpt", "last.ckpt"]
-    for name in names(small_disk):
-        assert damage(small_disk / name) is None
-        assert load(small_disk / name)["state_dict"]["weight"][0] == 1
-
-
 @pytest.mark.parametrize("what_follows", ["save", "teardown"])
 def test_a_full_disk_is_reported_by_the_next_save_or_the_end(small_disk: Path, what_follows: str) -> None:
     files = AsyncCheckpointIO()
@@ -510,14 +369,3 @@ def test_training_on_a_disk_that_fills_up_ends_with_a_storage_error(small_disk: 
     assert names(small_disk) == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
     assert resumable_checkpoint(small_disk) == (small_disk / LAST, [])
     assert step_of(last_checkpoint(small_disk)) == 2
-
-
-def test_a_checkpoint_is_not_written_in_the_place_of_a_run_directory_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="is gone"):
-        write_checkpoint(content(0.1), tmp_path / "a run" / "lightning_checkpoints" / LAST, None)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_is_gone_is_reported_as_such(tmp_path: Path) -> None:
-    path = tmp_path / "unmounted" / LAST
-    assert f"{tmp_path / 'unmounted'} is gone" in str(storage_error(path, OSError(errno.EIO, "Input/output error"), 10))
