@@ -84,7 +84,7 @@ def cluster_capacity() -> Capacity:
 
 
 def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
-    """Resources that the launch asks for and the cluster does not have: Ray would wait for them for ever."""
+    """Resources that the launch asks for and the cluster does not have: Ray would wait for them forever."""
     problems = []
     gpus = 1 if launch.use_gpu else 0
     if launch.use_gpu and capacity.gpus < launch.num_workers:

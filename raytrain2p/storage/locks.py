@@ -21,7 +21,7 @@ class Lock:
 
     @contextmanager
     def held(self, seconds: float = 0.0) -> Iterator[str | None]:
-        """Try for that long (`math.inf`: for ever). Yields None if this process has the lock, else the holder, such as
+        """Try for that long (`math.inf`: forever). Yields None if this process has the lock, else the holder, such as
         `pid 4711 on node3`."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as stream:

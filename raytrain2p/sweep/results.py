@@ -226,7 +226,7 @@ def write_results(directory: Path, results: Sequence[TrialResult], settings: Seq
 
 def retrain_command(run: Run, phase: int) -> str:
     """The command that trains a trial again, in a new run and with all CPUs."""
-    config = shlex.quote(f"{run.directory}/config.json")
+    config = shlex.quote(str(run.files.config))
     return f"python -m raytrain2p.train --phase {phase} --config {config} launch.cpus_per_worker=null"
 
 

@@ -27,7 +27,6 @@ from raytrain2p.sweep.space import Axis, Values
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-JOURNAL = "study.jsonl"
 STUDY = "sweep"
 NUMBER = "trial"  # attribute of a study's trial: the number of the sweep's trial. A study counts its orphaned trials too
 

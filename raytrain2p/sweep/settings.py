@@ -16,12 +16,12 @@ _SEARCH = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED) 
 
 
 class AshaSettings(SettingsGroup):
-    """Asynchronous successive halving (arXiv:1810.05934): at each rung, only the best share of the trials goes on."""
+    """Asynchronous successive halving (arXiv:1810.05934): at each rung, only the best share of the trials continues."""
 
     time_attr: Literal["step", "epoch"] = setting("step", "what rungs are counted in", _SEARCH)
     grace_period: PositiveInt = setting(1, "first rung: no trial is stopped before it", _SEARCH)
     reduction_factor: Annotated[float, Field(gt=1)] = setting(
-        3, "the best 1/FACTOR of a rung goes on to the next, FACTOR times as far", _SEARCH
+        3, "the best 1/FACTOR of a rung continues to the next, FACTOR times as far", _SEARCH
     )
 
 
@@ -44,7 +44,7 @@ class SweepSettings(SettingsGroup):
         None, "trials at once (default: as many as the cluster has room for)", _SEARCH.but(sweep_resume=FREE)
     )
     time_budget_s: PositiveFloat | None = setting(
-        None, "seconds after which no trial goes on; null for no limit", _SEARCH.but(sweep_resume=FREE)
+        None, "seconds after which all trials are stopped; null for no limit", _SEARCH.but(sweep_resume=FREE)
     )
     metric: Literal["val/loss", "train_loss"] = setting("val/loss", "metric that trials are compared by", _SEARCH)
     mode: Literal["min", "max"] = setting("min", "whether a smaller or a larger metric is better", _SEARCH)
@@ -55,7 +55,7 @@ class SweepSettings(SettingsGroup):
     asha: AshaSettings = AshaSettings()
     pbt: PbtSettings = PbtSettings()
     max_failures: Annotated[int, Field(ge=0)] = setting(
-        1, "restarts of a trial that fails; the others go on meanwhile", _SEARCH.but(sweep_resume=FREE)
+        1, "restarts of a trial that fails; the others continue", _SEARCH.but(sweep_resume=FREE)
     )
     space: dict[str, dict[str, list[Any]]] = setting(..., "setting: {distribution: arguments}, for each setting that varies", _SEARCH)
 

@@ -24,7 +24,7 @@ from raytrain2p.sweep.finalize import TrialFinalizer, write_outcome
 from raytrain2p.sweep.live_table import LiveTable
 from raytrain2p.sweep.results import EARLY, FINISHED, KILLED, OVER, SweepOutcome, Trial, TrialRecords, TrialResult
 from raytrain2p.sweep.schedulers import NO_LIMIT, scheduler_of
-from raytrain2p.sweep.search import JOURNAL, Search, TrialQueue, config_of, open_journal
+from raytrain2p.sweep.search import Search, TrialQueue, config_of, open_journal
 from raytrain2p.sweep.space import Values
 from raytrain2p.sweep.trial import SweepJob, run_trial, trial_launch_id
 from raytrain2p.tracking.run_writer import RunWriter
@@ -62,7 +62,7 @@ class SweepTuner:
         unfinished = [replace(result.trial, values=result.values) for result in known if result.state not in OVER]
         if known:
             self.console.say(f"resuming: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
-        search = Search(self.sweep, open_journal(self.job.parent.path / JOURNAL), known)
+        search = Search(self.sweep, open_journal(self.job.parent.files.study), known)
         queue = TrialQueue(unfinished, len(known), search, self._begin, self.records.result)
         table = LiveTable(self.records, self.sweep, self.job.channel, self.console)
         with table, StopSignals() as signals:

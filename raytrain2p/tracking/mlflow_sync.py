@@ -206,7 +206,7 @@ class MlflowSyncThread:
             except Exception as error:  # whatever MLflow's client raises: training must not stop for it
                 if not reported and not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
                     reported, reason = True, one_line(error)
-                    self.report(f"MLflow does not answer; training goes on, and what it lacks waits on disk ({reason})")
+                    self.report(f"MLflow does not answer; training continues, and what it lacks waits on disk ({reason})")
                 failed, wait = failed + 1, min(2 * wait, LONGEST_WAIT)
                 if closing and (failed > TRIES_AT_THE_END or time.monotonic() > self.deadline):
                     return

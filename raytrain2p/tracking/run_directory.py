@@ -60,6 +60,7 @@ class RunDirectory:
     sync_state = Entry(".mirror.json")  # how much of it MLflow has
     lineage = Entry("lineage.jsonl")  # of a trial: whose weights it took over
     trials = Entry("trials")  # of a sweep: a file for each trial
+    study = Entry("study.jsonl")  # of a sweep: Optuna's journal
     trials_table = Entry("trials.csv")  # of a sweep
     best_trial = Entry("best.json")  # of a sweep
 
