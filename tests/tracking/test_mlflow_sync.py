@@ -356,7 +356,7 @@ def test_a_run_whose_metrics_file_has_lost_sent_points_is_not_complete(settings:
     assert not mlflow_sync.complete()
 
 
-# while training goes on
+# while training continues
 
 
 class Counted(MlflowSync):
@@ -443,7 +443,7 @@ def test_an_outage_is_reported_once_and_training_continues(settings: Settings, s
         run.files.write_status("FINISHED")
         assert not thread.close(0)
     (line,) = reported
-    assert "training goes on" in line
+    assert "training continues" in line
     assert "hunter2" not in line
     assert not mlflow_sync.complete()
     assert sync_of(settings, run).state["sent"] == 0
@@ -502,7 +502,7 @@ def test_everything_is_sent_when_a_store_is_back(settings: Settings, started: St
         assert thread.close(60)
     assert history(settings, run) == values(1, 2, 3, 4, 5)
     away_line, back_line = reported
-    assert "training goes on" in away_line
+    assert "training continues" in away_line
     assert "MLflow is back" in back_line
     assert mlflow_run(settings, run).info.status == "FINISHED"
 

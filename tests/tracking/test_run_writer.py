@@ -261,7 +261,7 @@ def test_training_needs_no_mlflow(settings: Settings, reported: list[str], monke
     assert steps(run) == [1, 2]
     assert run.files.read_status()["status"] == "FINISHED"
     (line,) = reported
-    assert "training goes on" in line
+    assert "training continues" in line
 
 
 def test_a_full_disk_is_reported_with_the_path_and_written_points_stay(
