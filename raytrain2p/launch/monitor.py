@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
 
 import ray
 
@@ -19,7 +18,7 @@ from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.launch.progress import Console, followed
 from raytrain2p.launch.signals import StoppedError, fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
-from raytrain2p.phases.inputs import InputDigests
+from raytrain2p.phases.inputs import InputDigests, Split
 from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
@@ -27,9 +26,6 @@ from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
-
-if TYPE_CHECKING:
-    from raytrain2p.phases.inputs import Split
 
 
 class TrainingFailedError(RuntimeError):

@@ -76,10 +76,7 @@ class LiveTable:
         if update is not None:
             self.progress[update.trial] = update.line
         for line in lines:
-            if self.live is not None:
-                self.console.rich.print(line, markup=False, highlight=False)
-            else:
-                self.console.say(line)
+            self.console.say(line)
 
     def _draw(self, results: list[TrialResult], all_trials: bool) -> None:
         if self.live is not None:
