@@ -10,7 +10,7 @@ quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 2
 	@echo
 	@echo "Open the MLflow UI:            $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-	@echo "Ask the model about a image: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
+	@echo "Ask the model about an image: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
 
 test: install-dev checks unit
 

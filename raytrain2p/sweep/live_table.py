@@ -36,7 +36,7 @@ class LiveTable:
         self.printed_at = time.monotonic()
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._follow, name="trial-table", daemon=True)
-        self.live = Live(console=console.rich, auto_refresh=False) if console.live else None
+        self.live = Live(console=console.rich, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) if console.live else None
 
     def __enter__(self) -> "LiveTable":
         if self.live is not None:
