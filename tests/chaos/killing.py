@@ -8,11 +8,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import torch
 
@@ -156,16 +158,14 @@ def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = ST
 
 
 def processes(title: str) -> list[int]:
-    """IDs of the processes whose command line begins like this; Ray gives its processes titles."""
+    """IDs of the processes that this one has started, directly or not, whose command line begins like this; Ray gives its
+    processes titles. Another launch on the same machine is never among them.
+    """
     found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if line.startswith(title.encode()):
-                found.append(int(entry.name))
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
     return found
 
 
