@@ -16,8 +16,11 @@ from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, cross_field_problems, flatten_tree
 
-# Names that settings had before, for the hint in the message.
-RENAMED = {"training.batch_size": "training.global_batch_size", "training.accumulate": "training.micro_batch_size"}
+# Settings of before, and what to set now.
+RENAMED = {
+    "training.batch_size": "set training.global_batch_size: batch_size x accumulate x launch.num_workers",
+    "training.accumulate": "set training.micro_batch_size: records per worker and forward pass",
+}
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -134,8 +137,6 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
 def nearest_key(kind: type[BaseModel], key: str) -> str | None:
     """The valid setting whose path, or else whose last part, is most similar to `key`."""
     keys = list(known_keys(kind))
-    if RENAMED.get(key) in keys:
-        return RENAMED[key]
     if close := difflib.get_close_matches(key, keys, n=1, cutoff=0.75):
         return close[0]
     by_name = {path.rsplit(".", 1)[-1]: path for path in reversed(keys)}
@@ -186,7 +187,8 @@ def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence
     where = origin or (f"{key} = {detail['input']!r} in {path}" if key else str(path))
     if detail["type"] == "extra_forbidden":
         nearest = nearest_key(kind, key)
-        return Problem(where, "no such setting", f"did you mean {nearest}?" if nearest else "`--help` lists every setting")
+        hint = f"did you mean {nearest}?" if nearest else "`--help` lists every setting"
+        return Problem(where, "no such setting", RENAMED.get(key, hint))
     if detail["type"] == "missing":
         return Problem(f"{key} in {path}", "is missing", f"set it: {known_keys(kind)[key].description}" if key in known_keys(kind) else "")
     if detail["type"] == "value_error":

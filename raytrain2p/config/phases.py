@@ -16,6 +16,7 @@ class Phase:
         experiment: MLflow experiment, unless another is set.
         required_fields: fields that each of its records must have.
         optional_fields: fields that its records may have.
+        next_command: what to do with a run of it; `{run}` stands for its ID.
     """
 
     number: int
@@ -23,10 +24,27 @@ class Phase:
     artifact: str
     experiment: str
     required_fields: tuple[str, ...]
-    optional_fields: tuple[str, ...] = ()
+    optional_fields: tuple[str, ...]
+    next_command: str
 
 
-ALIGNMENT = Phase(1, "alignment", "aligner.pt", "phase1_alignment", ("text", "image"))
-INSTRUCTION = Phase(2, "phase2", "model.pt", "phase2_training_with_pretrained_aligner", ("instruction", "response"), ("image", "task"))
+ALIGNMENT = Phase(
+    1,
+    "alignment",
+    "aligner.pt",
+    "phase1_alignment",
+    required_fields=("text", "image"),
+    optional_fields=(),
+    next_command="python -m raytrain2p.train --phase 2 --aligner {run}",
+)
+INSTRUCTION = Phase(
+    2,
+    "phase2",
+    "model.pt",
+    "phase2_training_with_pretrained_aligner",
+    required_fields=("instruction", "response"),
+    optional_fields=("image", "task"),
+    next_command='python -m raytrain2p.predict --run {run} --image FILE "What does the picture show?"',
+)
 PHASES = {phase.number: phase for phase in (ALIGNMENT, INSTRUCTION)}
 PHASES_BY_NAME = {phase.name: phase for phase in PHASES.values()}

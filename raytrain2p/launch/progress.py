@@ -15,7 +15,7 @@ from rich.text import Text
 
 from raytrain2p.config.cli import printable
 from raytrain2p.launch.quiet import own_stderr
-from raytrain2p.worker.channel import RunChannel, Stage, StepProgress
+from raytrain2p.worker.channel import SECONDS_TO_ANSWER, RunChannel, Stage, StepProgress
 
 PLAIN_SECONDS = 15.0  # between two lines of progress outside a terminal
 PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
@@ -128,7 +128,7 @@ def followed(channel: RunChannel, console: Console) -> Iterator[None]:
                 stage = update.name
                 console.clear()
                 console.say(stage)
-            elif isinstance(update, StepProgress):
+            elif isinstance(update, StepProgress) and not done.is_set():
                 console.show(describe(update))
 
     thread = threading.Thread(target=follow, daemon=True)
@@ -137,5 +137,5 @@ def followed(channel: RunChannel, console: Console) -> Iterator[None]:
         yield
     finally:
         done.set()
-        thread.join(timeout=10)
+        thread.join(POLL_SECONDS + SECONDS_TO_ANSWER + 1)
         console.clear()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pydantic import ValidationError
 
 from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
-from raytrain2p.config.metadata import FIXED, belongs_to, settings_where
+from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, planned_steps
 from raytrain2p.storage.files import read_json
@@ -22,12 +22,15 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
         digests: of the inputs; None if they could not be read.
 
     Raises:
-        InputError: every setting that differs and must not, and other inputs.
+        InputError: every setting that differs and must not, and other inputs; or the run is of an older version.
     """
     config = run.files.read_config()
     if config is None:
         return  # it ended before it wrote its settings, and so before it trained
     before, after = flatten_tree(config), without_passwords(flatten(settings))
+    if unknown := [key for key in before if not belongs_to(key, known_keys(type(settings)))]:
+        older = f"began with settings that this version does not have: {', '.join(unknown)}"
+        raise InputError(Problem(f"run {run.run_id[:8]}", older, "begin a new run"))
     fixed = settings_where(type(settings), lambda metadata: metadata.resume == FIXED)
     problems = [
         Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {before.get(key)}", f"set {key}={before.get(key)}")

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from raytrain2p.config import Settings
 from raytrain2p.config.cli import printable
+from raytrain2p.config.phases import PHASES
 from raytrain2p.config.secrets import masked
 from raytrain2p.launch.progress import Console
 from raytrain2p.worker.job import Outcome
@@ -16,11 +17,7 @@ SHARES = ("recall", "chance", "exact_match", "majority")  # metrics between 0 an
 
 def print_summary(outcome: Outcome, phase: int, settings: Settings, console: Console) -> None:
     short = outcome.run_id[:8]
-    command = (
-        f"python -m raytrain2p.train --phase 2 --aligner {short}"
-        if phase == 1
-        else f'python -m raytrain2p.predict --run {short} --image FILE "What does the picture show?"'
-    )
+    command = PHASES[phase].next_command.format(run=short)
     console.say(f"\nrun        {outcome.run_id}\ndirectory  {outcome.directory}\nartifact   {outcome.artifact}\n")
     console.draw(metric_table(outcome.metrics))
     console.say(f"\nnext       {command}\ncompare    mlflow ui --backend-store-uri {masked(settings.tracking.uri)}")

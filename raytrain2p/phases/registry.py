@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from raytrain2p.config import Settings
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.phases.inputs import PhaseInputs, Split
 
 if TYPE_CHECKING:  # Lightning
@@ -26,7 +27,7 @@ def read_inputs(settings: Settings, phase: int) -> PhaseInputs:
     from raytrain2p.phases.alignment import data as alignment
     from raytrain2p.phases.instruction import data as instruction
 
-    readers: dict[int, Callable[..., PhaseInputs]] = {1: alignment.read_inputs, 2: instruction.read_inputs}
+    readers: dict[int, Callable[..., PhaseInputs]] = {ALIGNMENT.number: alignment.read_inputs, INSTRUCTION.number: instruction.read_inputs}
     return readers[phase](settings)
 
 
@@ -52,11 +53,12 @@ PhaseFunctions = TypedPhaseFunctions[Settings, "PhaseModule", Split]  # of which
 
 def phase_functions(phase: int) -> PhaseFunctions:
     """The functions of a phase; imports Lightning."""
-    if phase == 1:
+    if phase == ALIGNMENT.number:
         from raytrain2p.phases.alignment import module as alignment
 
         functions = TypedPhaseFunctions(alignment.build, alignment.online, alignment.evaluate, alignment.export)
         return cast(PhaseFunctions, functions)
+    assert phase == INSTRUCTION.number
     from raytrain2p.phases.instruction import evaluate, module
 
     return cast(PhaseFunctions, TypedPhaseFunctions(module.build, module.online, evaluate.evaluate, module.export))

@@ -59,6 +59,6 @@ def reporting_disk_errors(path: Path, needed: int) -> Iterator[None]:
     except StorageError:
         raise
     except (OSError, RuntimeError) as error:
-        if not isinstance(error, OSError) and not is_disk_failure(error):
+        if not isinstance(error, OSError) and not isinstance(error.__context__, OSError):  # what torch's writer makes of one
             raise
         raise storage_error(path, error, needed) from None

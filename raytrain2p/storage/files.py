@@ -9,6 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# What file systems answer that cannot sync a directory: network and FUSE mounts among them.
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
@@ -71,7 +74,7 @@ def _aside(path: Path) -> Iterator[Path]:
         try:
             _sync(path.parent)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # a file system that cannot sync a directory
+            if error.errno not in NO_DIRECTORY_SYNC:
                 raise
     finally:
         with suppress(OSError):  # on a disk that has failed: its first error is the one to report

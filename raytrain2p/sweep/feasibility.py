@@ -3,7 +3,6 @@
 import itertools
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
@@ -11,7 +10,7 @@ from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_aligner
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import check_resumable
-from raytrain2p.phases.inputs import check_global_batch
+from raytrain2p.phases.inputs import PhaseInputs, check_global_batch
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.sweep.results import OVER, TrialRecords
 from raytrain2p.sweep.schedulers import longest
@@ -22,7 +21,7 @@ from raytrain2p.sweep.trial import splits_key
 MOST_SPLITS = 32  # distinct splits that are prepared before the first trial
 
 
-def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
+def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseInputs]]:
     """Every check that needs no cluster.
 
     Returns:
@@ -36,14 +35,13 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, Any]]:
         sweep = replace(sweep, base=resolve_aligner(sweep.base, console))
     with findings:
         findings.extend(check_before_connecting(sweep_launch(sweep)))
-    console.show("reading records and decoding new images")
-    inputs_by_key: dict[str, Any] = {}
-    for values in split_variants(sweep):
-        with findings:
-            settings = sweep.settings(values)
-            if (key := splits_key(settings)) not in inputs_by_key:
-                inputs_by_key[key] = read_inputs(settings, sweep.options.phase)
-    console.clear()
+    inputs_by_key: dict[str, PhaseInputs] = {}
+    with console.status("reading records and decoding new images"):
+        for values in split_variants(sweep):
+            with findings:
+                settings = sweep.settings(values)
+                if (key := splits_key(settings)) not in inputs_by_key:
+                    inputs_by_key[key] = read_inputs(settings, sweep.options.phase)
     for axis in sweep.axes:
         for value in axis.probes() if inputs_by_key else ():
             with suppress(InputError):  # reported already
@@ -68,7 +66,7 @@ def split_variants(sweep: Sweep) -> list[Values]:
     return [{}, *combinations] if sweep.options.try_defaults else combinations
 
 
-def rung_problems(sweep: Sweep, inputs_by_key: dict[str, Any]) -> list[Problem]:
+def rung_problems(sweep: Sweep, inputs_by_key: dict[str, PhaseInputs]) -> list[Problem]:
     """A first rung, or a first exchange of weights, that is beyond the end of training."""
     options = sweep.options
     if options.scheduler == "none" or not inputs_by_key:
@@ -89,7 +87,7 @@ def rung_problems(sweep: Sweep, inputs_by_key: dict[str, Any]) -> list[Problem]:
     ]
 
 
-def check_trials(trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[str, Any]) -> None:
+def check_trials(trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[str, PhaseInputs]) -> None:
     """Check that the trials that are not over can be resumed.
 
     Raises:

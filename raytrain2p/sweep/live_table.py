@@ -14,7 +14,7 @@ from rich.text import Text
 from raytrain2p.launch.progress import POLL_SECONDS, Console
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
-from raytrain2p.worker.channel import SweepChannel
+from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel
 
 PLAIN_SECONDS = 30.0  # between two lines about a trial whose state does not change
 PAUSE_PER_READING = 20  # the pause between two readings of the trials' files, in times of what a reading takes
@@ -46,7 +46,7 @@ class LiveTable:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.done.set()
-        self.thread.join(timeout=10)
+        self.thread.join(POLL_SECONDS + SECONDS_TO_ANSWER + 1)
         with suppress(ray.exceptions.RayError):
             self._receive(0.1)
         self._draw(self.records.results(), all_trials=False)

@@ -265,18 +265,19 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
 
 def sweep_page(run: Run, command: str) -> str:
     """README.md of a sweep's directory."""
+    files = run.files
     return f"""# Sweep {run.run_id}
 
 Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a parent run, and a child run for each trial.
 
 | file | what it is |
 |---|---|
-| `trials.csv` | every trial: its state, its settings, its best objective, its run and directory |
-| `best.json` | the best trial, and the command that trains it again |
-| `plots/` | objective by trial, learning curves, settings against objective, and which settings matter |
-| `config.json` | the space and every other setting |
-| `trials/` | the record of each trial |
-| `study.jsonl` | the Optuna study: what the search has proposed and learnt |
+| `{files.trials_table.name}` | every trial: its state, its settings, its best objective, its run and directory |
+| `{files.best_trial.name}` | the best trial, and the command that trains it again |
+| `{files.plots.name}/` | objective by trial, learning curves, settings against objective, and which settings matter |
+| `{files.config.name}` | the space and every other setting |
+| `{files.trials.name}/` | the record of each trial |
+| `{files.study.name}` | the Optuna study: what the search has proposed and learnt |
 
 Started with
 

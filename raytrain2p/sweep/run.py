@@ -2,7 +2,6 @@
 
 import uuid
 from contextlib import ExitStack
-from typing import Any
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import PHASES, SWEEPS
@@ -12,6 +11,7 @@ from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
+from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
 from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
@@ -52,7 +52,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         prepare_store(sweep.base, experiment)
         holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
         if holder is not None:
-            raise InputError(Problem(f"--resume {launch_id}", f"is already running: {holder}", "wait for its end"))
+            raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
             check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key)
         splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
@@ -67,7 +67,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
 
 
 def prepare_splits(
-    sweep: Sweep, inputs_by_key: dict[str, Any], capacity: Capacity, verbose: bool, console: Console
+    sweep: Sweep, inputs_by_key: dict[str, PhaseInputs], capacity: Capacity, verbose: bool, console: Console
 ) -> dict[str, PreparedSplits]:
     """Compute missing features, and put the splits that the trials share into Ray's object store."""
     splits: dict[str, PreparedSplits] = {}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from raytrain2p.config import Settings
-from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME
+from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
@@ -189,11 +189,6 @@ def end_unrecorded(uri: str, launch_id: str, status: str) -> None:
 
 def _readme(run: Run, command: str) -> str:
     phase, files = PHASES_BY_NAME[run.phase], run.files
-    use = (
-        f"python -m raytrain2p.train --phase 2 --aligner {run.run_id[:8]}"
-        if phase == ALIGNMENT
-        else f'python -m raytrain2p.predict --run {run.run_id[:8]} --image FILE "What does the picture show?"'
-    )
     return f"""# {run.phase} run {run.run_id}
 
 Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
@@ -213,7 +208,7 @@ Trained with
 
 Use it:
 
-    {use}
+    {phase.next_command.format(run=run.run_id[:8])}
 
 Resume it, if it did not finish:
 

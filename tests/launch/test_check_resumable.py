@@ -38,6 +38,14 @@ def test_workers_and_passes_may_change(run: Run, overrides: list[str]) -> None:
     check_resumable(run, load_settings(2, None, [*TRAINING, *overrides]), DIGESTS)
 
 
+def test_a_run_of_an_older_version_is_refused(run: Run) -> None:
+    config = json.loads(run.files.config.read_text())
+    config["training"] |= {"batch_size": 8, "accumulate": 2}
+    del config["training"]["global_batch_size"]
+    run.files.write_config(config)
+    assert "this version does not have: training.batch_size, training.accumulate" in refused(run)
+
+
 def test_the_global_batch_is_fixed(run: Run) -> None:
     said = refused(run, "training.global_batch_size=16")
     assert "training.global_batch_size=16\n    cannot change: run 00000000 began with 8\n    fix: set training.global_batch_size=8" in said

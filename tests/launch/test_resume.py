@@ -208,6 +208,6 @@ def test_reconcile_marks_a_run_whose_driver_was_killed_as_failed(
     assert status(launch) == "RUNNING"
     reconciled = run_command(launch.folder, "raytrain2p.runs", "reconcile")
     assert reconciled.code == 0, reconciled.err
-    assert "died without a word: FAILED" in reconciled.out
+    assert "orphaned, no process works on it: FAILED" in reconciled.out
     assert status(launch) == "FAILED"
     assert len(launch.directories()) == 1

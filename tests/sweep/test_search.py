@@ -335,7 +335,7 @@ def test_shares_of_the_head_bound_a_population_and_leave_some_for_others(at_once
 
 
 def test_rungs_and_exchanges_after_the_end_are_refused(tmp_path: Path) -> None:
-    inputs = {"": SimpleNamespace(records=1600)}
+    inputs: dict[str, Any] = {"": SimpleNamespace(records=1600)}
     for interval, count in ((50, 0), (100, 1)):
         only_rate = {"training.learning_rate": SPACE["training.learning_rate"]}
         pbt = sweep_of(tmp_path, scheduler="pbt", pbt={"interval": interval}, space=only_rate)
