@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -83,13 +84,16 @@ def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
-    """End a node by its process ID. `ray start --block` ends its daemons within 2 seconds, but often not itself."""
+    """End a node and all that it has started, by their process IDs. `ray start --block` ends its daemons within 2 seconds, but
+    often not itself, and at times not its agents.
+    """
+    started = psutil.Process(node.pid).children(recursive=True)
     node.terminate()
-    try:
-        node.wait(timeout=4)
-    except subprocess.TimeoutExpired:
-        node.kill()
-        node.wait()
+    _, alive = psutil.wait_procs([psutil.Process(node.pid), *started], timeout=4)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    node.wait()
 
 
 @dataclass(frozen=True)
