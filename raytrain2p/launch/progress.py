@@ -47,10 +47,10 @@ class Console:
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or own_stderr()
-        terminal = self.stream.isatty()
+        stream = stream or own_stderr()
+        terminal = stream.isatty()
         self.rich = _Terminal(
-            file=self.stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
+            file=stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
         )
         self.live = terminal and not self.rich.is_dumb_terminal
         self._status: Live | None = None

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,6 +52,23 @@ def digest_records(records: Iterable[Record], image_keys: Mapping[ImageRef, byte
         image = image_keys[record.image].hex() if record.image is not None else None
         digest.update(json.dumps([record.text, record.instruction, record.response, record.task, image]).encode())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CheckedRecords:
+    """What the inputs of both phases have: records by split, the content keys of their images, and what to encode."""
+
+    splits: dict[str, list[Record]]
+    image_keys: dict[ImageRef, bytes]
+    jobs: tuple[EncoderJob, ...]
+
+    @property
+    def records(self) -> int:
+        return len(self.splits[TRAIN])
+
+    @cached_property
+    def digests(self) -> InputDigests:
+        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
 
 
 class Split(Protocol):

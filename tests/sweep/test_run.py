@@ -169,7 +169,7 @@ def test_population_based_training_continues_from_anothers_weights(tmp_path: Pat
     last = torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)
     rate = last["lr_schedulers"][0]["base_lrs"][0]
     final = json.loads((directory / "lineage.jsonl").read_text().splitlines()[-1])
-    assert rate == pytest.approx(final["settings"]["training.learning_rate"]), "it goes on with its own rate"
+    assert rate == pytest.approx(final["settings"]["training.learning_rate"]), "it continues with its own rate"
 
 
 @only_long

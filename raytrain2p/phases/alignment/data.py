@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,18 @@ from raytrain2p.config.settings import AlignmentModelSettings
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.features import FeatureStore, FeatureTable
 from raytrain2p.data.media import ImageRef, content_key, decode_image
-from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.losses import ContrastiveLoss
-from raytrain2p.phases.inputs import TRAIN, Batch, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
+from raytrain2p.phases.inputs import (
+    TRAIN,
+    Batch,
+    CheckedRecords,
+    EncoderJob,
+    check_global_batch,
+    check_images,
+    read_splits,
+)
 
 
 @dataclass(frozen=True)
@@ -54,21 +60,10 @@ class AlignmentSplit:
 
 
 @dataclass(frozen=True)
-class AlignmentInputs:
+class AlignmentInputs(CheckedRecords):
     """Everything that phase 1 trains on, checked."""
 
     settings: AlignmentSettings
-    splits: dict[str, list[Record]]
-    image_keys: dict[ImageRef, bytes]
-    jobs: tuple[EncoderJob, ...]
-
-    @property
-    def records(self) -> int:
-        return len(self.splits[TRAIN])
-
-    @cached_property
-    def digests(self) -> InputDigests:
-        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
 
     def prepare(self) -> dict[str, AlignmentSplit]:
         """Splits as arrays, once everything is encoded."""
@@ -126,7 +121,7 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
     texts: dict[bytes, ImageRef | str] = {content_key(record.text.encode()): record.text for record in records}
     items = {"text": texts, "image": {} if settings.data.features == "online" else images}
     jobs = tuple(EncoderJob(f"{modality}s", stores[modality], items[modality], specs[modality].build) for modality in items)
-    return AlignmentInputs(settings, splits, image_keys, jobs)
+    return AlignmentInputs(splits, image_keys, jobs, settings)
 
 
 def encoder_specs(model: AlignmentModelSettings) -> dict[str, EncoderSpec]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,15 @@ from raytrain2p.models.artifacts import check_fingerprint, load_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import fingerprint, model_directory
-from raytrain2p.phases.inputs import TRAIN, Batch, EncoderJob, InputDigests, check_global_batch, check_images, digest_records, read_splits
+from raytrain2p.phases.inputs import (
+    TRAIN,
+    Batch,
+    CheckedRecords,
+    EncoderJob,
+    check_global_batch,
+    check_images,
+    read_splits,
+)
 
 
 @dataclass(frozen=True)
@@ -70,22 +77,11 @@ class InstructionSplit:
 
 
 @dataclass(frozen=True)
-class InstructionInputs:
+class InstructionInputs(CheckedRecords):
     """Everything that phase 2 trains on, checked."""
 
     settings: InstructionSettings
-    splits: dict[str, list[Record]]
     tokens: dict[str, TokenRecords]
-    image_keys: dict[ImageRef, bytes]
-    jobs: tuple[EncoderJob, ...]
-
-    @property
-    def records(self) -> int:
-        return len(self.splits[TRAIN])
-
-    @cached_property
-    def digests(self) -> InputDigests:
-        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
 
     def prepare(self) -> dict[str, InstructionSplit]:
         """Splits as arrays, once everything is encoded."""
@@ -157,7 +153,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     assert store is not None
     images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
     job = EncoderJob("images", store, {} if settings.data.features == "online" else images, encoder_spec(model).build)
-    return InstructionInputs(settings, splits, tokens, image_keys, (job,))
+    return InstructionInputs(splits, image_keys, (job,), settings, tokens)
 
 
 def encoder_spec(model: InstructionModelSettings) -> EncoderSpec:
