@@ -9,22 +9,23 @@ import os
 import sys
 from pathlib import Path
 
-from raytrain2p.config import InputError, Problem, base_directory
+from raytrain2p.config import base_directory
 from raytrain2p.config.cli import exit_code
 from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.data.checks import image_problems
-from raytrain2p.data.media import ImageRef
-from raytrain2p.data.records import Record, read_records
+from raytrain2p.data.media import MEDIA
+from raytrain2p.data.reading import question_record, read_records
+from raytrain2p.data.records import Record
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.tracking.find import find_artifact
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m raytrain2p.predict", description="Ask a trained assistant about images.")
-    parser.add_argument("question", nargs="?", help="what to ask about the image")
+    parser = argparse.ArgumentParser(prog="python -m raytrain2p.predict", description="Ask a trained assistant.")
+    parser.add_argument("question", nargs="?", help="what to ask; media come first, unless placeholders such as <image> say where")
     parser.add_argument("--run", default="latest", help="phase 2 run ID or its start, a directory, a model.pt, or `latest` (default)")
-    parser.add_argument("--image", metavar="FILE", help="the image (default: none, a question about text alone)")
-    parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2; responses are not needed")
+    for modality in MEDIA:
+        parser.add_argument(f"--{modality}", action="append", default=[], metavar="FILE", help="may be given several times")
+    parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2; answers are not needed")
     parser.add_argument("--root", default="checkpoints", help="where run directories are (output.root of training)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens (default 32)")
     parser.add_argument("--batch-size", type=int, default=32, help="records per forward pass (default 32)")
@@ -47,14 +48,16 @@ def predict(options: argparse.Namespace) -> int:
     """Print an answer per record.
 
     Raises:
-        InputError: bad records or images, no such run, or a base model that differs from the one in training.
+        InputError: bad records or media, no such run, or a base model that differs from the one in training.
     """
     records = read(options)
     path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "--run")
-    answers = Predictor(path).answers(records, options.batch_size, options.max_new_tokens)
+    predictor = Predictor(path)
+    predictor.check(records)
+    answers = predictor.answers(records, options.batch_size, options.max_new_tokens)
     try:
         for record, answer in zip(records, answers, strict=True):
-            shown = {"instruction": record.instruction, "image": record.image.source if record.image else None, "answer": answer}
+            shown = {"question": record.question, "media": [str(ref) for ref in record.media()], "answer": answer}
             print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed its end, as `head` does
@@ -62,22 +65,15 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def read(options: argparse.Namespace) -> list[Record]:
-    """The records to answer, checked.
+    """The records to answer.
 
     Raises:
-        InputError: no such file, or bad records or images.
+        InputError: no such file, or bad records.
     """
     if options.file is not None:
-        records = read_records(str(Path(options.file).absolute()), 2, "--file", answered=False)
+        records = read_records(str(Path(options.file).absolute()), INSTRUCTION.number, "--file", answered=False)
     else:
-        image = None
-        if options.image is not None:
-            if not Path(options.image).is_file():
-                raise InputError(Problem(f"--image {options.image}", "no such file"))
-            image = ImageRef(str(Path(options.image).absolute()))
-        records = [Record("the question", image, instruction=options.question)]
-    if problems := image_problems(records):
-        raise InputError(problems)
+        records = [question_record(options.question, {modality: getattr(options, modality) for modality in MEDIA})]
     return records
 
 

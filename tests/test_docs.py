@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.data.emoji import EMOJI_FILE
-from raytrain2p.data.media import ImageRef
+from raytrain2p.data.embedded import clips, images
 from tests.launch.launching import run_command
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +23,10 @@ SWEEP = [
     "evaluation.max_records=4",
 ]
 SHORT = {1: ["training.max_epochs=1", "training.global_batch_size=16"], 2: ["training.max_steps=2"]}
+FEW = {
+    "configs/phase1_av.yaml": ["data.train=[emoji:val, speech:val]", "data.val=null", "data.test={}"],
+    "configs/phase2_av.yaml": ["data.train=[emoji:val, speech:val, emoji_speech:val]", "data.val=null", "data.test={}"],
+}
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
 
@@ -33,19 +36,20 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A directory with the files that the commands name: records of both phases, an image, and configs/."""
+    """A directory with the files that the commands name: records of both phases, an image, a clip, and configs/."""
     records = tmp_path / "records"
     records.mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "image.png").write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
+    (tmp_path / "image.png").write_bytes(images("train")[0].ref.read())
+    (tmp_path / "clip.ogg").write_bytes(clips("train")[0].ref.read())
     rows: dict[int, list[dict[str, str]]] = {1: [], 2: []}
     for number in range(32):
         image = f"{number}.png"
-        (records / image).write_bytes(ImageRef(str(EMOJI_FILE), number).read())
+        (records / image).write_bytes(images("train")[number].ref.read())
         rows[1].append({"text": f"drawing {number // 3}", "image": image})
         rows[2].append({"instruction": "Which one?", "response": f"number {number // 3}", "image": image})
-    for phase, lines in rows.items():
-        (records / f"train{phase}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    for name, lines in {"train1": rows[1], "train2": rows[2], "test2": rows[2][:4]}.items():
+        (records / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     return tmp_path
 
 
@@ -62,6 +66,7 @@ def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str, em
             own = any(word.startswith("data.train=") for word in arguments)
             arguments += SHORT[int(arguments[arguments.index("--phase") + 1])]
             arguments += [] if own else ["evaluation.max_records=4", "evaluation.samples=2", "evaluation.shuffled=false"]
+            arguments += next((few for config, few in FEW.items() if config in arguments), [])
             if "launch.num_workers=2" not in arguments:
                 arguments.append("launch.cpus_per_worker=2")
         if arguments[0] == "raytrain2p.tune":

@@ -62,8 +62,8 @@ def exit_code(command: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-# All but tab and newline; the last two ranges change the direction of text.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# All but tab and newline; two ranges change the direction of text, and half characters cannot be printed.
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:

@@ -1,10 +1,11 @@
 """From a YAML file and `key=value` overrides to checked, frozen settings; all problems are reported at once."""
 
+import contextlib
 import difflib
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,13 +15,17 @@ from pydantic import BaseModel, ValidationError
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, cross_field_problems, flatten_tree
+from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, Source, cross_field_problems, flatten_tree
 
 # Settings of before, and what to set now.
 RENAMED = {
     "training.batch_size": "set training.global_batch_size: batch_size x accumulate x launch.num_workers",
     "training.accumulate": "set training.micro_batch_size: records per worker and forward pass",
+    "model.image_encoder": "set model.encoders.image (phase 2 takes the encoders of its aligner)",
+    "model.image_size": "set model.encoders.image.size (phase 2 takes the size of its aligner)",
+    "model.text_encoder": "set model.encoders.text",
 }
+ENCODERS = "model.encoders."  # `image: NAME` is short for `image: {name: NAME}`
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -47,8 +52,11 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
         InputError: the file cannot be read, or keys or values are wrong.
     """
     path = Path(config) if config is not None else packaged_config(f"phase{phase}")
-    tree = read_yaml(path)
+    typed: dict[str, Any] = {}
     with Findings() as findings:
+        merge_overrides(typed, overrides)
+    tree = read_yaml(path) if config is not None else packaged_tree(phase, typed)
+    with contextlib.suppress(InputError):  # collected already
         merge_overrides(tree, overrides)
     settings = None
     with findings:
@@ -56,6 +64,22 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
     findings.raise_any()
     assert settings is not None
     return settings
+
+
+def packaged_tree(phase: int, over: Mapping[str, Any]) -> dict[str, Any]:
+    """The packaged settings of a phase. Their validation and test splits go with their training records, and not with others.
+
+    Args:
+        over: settings that will replace some of them.
+    """
+    tree = read_yaml(packaged_config(f"phase{phase}"))
+    data = over.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    sources = train if isinstance(train, list) else [train]
+    paths = [source.get("path") if isinstance(source, dict) else source for source in sources]
+    if train is not None and any(str(path).partition(":")[0] != tree["data"]["train"].partition(":")[0] for path in paths):
+        tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("val", "test")}
+    return tree
 
 
 def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequence[str] = ()) -> Settings:
@@ -128,7 +152,9 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
         node = tree
         for group in groups:
             inner = node.get(group)
-            node[group] = inner if isinstance(inner, dict) else {}
+            node[group] = (
+                inner if isinstance(inner, dict) else {"name": inner} if key.startswith(ENCODERS) and isinstance(inner, str) else {}
+            )
             node = node[group]
         node[last] = value
     findings.raise_any()
@@ -156,7 +182,8 @@ def type_name(annotation: Any) -> str:
         return " | ".join(map(type_name, arguments))
     if origin in (dict, list):
         return f"{origin.__name__} of {type_name(arguments[-1])}"
-    return {type(None): "null", bool: "true | false", str: "text"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+    names = {type(None): "null", bool: "true | false", str: "text", Source: "path or {path, weight}"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _setting(kind: type[BaseModel], loc: tuple[int | str, ...]) -> str:

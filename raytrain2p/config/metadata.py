@@ -1,6 +1,8 @@
 """What a setting means beyond its value: whether it may change on resume, what depends on it, whether trials may vary it."""
 
-from collections.abc import Callable, Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, Literal
 
@@ -57,11 +59,17 @@ def known_keys(kind: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     keys: dict[str, FieldInfo] = {}
     for name, field in kind.model_fields.items():
         path = f"{prefix}{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys |= known_keys(field.annotation, f"{path}.")
+        if (group := _group(field.annotation)) is not None:
+            keys |= known_keys(group, f"{path}.")
         else:
             keys[path] = field
     return keys
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    """The class of a group of settings, which may be null."""
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return kinds[0] if kinds and typing.get_origin(annotation) in (None, typing.Union, types.UnionType) else None
 
 
 def settings_where(kind: type[BaseModel], wanted: Callable[[Metadata], bool], prefix: str = "") -> tuple[str, ...]:
@@ -70,5 +78,14 @@ def settings_where(kind: type[BaseModel], wanted: Callable[[Metadata], bool], pr
 
 
 def belongs_to(key: str, settings: Iterable[str]) -> bool:
-    """Whether a flattened key is one of these settings, or an entry of one that is a mapping (`data.test.NAME`)."""
-    return any(key == setting or key.startswith(f"{setting}.") for setting in settings)
+    """Whether a flattened key is one of these settings, an entry of one that is a mapping (`data.test.NAME`), or a group of them."""
+    return any(key == setting or key.startswith(f"{setting}.") or setting.startswith(f"{key}.") for setting in settings)
+
+
+def value_at(flat: Mapping[str, Any], key: str, default: Any) -> Any:
+    """The value of a flattened key: null if a group that it belongs to is null."""
+    while key not in flat:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            return default
+    return flat[key]

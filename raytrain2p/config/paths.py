@@ -1,9 +1,13 @@
 """Resolves the paths of outputs, records, models and caches, and finds the packaged settings files."""
 
 import os
+import re
 from pathlib import Path
+from typing import Any, TypeVar
 
-from raytrain2p.config.settings import NAMES_A_MODEL, Settings
+from raytrain2p.config.settings import NAMES_A_MODEL, Settings, SettingsGroup, Source
+
+Group = TypeVar("Group", bound=SettingsGroup)
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -34,20 +38,8 @@ def absolute_paths(settings: Settings) -> Settings:
     base = base_directory()
 
     def resolve(text: str) -> str:
-        if "://" in text or text.startswith("emoji:"):
-            return text
-        return str(base / Path(text).expanduser())
+        return text if "://" in text else str(base / Path(text).expanduser())
 
-    def resolve_records(text: str) -> str:
-        """Records are input: relative to the working directory, not to the base of outputs."""
-        return text if "://" in text or text.startswith("emoji:") else str(Path(text).expanduser().absolute())
-
-    def resolve_model(name: str) -> str:
-        """A local directory becomes absolute; hub IDs and packaged names stay."""
-        return str(Path(name).expanduser().absolute()) if Path(name).expanduser().is_dir() else name
-
-    fields = type(settings.model).model_fields
-    models = {key: resolve_model(value) for key, value in settings.model if NAMES_A_MODEL in fields[key].metadata}
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
     uri = settings.tracking.uri
@@ -58,17 +50,40 @@ def absolute_paths(settings: Settings) -> Settings:
         update={
             "data": data.model_copy(
                 update={
-                    "train": resolve_records(data.train),
-                    "val": resolve_records(data.val) if data.val else None,
-                    "test": {name: resolve_records(source) for name, source in data.test.items()},
+                    "train": _absolute_sources(data.train),
+                    "val": _absolute_sources(data.val) if data.val else None,
+                    "test": {name: _absolute_sources(sources) for name, sources in data.test.items()},
                     "feature_store": resolve(store),
                 }
             ),
-            "model": settings.model.model_copy(update=models),
+            "model": _absolute_models(settings.model),
             "output": settings.output.model_copy(update={"root": resolve(settings.output.root)}),
             "tracking": settings.tracking.model_copy(update={"uri": uri}),
         }
     )
+
+
+def is_embedded(path: str) -> bool:
+    """Whether a source of records is one of the embedded sets, such as `emoji:train`."""
+    return re.fullmatch(r"\w+:\w+", path) is not None
+
+
+def _absolute_sources(sources: list[Source]) -> list[Source]:
+    """Records are input: relative to the working directory, not to the base of outputs."""
+    return [
+        one if is_embedded(one.path) else one.model_copy(update={"path": str(Path(one.path).expanduser().absolute())}) for one in sources
+    ]
+
+
+def _absolute_models(group: Group) -> Group:
+    """A local directory becomes absolute; hub IDs and packaged names stay."""
+    changed: dict[str, Any] = {}
+    for key, value in group:
+        if isinstance(value, SettingsGroup):
+            changed[key] = _absolute_models(value)
+        elif NAMES_A_MODEL in type(group).model_fields[key].metadata and Path(value).expanduser().is_dir():
+            changed[key] = str(Path(value).expanduser().absolute())
+    return group.model_copy(update=changed)
 
 
 def cache_directory() -> Path:

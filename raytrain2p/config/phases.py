@@ -1,4 +1,4 @@
-"""The facts of each phase, in one place: number, name, artifact, MLflow experiment, fields of its records."""
+"""The facts of each phase, in one place: number, name, artifact, MLflow experiment."""
 
 from dataclasses import dataclass
 
@@ -14,8 +14,6 @@ class Phase:
         name: directory of its runs under `output.root`, and the beginning of their names.
         artifact: file name of its result.
         experiment: MLflow experiment, unless another is set.
-        required_fields: fields that each of its records must have.
-        optional_fields: fields that its records may have.
         next_command: what to do with a run of it; `{run}` stands for its ID.
     """
 
@@ -23,8 +21,6 @@ class Phase:
     name: str
     artifact: str
     experiment: str
-    required_fields: tuple[str, ...]
-    optional_fields: tuple[str, ...]
     next_command: str
 
 
@@ -33,8 +29,6 @@ ALIGNMENT = Phase(
     "alignment",
     "aligner.pt",
     "phase1_alignment",
-    required_fields=("text", "image"),
-    optional_fields=(),
     next_command="python -m raytrain2p.train --phase 2 --aligner {run}",
 )
 INSTRUCTION = Phase(
@@ -42,8 +36,6 @@ INSTRUCTION = Phase(
     "phase2",
     "model.pt",
     "phase2_training_with_pretrained_aligner",
-    required_fields=("instruction", "response"),
-    optional_fields=("image", "task"),
     next_command='python -m raytrain2p.predict --run {run} --image FILE "What does the picture show?"',
 )
 PHASES = {phase.number: phase for phase in (ALIGNMENT, INSTRUCTION)}

@@ -1,21 +1,42 @@
 """Problems in the user's input, reported all at once and before anything starts."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-MOST_SHOWN = 40  # a file of a million bad records has one cause, not a million
+# A file of a million bad records has one cause, not a million.
+MOST_CAUSES = 20
+MOST_ALIKE = 5  # problems shown of each cause
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: `where`, as the user wrote it; `what` was found and what is required; how to `fix` it."""
+    """One problem: `where`, as the user wrote it; `what` was found and what is required; how to `fix` it.
+
+    `cause` is equal for problems of one kind: `what` without the specifics of a record. By default it is `what`.
+    """
 
     where: str
     what: str
     fix: str = ""
+    cause: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.where}\n    {self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
+
+
+def grouped(problems: Iterable[Problem]) -> list[str]:
+    """One text per problem, those of one cause together: the first few of each cause, and how many more there are."""
+    causes: dict[str, list[Problem]] = {}
+    for problem in problems:
+        causes.setdefault(problem.cause or problem.what, []).append(problem)
+    texts = []
+    for alike in list(causes.values())[:MOST_CAUSES]:
+        texts += [str(problem) for problem in alike[:MOST_ALIKE]]
+        if len(alike) > MOST_ALIKE:
+            texts.append(f"... and {len(alike) - MOST_ALIKE:,} more like it")
+    if left_out := list(causes.values())[MOST_CAUSES:]:
+        texts.append(f"... and {sum(map(len, left_out)):,} more, of {len(left_out):,} other causes")
+    return texts
 
 
 class InputError(ValueError):
@@ -31,10 +52,8 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         count = len(self.problems)
-        shown = [f"  {problem}" for problem in self.problems[:MOST_SHOWN]]
-        if count > MOST_SHOWN:
-            shown.append(f"  ... and {count - MOST_SHOWN} more")
-        return f"{count} problem{'s' if count > 1 else ''}; nothing was started\n" + "\n".join(shown)
+        shown = "\n".join(f"  {text}" for text in grouped(self.problems))
+        return f"{count:,} problem{'s' if count > 1 else ''}; nothing was started\n{shown}"
 
 
 class Findings:

@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from raytrain2p.config.metadata import FIXED, FREE, LIVE, SHARED, VARIES, Metadata, setting
 from raytrain2p.config.problems import InputError, Problem
 
 PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+DEFAULT_SOFT_TOKENS = 16
 NAMES_A_MODEL = "a hub ID, a packaged name, or a local directory, whose path is resolved when settings are loaded"
 ModelName = Annotated[str, NAMES_A_MODEL]
 
@@ -19,6 +20,7 @@ _DATA = Metadata(resume=FREE, splits=True, trial=VARIES, sweep_resume=FIXED)
 _TRAINING = Metadata(resume=FREE, splits=False, trial=VARIES, sweep_resume=FIXED)
 _OF_ALL_TRIALS = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED)  # how trials are compared and what they may use
 _MODEL = Metadata(resume=FIXED, splits=False, trial=VARIES, sweep_resume=FIXED)
+_ENCODER = _MODEL.but(splits=True)
 
 
 class SettingsGroup(BaseModel):
@@ -27,14 +29,49 @@ class SettingsGroup(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class DataSettings(SettingsGroup):
-    """Which records are read, and how their images become features."""
+class Source(SettingsGroup):
+    """One source of records: a file, a pattern or an embedded set, and its share of each epoch relative to the others'."""
 
-    train: str = setting(
-        ..., "records to train on: a .jsonl or .parquet file, or `emoji:SPLIT` (the embedded set)", _DATA.but(resume=FIXED)
+    path: str
+    weight: PositiveFloat | None = None
+
+
+def _source(value: Any) -> Any:
+    """`FILE` is short for `{path: FILE}`."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _short(sources: list[Source]) -> Any:
+    """As a user would write it."""
+    written = [source.path if source.weight is None else source.model_dump() for source in sources]
+    return written[0] if len(written) == 1 else written
+
+
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(_source)]],
+    BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
+    Field(min_length=1),
+    PlainSerializer(_short),
+]
+
+
+class DataSettings(SettingsGroup):
+    """Which records are read, and how their media become features."""
+
+    train: Sources = setting(
+        ...,
+        "records to train on: a .jsonl, .json or .parquet file, a pattern, an embedded set (`emoji:train`), or a list of "
+        "these or of `{path, weight}`",
+        _DATA.but(resume=FIXED),
     )
-    val: str | None = setting(None, "records for the validation loss, in the same forms", _DATA.but(trial=SHARED))
-    test: dict[str, str] = setting({}, "test splits by name; each metric is reported as NAME/METRIC", _DATA.but(trial=SHARED))
+    val: Sources | None = setting(None, "records for the validation loss, in the same forms", _DATA.but(trial=SHARED))
+    test: dict[str, Sources] = setting({}, "test splits by name; each metric is reported as NAME/METRIC", _DATA.but(trial=SHARED))
+    loss_on: Literal["all", "last"] = setting(
+        "all", "assistant messages that are learnt: all, or the last of each record (phase 2)", _DATA.but(resume=FIXED)
+    )
+    too_long: Literal["error", "truncate", "drop"] = setting(
+        "error", "records longer than model.max_length: refuse, cut off their end, or leave them out (phase 2)", _DATA.but(resume=FIXED)
+    )
     features: Literal["stored", "online"] = setting(
         "stored", "`stored`: frozen encoders run once and their output is kept; `online`: they run in each step", _DATA
     )
@@ -45,6 +82,14 @@ class DataSettings(SettingsGroup):
         1, "encoder processes while features are computed (with GPUs: one GPU each)", _DATA.but(sweep_resume=FREE)
     )
     loader_workers: Annotated[int, Field(ge=0)] = setting(0, "data loader processes per training worker", _DATA)
+
+    @model_validator(mode="after")
+    def _weights_are_of_training(self) -> "DataSettings":
+        others = {"data.val": self.val or []} | {f"data.test.{name}": sources for name, sources in self.test.items()}
+        for name, sources in others.items():
+            if any(source.weight is not None for source in sources):
+                raise ValueError(f"{name} has a weight: every record is evaluated once, leave the weight out")
+        return self
 
 
 class TrainingSettings(SettingsGroup):
@@ -144,22 +189,72 @@ class EvaluationSettings(SettingsGroup):
         None, "records per test split and task, drawn by seed; null for all", _OF_ALL_TRIALS.but(splits=True)
     )
     max_new_tokens: PositiveInt = setting(16, "longest generated answer, in tokens (phase 2)", _OF_ALL_TRIALS)
-    shuffled: bool = setting(True, "measure again with the images shuffled: does the model look at all? (phase 2)", _OF_ALL_TRIALS)
+    shuffled: bool = setting(True, "measure again with the media shuffled: does the model use them at all? (phase 2)", _OF_ALL_TRIALS)
     samples: Annotated[int, Field(ge=0)] = setting(20, "sample answers kept per test split (phase 2)", _OF_ALL_TRIALS)
+
+
+class EncoderSettings(SettingsGroup):
+    """A frozen encoder. `model.encoders.image=NAME` is short for `model.encoders.image.name=NAME`."""
+
+    name: ModelName = setting(..., "hub ID, local directory or packaged name", _ENCODER)
+
+    def options(self) -> dict[str, Any]:
+        """What is set beside the name."""
+        return {key: value for key, value in self if key != "name" and value is not None}
+
+
+class ImageEncoderSettings(EncoderSettings):
+    """Of images."""
+
+    name: ModelName = setting("efficientnet-lite0", "hub ID, local directory or packaged name of a vision encoder", _ENCODER)
+    size: PositiveInt | None = setting(None, "side in pixels that images are resized to (default: the encoder's own)", _ENCODER)
+
+
+class AudioEncoderSettings(EncoderSettings):
+    """Of sound."""
+
+    name: ModelName = setting("whisper-tiny.en", "hub ID, local directory or packaged name of a speech encoder", _ENCODER)
+    pool: PositiveInt | None = setting(None, "neighbouring positions averaged into one (default: none are)", _ENCODER)
+
+
+class TextEncoderSettings(EncoderSettings):
+    """Of text."""
+
+    name: ModelName = setting("all-minilm-l6-v2", "hub ID, local directory or packaged name of a text encoder", _ENCODER)
+    layer: Annotated[int, Field(ge=0)] | None = setting(None, "layer to take, 0 is the embeddings (default: the last)", _ENCODER)
+    pooled: bool | None = setting(None, "false: a vector for each token, not their mean alone (default: true)", _ENCODER)
+
+
+def _encoder(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+_Named = BeforeValidator(_encoder)
+
+
+class EncodersSettings(SettingsGroup):
+    """The encoder of each modality; null for a modality that is not used."""
+
+    image: Annotated[ImageEncoderSettings | None, _Named] = None
+    audio: Annotated[AudioEncoderSettings | None, _Named] = None
+    text: Annotated[TextEncoderSettings | None, _Named] = None
+
+    def by_modality(self) -> dict[str, EncoderSettings]:
+        """Those that are used."""
+        return {modality: encoder for modality, encoder in self if encoder is not None}
+
+
+class AlignedEncodersSettings(EncodersSettings):
+    """Of phase 1: images and text, unless set otherwise."""
+
+    image: Annotated[ImageEncoderSettings | None, _Named] = ImageEncoderSettings()
+    text: Annotated[TextEncoderSettings | None, _Named] = TextEncoderSettings()
 
 
 class AlignmentModelSettings(SettingsGroup):
     """Phase 1: frozen encoders and the aligner that maps them into one space."""
 
-    image_encoder: ModelName = setting(
-        "efficientnet-lite0", "hub ID, local directory or packaged name of a vision encoder", _MODEL.but(splits=True)
-    )
-    image_size: PositiveInt | None = setting(
-        None, "side in pixels that images are resized to (default: the encoder's own)", _MODEL.but(splits=True)
-    )
-    text_encoder: ModelName = setting(
-        "all-minilm-l6-v2", "hub ID, local directory or packaged name of a text encoder", _MODEL.but(splits=True)
-    )
+    encoders: AlignedEncodersSettings = AlignedEncodersSettings()
     dimension: PositiveInt = setting(256, "width of the shared space", _MODEL)
     hidden: PositiveInt = setting(512, "width of the hidden layer of each branch", _MODEL)
     dropout: Fraction = setting(0.2, "dropout in the branches", _MODEL.but(trial=LIVE))
@@ -178,20 +273,19 @@ class LoraSettings(SettingsGroup):
 
 
 class InstructionModelSettings(SettingsGroup):
-    """Phase 2: a causal language model that sees images through the aligner of phase 1."""
+    """Phase 2: a causal language model that reads media through the aligner of phase 1."""
 
     language_model: ModelName = setting(
         "smollm2-135m-instruct", "hub ID, local directory or packaged name of a causal LM", _MODEL.but(splits=True)
     )
-    image_encoder: ModelName = setting(
-        "efficientnet-lite0", "must be the vision encoder that the aligner was trained on", _MODEL.but(splits=True)
-    )
-    image_size: PositiveInt | None = setting(
-        None, "side in pixels; must be the one that the aligner was trained on", _MODEL.but(splits=True)
-    )
+    encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
     aligner: str = setting("latest", "path of an aligner.pt, a phase 1 run ID (or its start), or `latest`", _MODEL.but(splits=True))
     train_aligner: bool = setting(False, "train the aligner on, instead of keeping it as phase 1 left it", _MODEL)
-    soft_tokens: PositiveInt = setting(16, "soft tokens per image; a larger grid is averaged down to this number", _MODEL.but(splits=True))
+    soft_tokens: PositiveInt | dict[str, PositiveInt] = setting(
+        DEFAULT_SOFT_TOKENS,
+        "soft tokens per image or clip, to which the encoder's output is averaged; by modality as `{image: 16, audio: 32}`",
+        _MODEL.but(splits=True),
+    )
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
     tuning: Literal["lora", "full", "frozen"] = setting("lora", "what trains in the language model", _MODEL)
     lora: LoraSettings = LoraSettings()
@@ -202,6 +296,12 @@ class InstructionModelSettings(SettingsGroup):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto", "attention kernel; `auto`: eager on CPUs (measured: 1.6x the speed of sdpa there), sdpa on GPUs", _MODEL.but(resume=FREE)
     )
+
+    def soft_tokens_of(self, modality: str) -> int:
+        """Soft tokens of an item of this modality."""
+        if isinstance(self.soft_tokens, int):
+            return self.soft_tokens
+        return self.soft_tokens.get(modality, DEFAULT_SOFT_TOKENS)
 
 
 class RunSettings(SettingsGroup):
@@ -302,7 +402,7 @@ def flatten(settings: SettingsGroup) -> dict[str, Any]:
 
 
 def flatten_tree(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested groups as dotted paths, for example the settings in a config.json."""
+    """Nested groups as dotted paths, for example the settings in a config.json. A group that is not used is null at its own path."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"

@@ -1,40 +1,150 @@
-"""`python -m raytrain2p.data check FILE --phase N`: check every record and decode every image."""
+"""`python -m raytrain2p.data check|show|stats FILE --phase N`: look at records before training on them."""
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
 
-from raytrain2p.config import Problem
-from raytrain2p.config.cli import BAD_INPUT, exit_code
-from raytrain2p.config.phases import PHASES
-from raytrain2p.data.checks import image_problems
-from raytrain2p.data.records import scan_records
+from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config.cli import BAD_INPUT, exit_code, printable
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
+from raytrain2p.config.problems import grouped
+from raytrain2p.config.settings import DEFAULT_SOFT_TOKENS, InstructionModelSettings
+from raytrain2p.data.chat import ChatFormat, Encoded, load_chat_format
+from raytrain2p.data.checks import media_problems, read_media_keys
+from raytrain2p.data.media import MEDIA, MediaRef
+from raytrain2p.data.reading import read_records, scan_source
+from raytrain2p.data.records import Record
+from raytrain2p.data.show import LEGEND, show_messages, show_pair
+from raytrain2p.data.stats import Lengths, describe, plot_lengths
+from raytrain2p.models.pretrained import model_directory
+
+
+def positive(text: str) -> int:
+    """A number of at least 1, for argparse."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    kinds = {
+        "check": (check_records, "list every bad record by place and cause; decodes all media"),
+        "show": (show_records, "print records as the model will see them"),
+        "stats": (describe_records, "print counts, lengths, sizes and duplicates"),
+    }
+    for name, (function, text) in kinds.items():
+        verb = verbs.add_parser(name, help=text, description=text)
+        verb.set_defaults(function=function)
+        verb.add_argument("file", help="a .jsonl, .json or .parquet file, a quoted pattern of several, or emoji:SPLIT")
+        verb.add_argument("--phase", type=int, choices=tuple(PHASES), required=name == "check", default=INSTRUCTION.number)
+        if name == "check":
+            continue
+        model = InstructionModelSettings()
+        verb.add_argument("--language-model", default=model.language_model, help=f"its tokenizer is used (default {model.language_model})")
+        verb.add_argument(
+            "--soft-tokens", type=positive, default=DEFAULT_SOFT_TOKENS, help=f"per media item (default {DEFAULT_SOFT_TOKENS})"
+        )
+        verb.add_argument("--system-prompt", help="as model.system_prompt")
+        if name == "show":
+            verb.add_argument("--records", type=positive, default=3, help="how many, from the beginning (default 3)")
+            verb.add_argument("--loss-on", choices=("all", "last"), default="all", help="as data.loss_on")
+        else:
+            verb.add_argument("--test", action="append", default=[], metavar="FILE", help="count the media that are in this file too")
+            verb.add_argument("--png", metavar="FILE", help="write the histogram of lengths as an image")
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 2 if a record is bad; 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Check data before training on it.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    check = verbs.add_parser("check", help="list every bad record by line and cause")
-    check.add_argument("file", help="a .jsonl or .parquet file, or emoji:SPLIT")
-    check.add_argument("--phase", type=int, choices=tuple(PHASES), required=True, help="1: text and image; 2: instruction and response")
-    options = parser.parse_args(arguments)
-    return exit_code(lambda: check_records(options.file, options.phase))
+    options = parse(arguments)
+    return exit_code(lambda: options.function(options))
 
 
-def check_records(file: str, phase: int) -> int:
-    """Print every problem, by record, and the number of good records.
+def show_records(options: argparse.Namespace) -> int:
+    """Print the first records.
 
     Raises:
-        InputError: the file is missing, or cannot be read at all.
+        InputError: bad records, or no such language model.
     """
-    records, problems = scan_records(file, phase, "FILE")
-    problems += image_problems(records)
-    if not records and not problems:
-        problems.append(Problem(file, "holds no record", "give a file with at least one record"))
-    for problem in problems:
-        print(problem)
-    images = len({record.image for record in records if record.image is not None})
-    print(f"{file}: {len(records)} good records with {images} distinct images, {len(problems)} problems")
+    records = read_records(options.file, options.phase, "FILE")[: options.records]
+    if options.phase == ALIGNMENT.number:
+        texts = [show_pair(record) for record in records]
+    else:
+        chat = chat_format(options, options.loss_on)
+        encoded_records(records, chat)
+        texts = [show_messages(record, chat) for record in records] + [LEGEND]
+    print(printable("\n\n".join(texts)))
+    return 0
+
+
+def describe_records(options: argparse.Namespace) -> int:
+    """Print the statistics of a file.
+
+    Raises:
+        InputError: bad records or media, or no such language model.
+    """
+    records = read_records(options.file, options.phase, "FILE")
+    if problems := media_problems(records):
+        raise InputError(problems)
+    keys = read_media_keys(media_of(records))
+    test = {file: read_media_keys(media_of(read_records(file, options.phase, "--test"))).values() for file in options.test}
+    if options.phase == ALIGNMENT.number:
+        lengths, learnt = Lengths("characters", [len("".join(record.answers)) for record in records]), 0
+    else:
+        chat = chat_format(options)
+        encoded = encoded_records(records, chat)
+        lengths, learnt = Lengths("tokens", [len(one.ids) for one in encoded]), sum(sum(one.supervised) for one in encoded)
+    print(printable(describe(records, keys, lengths, learnt, test)))
+    if options.png:
+        plot_lengths(lengths, Path(options.png), options.file)
+    return 0
+
+
+def encoded_records(records: Iterable[Record], chat: ChatFormat) -> list[Encoded]:
+    """The records in tokens.
+
+    Raises:
+        InputError: the template cannot render a record, or an answer has no token.
+    """
+    findings, encoded = Findings(), []
+    for record in records:
+        try:
+            encoded.append(chat.encode(record.messages))
+        except ValueError as error:
+            findings.add(Problem(record.where, str(error)))
+    findings.raise_any()
+    return encoded
+
+
+def media_of(records: Iterable[Record]) -> Iterable[MediaRef]:
+    return (ref for record in records for ref in record.media())
+
+
+def chat_format(options: argparse.Namespace, loss_on: Literal["all", "last"] = "all") -> ChatFormat:
+    directory = model_directory(options.language_model, "--language-model")
+    return load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
+
+
+def check_records(options: argparse.Namespace) -> int:
+    """Print each file's format, the problems by cause, and the number of good records.
+
+    Raises:
+        InputError: the file is missing, or of an unknown kind.
+    """
+    file = options.file
+    scan = scan_source(file, options.phase, "FILE")
+    problems = scan.problems + media_problems(scan.records)
+    lines = [f"{path}: {name} format, {count:,} good records" for path, name, count in scan.files]
+    lines += grouped(problems)
+    counts = Counter(ref.modality for ref in {ref for record in scan.records for ref in record.media()})
+    media = ", ".join(f"{count:,} distinct {modality} items" for modality, count in counts.items()) or "no media"
+    lines.append(f"{file}: {len(scan.records):,} good records with {media}, {len(problems):,} problem{'s' * (len(problems) != 1)}")
+    print(printable("\n".join(lines)))
     return BAD_INPUT if problems else 0
 
 

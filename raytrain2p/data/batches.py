@@ -1,9 +1,10 @@
 """Which records make up each step, and each worker's part of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 BUCKET_STEPS = 16  # records are sorted by length within this many steps' worth: little padding, still a random order
 # Lengths are rounded up to this many tokens before sorting. Sorted exactly, records of one task, whose prompts have one
@@ -35,6 +36,8 @@ class StepSampler:
         global_batch_size: records per step, over all workers.
         micro_batch_size: records per worker and pass; times `world_size`, it divides `global_batch_size`.
         first_step: optimizer steps that were done before; the order continues after them.
+        sources: records and weight of each source, in the order of the records. An epoch, as long as without weights, takes
+            records of a source in proportion to its weight: all of them as often as they fit, and a random part.
     """
 
     def __init__(
@@ -47,9 +50,12 @@ class StepSampler:
         world_size: int,
         seed: int,
         first_step: int = 0,
+        sources: Sequence[tuple[int, float]] | None = None,
     ) -> None:
+        assert sources is None or sum(count for count, _ in sources) == len(lengths), "each record is of one source"
         self.lengths, self.supervised = lengths, supervised
         self.global_batch_size, self.rank, self.world_size, self.seed = global_batch_size, rank, world_size, seed
+        self.sources = sources
         self.passes = global_batch_size // (micro_batch_size * world_size)
         self.first_epoch, self.skipped = divmod(first_step, max(1, self.steps))
         self.epoch = self.first_epoch
@@ -77,24 +83,43 @@ class StepSampler:
     def step_records(self) -> np.ndarray:
         """Record numbers of this epoch's steps, (steps, global batch)."""
         random = np.random.default_rng([self.seed, self.epoch])
-        order = random.permutation(len(self.lengths))[: self.steps * self.global_batch_size]  # before sorting: no record is always last
+        order = self._drawn(random)  # before sorting: no record is always last
         bucket = self.global_batch_size * BUCKET_STEPS
         for start in range(0, len(order), bucket):
             part = order[start : start + bucket]
             order[start : start + bucket] = part[np.argsort(-(-self.lengths[part] // BUCKET_TOKENS), kind="stable")]
         return random.permutation(order.reshape(self.steps, self.global_batch_size))
 
+    def _drawn(self, random: np.random.Generator) -> np.ndarray:
+        """This epoch's records in random order."""
+        total = self.steps * self.global_batch_size
+        if self.sources is None or not total:
+            return random.permutation(len(self.lengths))[:total]
+        counts = np.array([count for count, _ in self.sources])
+        weights = np.array([weight if count else 0.0 for count, weight in self.sources])
+        shares = np.diff(np.rint(np.cumsum(weights) / weights.sum() * total).astype(np.int64), prepend=0)
+        firsts = np.cumsum(counts) - counts
+        # resize repeats a random order as often as it fits, and then its beginning
+        parts = [first + np.resize(random.permutation(count), share) for first, count, share in zip(firsts, counts, shares, strict=True)]
+        return random.permutation(np.concatenate(parts))
+
 
 class Ragged:
     """Lists of numbers of different lengths in two flat arrays: each is sent and shared as one block."""
 
-    def __init__(self, lists: Sequence[Sequence[int]]) -> None:
-        self.lengths = np.array([len(one) for one in lists], np.int64)
+    def __init__(self, lists: Iterable[Sequence[int] | np.ndarray], dtype: npt.DTypeLike = np.int32) -> None:
+        arrays = [np.asarray(one, dtype) for one in lists]
+        self.lengths = np.array([len(one) for one in arrays], np.int64)
         self.ends = np.cumsum(self.lengths)
-        self.flat = np.fromiter((number for one in lists for number in one), np.int64, count=int(self.lengths.sum()))
+        self.flat = np.concatenate([np.empty(0, dtype), *arrays])
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.flat[self.ends[index] - self.lengths[index] : self.ends[index]]
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Where each list begins in `flat`, (N,)."""
+        return self.ends - self.lengths

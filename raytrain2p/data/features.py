@@ -1,48 +1,70 @@
 """The feature store: the output of a frozen encoder for an item is computed once and kept.
 
-    <root>/<encoder fingerprint>/<name>.npy     features (rows, T, D), float16, memory-mapped by the workers
-                                 <name>.keys    content keys of the rows, 32 bytes each; written last: a shard without keys is ignored
+    <root>/<encoder fingerprint>/<name>.npy     features (positions of all items, D), float16, memory-mapped by the workers
+                                 <name>.items   content key (32 bytes) and number of positions (4 bytes) of each item; written
+                                                last: a shard without it is ignored
 
 Shards are never changed. Items are keyed by their content: of changed data only what changed is computed again, and every
 later run, worker and trial on the same storage reuses the rest.
+
+Shape letters: B items, T positions of the longest one, D width of the encoder.
 """
 
 import functools
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from raytrain2p.data.media import ImageRef, decode_image
+from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.storage.files import replaced, write_file
 from raytrain2p.storage.locks import Lock
 
-KEY_BYTES = 32
-SHARD_ROWS = 256
-ENCODE_ROWS = 32  # items per forward pass; larger ones are no faster on a CPU and need more memory
+ITEM = np.dtype([("key", "S32"), ("positions", "<u4")])
+SHARD_ITEMS = 256
+ENCODE_ITEMS = 32  # items per forward pass; larger ones are no faster on a CPU and need more memory
 
-Encoder = Callable[[Sequence[Any]], torch.Tensor]
+Encoder = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
+
+
+class Features(NamedTuple):
+    """Grids of several items: values (B, T, D), float16, and the positions of each (B,); None if all have T."""
+
+    values: torch.Tensor
+    positions: torch.Tensor | None = None
+
+
+def padded(grids: Sequence[torch.Tensor]) -> Features:
+    """Grids (T_i, D) as one tensor, with zeros after the shorter ones."""
+    counts = [len(grid) for grid in grids]
+    if len(set(counts)) <= 1:
+        return Features(torch.stack(list(grids)) if grids else torch.empty(0, 1, 1))
+    return Features(torch.nn.utils.rnn.pad_sequence(list(grids), batch_first=True), torch.tensor(counts, device=grids[0].device))
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Rows of the store in the order of a data set: item i is row `rows[i]` of `shards[files[i]]`."""
+    """Items of the store in the order of a data set: item i is `shards[files[i]][starts[i] : starts[i] + positions[i]]`."""
 
     shards: tuple[str, ...]
     files: np.ndarray
-    rows: np.ndarray
+    starts: np.ndarray
+    positions: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts)
 
-    def gather(self, items: Sequence[int] | np.ndarray) -> torch.Tensor:
-        """Features (len(items), T, D), float16."""
-        return torch.from_numpy(np.stack([_mapped(self.shards[self.files[item]])[self.rows[item]] for item in items]))
+    def gather(self, items: Sequence[int] | np.ndarray) -> Features:
+        """The features of these items."""
+        rows = [_mapped(self.shards[self.files[item]])[self.starts[item] : self.starts[item] + self.positions[item]] for item in items]
+        if len({len(row) for row in rows}) == 1:
+            return Features(torch.from_numpy(np.stack(rows)))
+        return padded([torch.from_numpy(np.array(row)) for row in rows])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,33 +82,40 @@ class FeatureStore:
 
     def __init__(self, root: str | Path, fingerprint: str) -> None:
         self.directory = Path(root) / fingerprint[:32]
+        self._places: dict[bytes, tuple[str, int, int]] = {}  # content key to shard, first position, number of positions
+        self._read: set[str] = set()  # shards whose items are in it
 
-    def index(self) -> dict[bytes, tuple[str, int]]:
-        """The place of each stored item: content key to (shard, row)."""
-        found: dict[bytes, tuple[str, int]] = {}
-        for keys in sorted(self.directory.glob("*.keys")):
-            content, shard = keys.read_bytes(), str(keys.with_suffix(".npy"))
-            for row in range(len(content) // KEY_BYTES):
-                found[content[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (shard, row)
-        return found
+    def places(self) -> Mapping[bytes, tuple[str, int, int]]:
+        """The place of each stored item. Only shards that are new since the last call are read."""
+        for items in sorted(self.directory.glob("*.items")):
+            if items.name in self._read:
+                continue
+            listed, shard = np.frombuffer(items.read_bytes(), ITEM), str(items.with_suffix(".npy"))
+            ends = np.cumsum(listed["positions"], dtype=np.int64)
+            for key, start, count in zip(listed["key"], (ends - listed["positions"]).tolist(), listed["positions"].tolist(), strict=True):
+                self._places[bytes(key).ljust(32, b"\0")] = (shard, start, count)  # numpy strips zero bytes at the end
+            self._read.add(items.name)
+        return self._places
 
-    def table(self, keys: Sequence[bytes]) -> FeatureTable:
+    def table(self, keys: Iterable[bytes]) -> FeatureTable:
         """The table for items that are all stored.
 
         Raises:
             KeyError: an item is not stored.
         """
-        index = self.index()
-        places = [index[key] for key in keys]
-        shards = tuple(dict.fromkeys(shard for shard, _ in places))
-        number = {shard: position for position, shard in enumerate(shards)}
+        stored = self.places()
+        places = [stored[key] for key in keys]
+        number = {shard: position for position, shard in enumerate(dict.fromkeys(shard for shard, _, _ in places))}
         return FeatureTable(
-            shards, np.array([number[shard] for shard, _ in places], np.int32), np.array([row for _, row in places], np.int64)
+            tuple(number),
+            np.array([number[shard] for shard, _, _ in places], np.int32),
+            np.array([start for _, start, _ in places], np.int64),
+            np.array([count for _, _, count in places], np.int32),
         )
 
     def complete(
         self,
-        items: Mapping[bytes, ImageRef | str],
+        items: Mapping[bytes, MediaRef | str],
         build_encoder: Callable[[], Encoder],
         workers: int,
         cpus: int,
@@ -98,7 +127,7 @@ class FeatureStore:
         One process at a time completes a store; a second one waits for the first.
 
         Args:
-            items: images or texts by content key.
+            items: media or texts by content key.
             build_encoder: builds the encoder, inside its process.
             workers: number of encoder processes.
             cpus: CPUs of each process.
@@ -113,13 +142,13 @@ class FeatureStore:
                 self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
         return len(missing)
 
-    def missing(self, items: Mapping[bytes, Any]) -> list[bytes]:
-        stored = self.index()
+    def missing(self, items: Iterable[bytes]) -> list[bytes]:
+        stored = self.places()
         return [key for key in items if key not in stored]
 
     def _encode(
         self,
-        items: Mapping[bytes, ImageRef | str],
+        items: Mapping[bytes, MediaRef | str],
         build_encoder: Callable[[], Encoder],
         workers: int,
         cpus: int,
@@ -131,51 +160,57 @@ class FeatureStore:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        rows = [
-            {"key": key, "source": item.source, "row": -1 if item.row is None else item.row, "text": ""}
-            if isinstance(item, ImageRef)
-            else {"key": key, "source": "", "row": -1, "text": item}
-            for key, item in items.items()
-        ]
-        blocks = max(1, -(-len(rows) // SHARD_ROWS))
-        shards = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        blocks = max(1, -(-len(items) // SHARD_ITEMS))
+        shards = ray.data.from_items([_row(key, item) for key, item in items.items()], override_num_blocks=blocks).map_batches(
             ShardWriter,
             fn_constructor_args=(build_encoder, str(self.directory)),
-            batch_size=SHARD_ROWS,
+            batch_size=SHARD_ITEMS,
             compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
             num_cpus=cpus,
             num_gpus=gpus,
         )
         done = 0
-        progress(done, len(rows))
+        progress(done, len(items))
         for batch in shards.iter_batches(batch_size=1, prefetch_batches=0):
-            done += int(batch["rows"].sum())
-            progress(done, len(rows))
+            done += int(batch["items"].sum())
+            progress(done, len(items))
+
+
+def _row(key: bytes, item: MediaRef | str) -> dict[str, Any]:
+    """An item as a row for Ray Data: a text, or a reference."""
+    if isinstance(item, str):
+        return {"key": key, "text": item, "modality": "", "source": "", "row": -1, "place": ""}
+    row = -1 if item.row is None else item.row
+    return {"key": key, "text": "", "modality": item.modality, "source": item.source, "row": row, "place": item.place}
 
 
 class ShardWriter:
-    """Encodes batches of items and writes each as a shard. Only the number of rows goes through Ray."""
+    """Encodes batches of items and writes each as a shard. Only the number of items goes through Ray."""
 
     def __init__(self, build_encoder: Callable[[], Encoder], directory: str) -> None:
         self.encoder = build_encoder()
         self.directory = Path(directory)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        items: list[Any] = [
-            text if not source else decode_image(ImageRef(source, None if row < 0 else int(row)).read())
-            for source, row, text in zip(batch["source"], batch["row"], batch["text"], strict=True)
+        columns = (batch[name] for name in ("text", "modality", "source", "row", "place"))
+        items = [
+            MediaRef(modality, source, None if row < 0 else int(row), place) if modality else text
+            for text, modality, source, row, place in zip(*columns, strict=True)
         ]
-        parts = [self.encoder(items[start : start + ENCODE_ROWS]).cpu().numpy() for start in range(0, len(items), ENCODE_ROWS)]
-        features = np.concatenate(parts)
-        if not np.isfinite(features).all():
+        grids: list[np.ndarray] = []
+        for start in range(0, len(items), ENCODE_ITEMS):
+            decoded = [decode(item) if isinstance(item, MediaRef) else item for item in items[start : start + ENCODE_ITEMS]]
+            grids += [grid.cpu().numpy() for grid in self.encoder(decoded)]
+        if not all(np.isfinite(grid).all() for grid in grids):
             raise ValueError("the encoder's output has NaN or values beyond float16 (65504): use data.features=online, or another encoder")
-        write_shard(self.directory, [bytes(key) for key in batch["key"]], features)
-        return {"rows": np.array([len(items)])}
+        write_shard(self.directory, [bytes(key) for key in batch["key"]], grids)
+        return {"items": np.array([len(items)])}
 
 
-def write_shard(directory: Path, keys: Sequence[bytes], features: np.ndarray) -> None:
-    """Features first and keys last, each atomically: a reader never sees an incomplete shard."""
+def write_shard(directory: Path, keys: Sequence[bytes], grids: Sequence[np.ndarray]) -> None:
+    """Features first and the list of items last, each atomically: a reader never sees an incomplete shard."""
     shard = directory / f"{uuid.uuid4().hex}.npy"
     with replaced(shard) as stream:
-        np.save(stream, features)
-    write_file(shard.with_suffix(".keys"), b"".join(keys))
+        np.save(stream, np.concatenate(grids))
+    listed = np.array([(key, len(grid)) for key, grid in zip(keys, grids, strict=True)], ITEM)
+    write_file(shard.with_suffix(".items"), listed.tobytes())

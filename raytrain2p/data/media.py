@@ -1,52 +1,149 @@
-"""References to images: where the bytes are, and how they decode."""
+"""Media items (images, clips of sound, …): MEDIA says what each kind is; a reference says where its bytes are.
 
+No bytes are kept: they are read when an item is hashed, checked or encoded.
+"""
+
+import binascii
 import functools
 import hashlib
 import io
+import json
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
+TEXT = "text"  # the modality of what needs no reference
+FIRST_READ = 1 << 16  # bytes that are read of a JSON record at first; more if it is longer
+READING = threading.Lock()  # threads that need one row group read it once, not once each
 
-@dataclass(frozen=True)
-class ImageRef:
-    """An image by reference: a file, or a row of a Parquet file with an `image` column of `{bytes, path}`."""
 
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """Where the bytes of an item are.
+
+    Args:
+        modality: a key of MEDIA.
+        source: a media file, or a Parquet or JSON file of records that holds the item.
+        row: number of the row in a Parquet file, or byte at which the record begins in a JSON file.
+        place: keys and indices that lead from the record to the item, such as `images.1`.
+    """
+
+    modality: str
     source: str
     row: int | None = None
+    place: str = ""
 
     def read(self) -> bytes:
         """The encoded bytes.
 
         Raises:
             OSError: the file cannot be read.
+            ValueError: the item is not at that place any more.
         """
         if self.row is None:
             return Path(self.source).read_bytes()
-        return _parquet_images(self.source, self._group())[self.row - _group_starts(self.source)[self._group()]]
+        if self.source.endswith(".parquet"):
+            column, _, rest = self.place.partition(".")
+            record, rest = _parquet_cell(self.source, column, self.row), rest
+        else:
+            record, rest = _json_record(self.source, self.row), self.place
+        return item_bytes(_walk(record, rest))
 
-    def _group(self) -> int:
-        assert self.row is not None
-        starts = _group_starts(self.source)
-        return next(group for group in reversed(range(len(starts))) if starts[group] <= self.row)
+    def __str__(self) -> str:
+        return self.source if self.row is None else f"{self.place} at {self.row} in {self.source}"
+
+
+def item_bytes(value: Any) -> bytes:
+    """Bytes of an item inside a record: `{bytes, path}` of a Parquet file, a data URL, or base64.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("bytes")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"is a {type(value).__name__}, required are bytes or base64")
+    if value.startswith("data:"):
+        head, _, value = value.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("is a data URL that is not in base64")
+    try:
+        content = binascii.a2b_base64(value, strict_mode=True)
+    except ValueError as error:  # also text that is not ASCII
+        raise ValueError(f"is not base64: {error}") from None
+    if not content:
+        raise ValueError("has no content")
+    return content
+
+
+def _walk(value: Any, place: str) -> Any:
+    try:
+        for key in place.split(".") if place else ():
+            value = value[int(key)] if isinstance(value, list) else value[key]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"nothing is at {place}: the file has changed") from None
+    return value
+
+
+def _parquet_cell(source: str, column: str, row: int) -> Any:
+    starts = _group_starts(source)
+    group = next(number for number in reversed(range(len(starts))) if starts[number] <= row)
+    try:
+        with READING:
+            cells = _parquet_column(source, column, group)
+        return cells[row - starts[group]].as_py()
+    except (IndexError, KeyError):
+        raise ValueError(f"nothing is at {column} of row {row}: the file has changed") from None
 
 
 @functools.lru_cache(maxsize=16)
 def _group_starts(source: str) -> tuple[int, ...]:
     metadata = pq.ParquetFile(source).metadata
-    starts, total = [], 0
-    for group in range(metadata.num_row_groups):
-        starts.append(total)
-        total += metadata.row_group(group).num_rows
-    return tuple(starts)
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return tuple(np.cumsum([0, *rows[:-1]]).tolist())
 
 
 @functools.lru_cache(maxsize=2)
-def _parquet_images(source: str, group: int) -> list[bytes]:
-    column = pq.ParquetFile(source).read_row_group(group, columns=["image"]).column("image")
-    return [cell["bytes"] for cell in column.to_pylist()]
+def _parquet_column(source: str, column: str, group: int) -> Any:
+    return pq.ParquetFile(source).read_row_group(group, columns=[column]).column(column)
+
+
+def _json_record(source: str, start: int) -> Any:
+    """The JSON value that begins at a byte; the file may go on after it."""
+    size = FIRST_READ
+    with Path(source).open("rb") as stream:
+        while True:
+            stream.seek(start)
+            content = stream.read(size)
+            try:
+                return json.JSONDecoder().raw_decode(content.decode("utf-8", errors="ignore"))[0]
+            except ValueError:
+                if len(content) < size:
+                    raise ValueError(f"no record begins at byte {start}: the file has changed") from None
+            size *= 4
+
+
+@dataclass(frozen=True)
+class MediaKind:
+    """What a modality's items are.
+
+    Args:
+        decode: encoded bytes to what its encoder takes; raises OSError, ValueError or SyntaxError.
+        size: a decoded item's size in words, for statistics.
+        show: a decoded item as an image, for plots.
+    """
+
+    decode: Callable[[bytes], Any]
+    size: Callable[[Any], str]
+    show: Callable[[Any], Image.Image]
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -55,23 +152,69 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: not an image, or truncated; Pillow uses all three.
     """
-    image: Image.Image = Image.open(io.BytesIO(encoded))
-    image.load()
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded))
+        image.load()
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
 
 
-def decoding_error(encoded: bytes) -> str | None:
-    """Why an image does not decode, or None if it does."""
+@dataclass(frozen=True)
+class Clip:
+    """Sound in one channel: samples (n,), float32 in [-1, 1], and their number per second."""
+
+    samples: np.ndarray
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.rate
+
+
+def decode_audio(encoded: bytes) -> Clip:
+    """Decode WAV, FLAC, Ogg (Vorbis, Opus) or MP3; several channels are averaged.
+
+    Raises:
+        ValueError: not sound, truncated, empty, or with values that are not finite.
+    """
+    import soundfile
+
     try:
-        decode_image(encoded)
-    except Image.DecompressionBombError as error:
-        return str(error)
-    except (OSError, ValueError, SyntaxError) as error:
-        return " ".join(str(error).split()) or type(error).__name__
-    return None
+        samples, rate = soundfile.read(io.BytesIO(encoded), dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise ValueError(str(error)) from None
+    if not len(samples):
+        raise ValueError("the clip has no samples")
+    if not np.isfinite(samples).all():
+        raise ValueError("the clip has samples that are not finite")
+    return Clip(samples.mean(axis=1), rate)
+
+
+def draw_wave(clip: Clip, width: int = 96, height: int = 96) -> Image.Image:
+    """The clip's envelope as an image."""
+    peaks = [float(np.abs(part).max()) if len(part) else 0.0 for part in np.array_split(clip.samples, width)]
+    half = np.clip(np.array(peaks) / max(*peaks, 1e-6) * height / 2, 1, None)
+    rows = np.abs(np.arange(height)[:, None] - height / 2)
+    return Image.fromarray(np.where(rows <= half[None, :], 90, 255).astype(np.uint8)).convert("RGB")
+
+
+MEDIA: dict[str, MediaKind] = {
+    "image": MediaKind(decode_image, lambda image: f"{image.width} x {image.height}", lambda image: image),
+    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", draw_wave),
+}
+
+
+def decode(ref: MediaRef) -> Any:
+    """An item, as its encoder takes it.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it cannot be read or decoded.
+    """
+    return MEDIA[ref.modality].decode(ref.read())
 
 
 def content_key(content: bytes) -> bytes:

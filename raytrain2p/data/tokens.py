@@ -1,60 +1,96 @@
 """Token records as flat arrays, and padded batches of them."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from raytrain2p.data.batches import Ragged
-from raytrain2p.data.chat import SOFT
+from raytrain2p.data.chat import Encoded, Packed
 
 IGNORED = -100  # torch's cross entropy leaves out positions with this label
 
 
 @dataclass(frozen=True)
 class TokenRecords:
-    """Prompts and responses of a split, in tokens; SOFT is in place of soft tokens."""
+    """The records of a split in tokens.
 
-    prompts: Ragged
-    responses: Ragged
+    Args:
+        ids: int32; soft tokens are negative.
+        supervised: bool, as long as `ids`.
+        prompts: tokens before the last answer, (N,).
+        codes: the ID that stands for a soft token of each modality.
+    """
+
+    ids: Ragged
+    supervised: Ragged
+    prompts: np.ndarray
+    codes: Mapping[str, int]
+
+    @classmethod
+    def of(cls, records: Iterable[Encoded], codes: Mapping[str, int]) -> "TokenRecords":
+        """Flat arrays of `records`."""
+        return cls.joined([one.packed() for one in records], codes)
+
+    @classmethod
+    def joined(cls, records: Sequence[Packed], codes: Mapping[str, int]) -> "TokenRecords":
+        """Flat arrays of packed records."""
+        ids, supervised, prompts = zip(*records, strict=True) if records else ((), (), ())
+        return cls(Ragged(ids), Ragged(supervised, bool), np.array(prompts, np.int64), codes)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens per record, soft ones included."""
-        return self.prompts.lengths + self.responses.lengths
+        """Tokens per record, soft ones included, (N,)."""
+        return self.ids.lengths
+
+    @property
+    def supervised_counts(self) -> np.ndarray:
+        """Supervised tokens per record, (N,)."""
+        total = np.concatenate([[0], np.cumsum(self.supervised.flat)])
+        return total[self.supervised.ends] - total[self.supervised.starts]
 
 
-def right_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.Tensor]:
-    """Prompt and response of each record, (B, L): input_ids, attention, soft, and labels on the response only.
+def truncated(record: Encoded, limit: int) -> Encoded | None:
+    """What is within the first `limit` tokens, up to the last supervised one; None if there is none. No item is cut: answers hold none."""
+    supervised = record.supervised[:limit]
+    if True not in supervised:
+        return None
+    end = len(supervised) - supervised[::-1].index(True)
+    prompt = record.prompt
+    if prompt >= end:  # the last answer is gone: the one that is the last now
+        prompt = end - [*supervised[end - 1 :: -1], False].index(False)
+    return Encoded(record.ids[:end], supervised[:end], prompt)
+
+
+def right_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, Any]:
+    """Whole records, (B, L): input_ids, attention, soft of each modality, and labels on supervised tokens only.
 
     Padding is masked by length, never by token ID: if the pad token is the end token, the end must still be learnt.
     """
-    width = int(tokens.lengths[records].max())
-    ids = np.zeros((len(records), width), np.int64)
-    attention = np.zeros((len(records), width), np.int64)
-    labels = np.full((len(records), width), IGNORED, np.int64)
-    for row, record in enumerate(records):
-        prompt, response = tokens.prompts[record], tokens.responses[record]
-        end = len(prompt) + len(response)
-        ids[row, : len(prompt)], ids[row, len(prompt) : end] = prompt, response
-        attention[row, :end] = 1
-        labels[row, len(prompt) : end] = response
-    return _tensors(ids, attention) | {"labels": torch.from_numpy(labels)}
+    lengths = tokens.lengths[records]
+    ids, index, attention = _padded(tokens, records, lengths, np.zeros_like(lengths))
+    labels = np.where(attention & tokens.supervised.flat[index], ids, IGNORED)
+    return _tensors(ids, attention, tokens.codes) | {"labels": torch.from_numpy(labels)}
 
 
-def left_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, torch.Tensor]:
-    """Prompts alone, (B, L), all ending in the last column, where generation continues."""
-    width = int(tokens.prompts.lengths[records].max())
-    ids = np.zeros((len(records), width), np.int64)
-    attention = np.zeros((len(records), width), np.int64)
-    for row, record in enumerate(records):
-        prompt = tokens.prompts[record]
-        ids[row, width - len(prompt) :] = prompt
-        attention[row, width - len(prompt) :] = 1
-    return _tensors(ids, attention)
+def left_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, Any]:
+    """Prompts of the last answers alone, (B, L), all ending in the last column, where generation continues."""
+    lengths = tokens.prompts[records]
+    ids, _, attention = _padded(tokens, records, lengths, lengths.max() - lengths)
+    return _tensors(ids, attention, tokens.codes)
 
 
-def _tensors(ids: np.ndarray, attention: np.ndarray) -> dict[str, torch.Tensor]:
-    soft = ids == SOFT
-    ids[soft] = 0  # any valid ID: the soft token's embedding replaces it
-    return {"input_ids": torch.from_numpy(ids), "attention": torch.from_numpy(attention), "soft": torch.from_numpy(soft)}
+def _padded(tokens: TokenRecords, records: np.ndarray, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The first `lengths` tokens of each record, from column `first` on: IDs, their places in the flat array, and where there are any."""
+    places = np.arange(lengths.max()) - first[:, None]
+    attention = (places >= 0) & (places < lengths[:, None])
+    index = np.where(attention, tokens.ids.starts[records][:, None] + places, 0)
+    return np.where(attention, tokens.ids.flat[index], 0).astype(np.int64), index, attention
+
+
+def _tensors(ids: np.ndarray, attention: np.ndarray, codes: Mapping[str, int]) -> dict[str, Any]:
+    soft = {modality: torch.from_numpy(ids == code) for modality, code in codes.items()}
+    ids[ids < 0] = 0  # any valid ID: the soft token's embedding replaces it
+    return {"input_ids": torch.from_numpy(ids), "attention": torch.from_numpy(attention.astype(np.int64)), "soft": soft}

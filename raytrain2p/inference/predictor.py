@@ -1,5 +1,6 @@
 """A trained assistant for inference, from model.pt and the base models: without Ray, MLflow store or training data."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,56 +8,100 @@ from typing import Any
 import numpy as np
 import torch
 
+from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.data.batches import Ragged
-from raytrain2p.data.chat import load_chat_format
-from raytrain2p.data.media import decode_image
+from raytrain2p.data.chat import Encoded, load_chat_format, soft_codes
+from raytrain2p.data.checks import media_problems
+from raytrain2p.data.features import padded
+from raytrain2p.data.media import decode
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact
 from raytrain2p.models.assistant import AssistantBatch, AssistantShape, build_assistant
-from raytrain2p.models.encoders import ImageEncoder
+from raytrain2p.models.encoders import EncoderSpec
+from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.models.pretrained import fingerprint, model_directory
 
+LANGUAGE_MODEL = "model.language_model"
+
 
 class Predictor:
-    """A trained assistant with its image encoder, from the path of a model.pt.
+    """A trained assistant with its encoders, from the path of a model.pt.
 
     Raises:
-        InputError: the artifact is not readable, or a base model differs from the one in training.
+        InputError: the artifact is not readable, or the language model differs from the one in training.
     """
 
     def __init__(self, path: Path) -> None:
         artifact = load_artifact(path, INSTRUCTION)
-        for role, needed in artifact["models"].items():
-            found = fingerprint(model_directory(needed["name"], role))
-            check_fingerprint(path, artifact, role, needed["name"], found, f"model.{role}")
+        needed, shape = artifact["language_model"], AssistantShape(**artifact["shape"])
+        directory = model_directory(needed["name"], LANGUAGE_MODEL)
+        check_fingerprint(path, needed, needed["name"], fingerprint(directory), LANGUAGE_MODEL)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = resolve_precision(artifact["config"]["training"]["precision"], self.device) == "bf16"
-        shape = AssistantShape(**artifact["shape"])
         attention = "sdpa" if self.device.type == "cuda" else "eager"
         assistant = build_assistant(shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
         unexpected = assistant.load_state_dict(artifact["state_dict"], strict=False).unexpected_keys
         assert not unexpected, f"model.pt has weights that the assistant does not have: {unexpected[:3]}"
+        self.path, self.trained = path, artifact["encoders"]
         self.assistant = assistant.to(self.device).eval()
-        self.encoder = ImageEncoder(artifact["models"]["image_encoder"]["name"], artifact["image_size"], self.device.type)
-        directory = model_directory(shape.language_model)
         self.chat = load_chat_format(directory, shape.soft_tokens, artifact["system_prompt"])
 
+    def check(self, records: Sequence[Record]) -> None:
+        """Look at all media before the first answer.
+
+        Raises:
+            InputError: media do not decode, or their encoder does not take them; and as of `spec`.
+        """
+        specs = {modality: self.spec(modality) for modality in {ref.modality for record in records for ref in record.media()}}
+        if problems := media_problems(records, {modality: spec.item_check() for modality, spec in specs.items()}):
+            raise InputError(problems)
+
+    def spec(self, modality: str) -> EncoderSpec:
+        """The encoder of a modality.
+
+        Raises:
+            InputError: the model has not learnt it, or the encoder differs from the one in training.
+        """
+        if modality not in self.trained:
+            raise InputError(Problem(str(self.path), f"was trained with {', '.join(self.trained)}, not with {modality}"))
+        needed, setting = self.trained[modality], f"model.encoders.{modality}"
+        spec = EncoderSpec(modality, needed["name"], needed["options"])
+        check_fingerprint(self.path, needed, spec.name, fingerprint(spec.directory()), setting)
+        return spec
+
+    @functools.cache  # noqa: B019 - as long as the predictor
+    def encoder(self, modality: str) -> FrozenEncoder:
+        """Of a modality, loaded when it is first needed; raises as `spec`."""
+        return self.spec(modality).build(self.device.type)
+
     def answers(self, records: Sequence[Record], batch_size: int = 32, max_new_tokens: int = 32) -> Iterator[str]:
-        """Greedy answers, in the order of the records."""
+        """Greedy answers to the last question of each record, in the order of the records.
+
+        Raises:
+            InputError: records have media that the model has not learnt, or an encoder differs from the one in training.
+        """
+        for modality in {ref.modality for record in records for ref in record.media()}:
+            self.encoder(modality)
         for start in range(0, len(records), batch_size):
             yield from self._answer(records[start : start + batch_size], max_new_tokens)
 
     @torch.inference_mode()
     def _answer(self, records: Sequence[Record], max_new_tokens: int) -> list[str]:
-        prompts = Ragged([self.chat.prompt(record.instruction, record.image is not None) for record in records])
-        padded = left_padded(TokenRecords(prompts, Ragged([[] for _ in records])), np.arange(len(records)))
-        images = [decode_image(record.image.read()) for record in records if record.image is not None]
-        features = self.encoder(images) if images else torch.empty(0, 1, 1)
-        batch = AssistantBatch(features=features.to(self.device), **{name: value.to(self.device) for name, value in padded.items()})
+        prompts = [self.chat.prompt(record.messages) for record in records]
+        tokens = TokenRecords.of(
+            [Encoded(prompt, [False] * len(prompt), len(prompt)) for prompt in prompts], soft_codes(self.chat.soft_tokens)
+        )
+        batch = left_padded(tokens, np.arange(len(records)))
+        media = [ref for record in records for ref in record.media()]
+        grids = {
+            modality: padded(self.encoder(modality)([decode(ref) for ref in media if ref.modality == modality]))
+            for modality in {ref.modality for ref in media}
+        }
+        soft = {modality: mask.to(self.device) for modality, mask in batch["soft"].items()}
+        assembled = AssistantBatch(batch["input_ids"].to(self.device), batch["attention"].to(self.device), soft, grids)
         stop = list(self.chat.stop_ids)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            ids: Any = self.assistant.generate(batch, max_new_tokens, stop, stop[0])
+            ids: Any = self.assistant.generate(assembled, max_new_tokens, stop, stop[0])
         return [self.chat.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]

@@ -19,7 +19,7 @@ from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.inputs import PhaseInputs
-from raytrain2p.phases.instruction.data import check_aligner
+from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.find import find_artifact
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
@@ -58,7 +58,7 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
 
 
 def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, PhaseInputs]:
-    """Check what does not need a cluster: models, aligner, records, images, resources; and whether `run`, if there is one, can
+    """Check what does not need a cluster: models, aligner, records, media, resources; and whether `run`, if there is one, can
     be resumed with these settings.
 
     Returns:
@@ -73,13 +73,15 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
     with findings:
         findings.extend(check_before_connecting(settings.launch))
     inputs = None
-    with console.status("reading records and decoding new images"), findings:
+    with console.status("reading records and decoding new media"), findings:
         inputs = read_inputs(settings, phase)
     if run is not None:
         with findings:
             check_resumable(run, settings, inputs.digests if inputs is not None else None)
     findings.raise_any()
     assert inputs is not None
+    for note in inputs.notes:
+        console.say(note)
     return settings, inputs
 
 
@@ -103,9 +105,9 @@ def with_aligner(settings: InstructionSettings, path: Path) -> InstructionSettin
 
 
 def fits(settings: InstructionSettings, path: Path) -> bool:
-    """Whether an aligner was trained with the encoder and the image size of these settings."""
+    """Whether an aligner was trained with the encoders of these settings."""
     try:
-        check_aligner(with_aligner(settings, path))
+        check_encoders(with_aligner(settings, path))
     except InputError:
         return False
     return True
@@ -173,10 +175,11 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
         computed = 0
         if job.store.missing(job.items):
             say_if_waiting(cpus * workers, console)
-            with console.progress_bar(f"encoding {job.what}") as progress:
-                computed = job.store.complete(job.items, job.build, workers, cpus, int(settings.launch.use_gpu), progress)
+            with console.progress_bar(f"encoding {job.modality}") as progress:
+                computed = job.store.complete(job.items, job.spec.build, workers, cpus, int(settings.launch.use_gpu), progress)
         if job.items:
-            console.say(f"features of {len(job.items)} {job.what}: {computed} computed, {len(job.items) - computed} found in the store")
+            found = len(job.items) - computed
+            console.say(f"{job.modality} features of {len(job.items)} items: {computed} computed, {found} found in the store")
 
 
 def prepared(inputs: PhaseInputs) -> PreparedSplits:

@@ -1,6 +1,7 @@
 """`--dry-run`: the settings, the sizes of the model and of the data, and an estimate of a worker's memory."""
 
 import json
+from collections import Counter
 
 import torch
 import yaml
@@ -9,7 +10,7 @@ from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.phases.inputs import PhaseInputs, planned_steps
+from raytrain2p.phases.inputs import TRAIN, PhaseInputs, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
 GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments
@@ -30,13 +31,27 @@ def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
     lines += [
         f"{'together':16}{frozen:>14,}{trained:>14,}",
         "",
-        f"training records   {inputs.records:,}",
+        *data_lines(inputs),
+        f"feature store      {sum(job.bytes_needed() for job in inputs.jobs) / 1e6:,.1f} MB more",
         f"tokens per step    {inputs.tokens_per_step():,}",
         f"steps              {steps:,}",
         f"memory per worker  about {memory_mb(settings, inputs, held, trained):,.0f} MB",
         "nothing was started",
     ]
     return "\n".join(lines)
+
+
+def data_lines(inputs: PhaseInputs) -> list[str]:
+    """What is in each split, and what a test split shares with the training records."""
+    lines, trained = [], set[tuple[str, bytes]]()
+    for name, records in inputs.splits.items():
+        media = {(ref.modality, inputs.media_keys[ref]) for record in records for ref in record.media()}
+        counts = Counter(modality for modality, _ in media)
+        text = "".join(f", {count:,} distinct {modality} items" for modality, count in counts.items())
+        shared = len(media & trained)
+        lines.append(f"{name:18} {len(records):,} records{text}" + (f"; {shared:,} of them are in {TRAIN} too" if shared else ""))
+        trained = trained or media
+    return lines
 
 
 def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> float:

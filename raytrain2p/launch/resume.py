@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pydantic import ValidationError
 
 from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
-from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where
+from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at
 from raytrain2p.config.secrets import without_passwords
-from raytrain2p.phases.inputs import InputDigests, planned_steps
+from raytrain2p.phases.inputs import InputDigests, described, planned_steps
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
@@ -33,13 +33,15 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
         raise InputError(Problem(f"run {run.run_id[:8]}", older, "begin a new run"))
     fixed = settings_where(type(settings), lambda metadata: metadata.resume == FIXED)
     problems = [
-        Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {before.get(key)}", f"set {key}={before.get(key)}")
-        for key, value in after.items()
-        if belongs_to(key, fixed) and before.get(key, value) != value
+        Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {began}", f"set {key}={began}")
+        for key in dict.fromkeys([*after, *before])
+        for value in [value_at(after, key, None)]
+        for began in [value_at(before, key, value)]
+        if belongs_to(key, fixed) and began != value
     ]
     if digests is not None and (what := _changed_records(run, digests)):
         fix = "give the records that it began with, or begin a new run"
-        problems.append(Problem(f"data.train={settings.data.train}", what, fix))
+        problems.append(Problem(f"data.train={described(settings.data.train)}", what, fix))
     if problems:
         raise InputError(problems)
 

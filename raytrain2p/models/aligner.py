@@ -3,11 +3,15 @@
 Shape letters: B items, T positions, D width of an encoder, S width of the shared space.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+Grids = tuple[torch.Tensor, torch.Tensor | None]  # values (B, T, D), and the positions of each item (B,) where they differ
 
 
 class Branch(nn.Module):
@@ -32,11 +36,18 @@ class Branch(nn.Module):
         """(B, T, D) to (B, T, S)."""
         return self.map(features)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) to a unit vector per item, (B, S), in float32."""
+    def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, T, D) to a unit vector per item, (B, S), in float32. Item i has `positions[i]` positions; without, all have T."""
         grid = self.grid(features)
-        weights = self.query(grid).float().softmax(dim=1)
-        return F.normalize((grid.float() * weights).sum(dim=1), dim=-1)
+        scores = self.query(grid).float()
+        if positions is not None:
+            scores = scores.masked_fill(~within(positions, grid.shape[1]).unsqueeze(-1), -math.inf)
+        return F.normalize((grid.float() * scores.softmax(dim=1)).sum(dim=1), dim=-1)
+
+
+def within(positions: torch.Tensor, longest: int) -> torch.Tensor:
+    """Where an item has positions, (B, longest), from their numbers (B,)."""
+    return torch.arange(longest, device=positions.device) < positions[:, None]
 
 
 class Aligner(nn.Module):
@@ -51,10 +62,10 @@ class Aligner(nn.Module):
 
     def __init__(self, widths: Mapping[str, int], hidden: int, dimension: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.shape = {"widths": dict(widths), "hidden": hidden, "dimension": dimension, "dropout": dropout}
+        self.shape: dict[str, Any] = {"widths": dict(widths), "hidden": hidden, "dimension": dimension, "dropout": dropout}
         self.dimension = dimension
         self.branches = nn.ModuleDict({name: Branch(width, hidden, dimension, dropout) for name, width in widths.items()})
 
-    def forward(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Features by modality, each (B, T, D), to unit vectors by modality, each (B, S)."""
-        return {name: self.branches[name](x) for name, x in features.items()}
+    def forward(self, features: Mapping[str, Grids]) -> dict[str, torch.Tensor]:
+        """Features by modality, (B, T, D) and (B,) positions, to unit vectors by modality, (B, S)."""
+        return {name: self.branches[name](*grids) for name, grids in features.items()}

@@ -13,23 +13,19 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import Phase
 from raytrain2p.storage.files import replaced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
-def save_artifact(path: Path, phase: Phase, config: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], **content: Any) -> None:
+def save_artifact(path: Path, phase: Phase, config: Mapping[str, Any], encoders: Mapping[str, Mapping[str, Any]], **content: Any) -> None:
     """Write an artifact, atomically.
 
     Args:
         config: the run's settings as nested groups.
-        models: the frozen models that it belongs to, by role: `{"image_encoder": {"name": ..., "fingerprint": ...}}`.
+        encoders: the frozen encoders that it belongs to, by modality: `{"name": ..., "options": ..., "fingerprint": ...}`.
         content: tensors and plain types.
     """
-    header = {
-        "format_version": FORMAT_VERSION,
-        "phase": phase.name,
-        "config": dict(config),
-        "models": {k: dict(v) for k, v in models.items()},
-    }
+    header = {"format_version": FORMAT_VERSION, "phase": phase.name, "config": dict(config)}
+    header["encoders"] = {modality: dict(encoder) for modality, encoder in encoders.items()}
     with replaced(path) as stream:
         torch.save(header | content, stream)
 
@@ -50,19 +46,25 @@ def load_artifact(path: Path, phase: Phase) -> dict[str, Any]:
             Problem(str(path), f"is not a valid {phase.artifact} ({type(error).__name__}): torn, or not written by raytrain2p")
         ) from None
     if version != FORMAT_VERSION:
-        raise InputError(Problem(str(path), f"has format version {version}; this raytrain2p reads {FORMAT_VERSION}"))
+        what = f"has format version {version}; this raytrain2p reads {FORMAT_VERSION}"
+        raise InputError(Problem(str(path), what, "train it anew, or use the raytrain2p that wrote it"))
     if found != phase.name:
         raise InputError(Problem(str(path), f"comes from phase `{found}`; required is `{phase.name}` ({phase.artifact})"))
     return artifact
 
 
-def check_fingerprint(path: Path, artifact: Mapping[str, Any], role: str, name: str, found: str, setting: str) -> None:
+def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, found: str, setting: str) -> None:
     """Refuse to combine an artifact with a frozen model that it was not trained with.
+
+    Args:
+        path: of the artifact.
+        needed: name and fingerprint of the model that it was trained with.
+        name, found: name and fingerprint of the model that is there.
+        setting: which names the model.
 
     Raises:
         InputError: the fingerprints differ. The message names both models.
     """
-    needed = artifact["models"][role]
     if needed["fingerprint"] != found:
         raise InputError(
             Problem(

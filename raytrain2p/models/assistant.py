@@ -1,21 +1,22 @@
-"""The assistant: a causal language model that reads images as soft tokens through the aligner.
+"""The assistant: a causal language model that reads media as soft tokens through the aligner.
 
-Shape letters: B records, L tokens of the longest record, P images in the batch, T grid positions, D width of the
-vision encoder, S width of the shared space, K soft tokens per image, E embedding width of the language model,
-M supervised positions in the batch, V vocabulary.
+Shape letters: B records, L tokens of the longest record, P items of one modality in the batch, T grid positions, D width of
+its encoder, S width of the shared space, K soft tokens per item, E embedding width of the language model, M supervised
+positions in the batch, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from raytrain2p.models.aligner import Branch
+from raytrain2p.models.aligner import Branch, Grids
+from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 
@@ -24,14 +25,15 @@ from raytrain2p.models.pretrained import model_directory
 class AssistantBatch:
     """Token records of equal padded length.
 
-    input_ids (B, L) has any valid ID at soft-token positions; attention (B, L) is 0 at padding; soft (B, L) is True at
-    the K positions of each image, in the order of `features` (P, T, D); labels (B, L) is -100 where there is no loss.
+    input_ids (B, L) has any valid ID at soft-token positions; attention (B, L) is 0 at padding; soft (B, L) by modality is
+    True at the K positions of each item, in the order of the modality's features (P, T, D); labels (B, L) is -100 where there
+    is no loss.
     """
 
     input_ids: torch.Tensor
     attention: torch.Tensor
-    soft: torch.Tensor
-    features: torch.Tensor
+    soft: Mapping[str, torch.Tensor]
+    features: Mapping[str, Grids]
     labels: torch.Tensor | None = None
 
 
@@ -51,69 +53,95 @@ class Projector(nn.Module):
         return F.layer_norm(y.float(), y.shape[-1:]) * self.gain
 
 
-def pool_grid(grid: torch.Tensor, tokens: int) -> torch.Tensor:
-    """(P, T, S) to (P, K, S) by averaging neighbours: over a square where both counts are squares, else along the row."""
-    positions = grid.shape[1]
-    if positions == tokens:
+def pool_grid(grid: torch.Tensor, tokens: int, positions: torch.Tensor | None = None, square: bool = False) -> torch.Tensor:
+    """(P, T, S) to (P, K, S) by averaging neighbours: over a square where both counts are squares, else along the row.
+
+    Args:
+        positions: of each item (P,), where they differ.
+        square: items are squares, and not sequences; a shorter sequence repeats positions.
+    """
+    if positions is not None:
+        pooled = grid.new_empty(len(grid), tokens, grid.shape[2])
+        for count in positions.unique().tolist():
+            rows = positions == count
+            pooled = pooled.masked_scatter(rows[:, None, None], pool_grid(grid[rows, :count], tokens, None, square))
+        return pooled
+    longest = grid.shape[1]
+    if longest == tokens:
         return grid
-    if positions < tokens:
-        raise ValueError(f"a grid of {positions} positions cannot give {tokens} soft tokens: set model.soft_tokens to {positions} or less")
+    if square and longest < tokens:
+        raise ValueError(f"a grid of {longest} positions cannot give {tokens} soft tokens: set model.soft_tokens to {longest} or less")
     columns = grid.transpose(1, 2)
-    side, target = round(positions**0.5), round(tokens**0.5)
-    if side**2 == positions and target**2 == tokens:
+    side, target = round(longest**0.5), round(tokens**0.5)
+    if square and side**2 == longest and target**2 == tokens:
         return F.adaptive_avg_pool2d(columns.unflatten(2, (side, side)), target).flatten(2).transpose(1, 2)
     return F.adaptive_avg_pool1d(columns, tokens).transpose(1, 2)
 
 
 class Assistant(nn.Module):
-    """Language model, aligner branch and projector.
+    """Language model, the aligner's branches and projector.
 
     Args:
         language_model: any causal language model of transformers, bare or wrapped by peft.
-        branch: the aligner's image branch.
+        branches: the aligner's, by modality.
         dimension: S.
-        soft_tokens: K.
+        soft_tokens: K, by modality.
     """
 
-    def __init__(self, language_model: Any, branch: Branch, dimension: int, soft_tokens: int) -> None:
+    def __init__(self, language_model: Any, branches: Mapping[str, Branch], dimension: int, soft_tokens: Mapping[str, int]) -> None:
         super().__init__()
         self.soft_token_dropout = 0.0  # share of soft tokens that are blank in each training pass
         self.language_model = language_model
-        self.branch = branch
+        self.branches = nn.ModuleDict(branches)
         embedding = language_model.get_input_embeddings().weight
         spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
         self.projector = Projector(dimension, embedding.shape[1], spread)
-        self.soft_tokens = soft_tokens
+        self.soft_tokens = dict(soft_tokens)
+
+    def branch(self, modality: str) -> Branch:
+        return cast(Branch, self.branches[modality])
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"language model": self.language_model, "aligner": self.branch, "projector": self.projector}
+        return {"language model": self.language_model, "aligner": self.branches, "projector": self.projector}
 
     def freeze(self, tuning: str, train_aligner: bool) -> dict[str, ParameterCount]:
         """Set which weights train, and count them by part.
 
         Args:
             tuning: of the language model: its adapters (`lora`), all of it (`full`), or nothing (`frozen`).
-            train_aligner: whether the branch's map trains. Its pooling query never does: phase 2 does not use it.
+            train_aligner: whether the branches' maps train. Their pooling queries never do: phase 2 does not use them.
         """
         self.requires_grad_(False)
         for name, parameter in self.language_model.named_parameters():
             parameter.requires_grad_(tuning == "full" or (tuning == "lora" and "lora_" in name))
-        self.branch.map.requires_grad_(train_aligner)
+        for modality in self.branches:
+            self.branch(modality).map.requires_grad_(train_aligner)
         self.projector.requires_grad_(True)
         return count_parameters(self.parts())
 
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
-        """Token embeddings with the soft tokens of the images inserted, (B, L, E)."""
+        """Token embeddings with the soft tokens of the media inserted, (B, L, E)."""
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)
-        features = batch.features
-        if features.shape[0] == 0:  # text only: DDP waits for gradients of every trained part
-            idle = self.projector(self.branch.grid(features.new_zeros(1, 1, self.branch.width, dtype=self.branch.dtype)))
-            return embeddings + 0 * idle.sum().to(embeddings.dtype)
-        grid = self.branch.grid(features.to(self.branch.dtype))
-        soft = self.projector(pool_grid(grid, self.soft_tokens))
+        for modality in self.branches:
+            values, positions = batch.features.get(modality, (embeddings.new_empty(0), None))
+            if len(values):
+                embeddings = embeddings.masked_scatter(
+                    batch.soft[modality].unsqueeze(-1), self.soft(modality, values, positions).to(embeddings.dtype)
+                )
+            else:  # DDP waits for gradients of every trained part, FSDP's workers for each other, in validation too
+                branch = self.branch(modality)
+                idle = self.projector(branch.grid(values.new_zeros(1, 1, branch.width, dtype=branch.dtype)))
+                embeddings = embeddings + 0 * idle.sum().to(embeddings.dtype)
+        return embeddings
+
+    def soft(self, modality: str, values: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Soft tokens (P, K, E) of a modality's features (P, T, D)."""
+        branch = self.branch(modality)
+        grid = branch.grid(values.to(branch.dtype))
+        soft = self.projector(pool_grid(grid, self.soft_tokens[modality], positions, ENCODERS[modality].square))
         if self.training and self.soft_token_dropout:
             soft = soft * (torch.rand(*soft.shape[:2], 1, device=soft.device) >= self.soft_token_dropout)
-        return embeddings.masked_scatter(batch.soft.unsqueeze(-1), soft.to(embeddings.dtype))
+        return soft
 
     def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (M, V) where the next token is supervised, and those tokens (M,).
@@ -170,10 +198,10 @@ def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AssistantShape:
-    """What an assistant is built from, in plain types. `aligner` is the shape in aligner.pt."""
+    """What an assistant is built from, in plain types. `soft_tokens` has the modalities; `aligner` is the shape in aligner.pt."""
 
     language_model: str
-    soft_tokens: int
+    soft_tokens: dict[str, int]
     tuning: str
     lora: dict[str, Any]
     aligner: dict[str, Any]
@@ -183,7 +211,7 @@ class AssistantShape:
 
 
 def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False) -> Assistant:
-    """The pretrained language model, with adapters if `shape.tuning` is `lora`; aligner branch and projector untrained.
+    """The pretrained language model, with adapters if `shape.tuning` is `lora`; the aligner's branches and projector untrained.
 
     Which weights train is for `Assistant.freeze` to set.
 
@@ -203,8 +231,11 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     elif shape.tuning == "lora":
         base = with_adapters(base, shape.lora)
     aligner = shape.aligner
-    branch = Branch(aligner["widths"]["image"], aligner["hidden"], aligner["dimension"], dropout=0.0)
-    return Assistant(base, branch, aligner["dimension"], shape.soft_tokens)
+    branches = {
+        modality: Branch(aligner["widths"][modality], aligner["hidden"], aligner["dimension"], dropout=0.0)
+        for modality in shape.soft_tokens
+    }
+    return Assistant(base, branches, aligner["dimension"], shape.soft_tokens)
 
 
 def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:

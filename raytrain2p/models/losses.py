@@ -11,6 +11,7 @@ from torch import nn
 
 from raytrain2p.models.distributed import gather_with_gradient
 
+Present = tuple[torch.Tensor, torch.Tensor]
 LARGEST_SCALE = math.log(100.0)  # CLIP's bound (arXiv:2103.00020, section 2.5), for stability
 
 
@@ -35,25 +36,37 @@ class ContrastiveLoss(nn.Module):
         if form == "sigmoid":
             self.bias = nn.Parameter(torch.tensor([-10.0]))
 
-    def forward(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, alone: bool = False) -> torch.Tensor:
-        """Unit vectors (b, S) of both modalities and the items' keys (b,), integers, to a scalar.
+    def forward(
+        self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, present: Present | None = None, alone: bool = False
+    ) -> torch.Tensor:
+        """Unit vectors (b, S) of both modalities and the records' keys (b,), integers, to a scalar.
 
-        With `alone`, the other workers' items are left out (and nothing is communicated).
+        Args:
+            present: which records have an item of the left and of the right modality, (b,) each; None: all have both. An item
+                without a positive is an anchor of nothing, but a negative of others.
+            alone: leave out the other workers' items (and communicate nothing).
         """
         with torch.autocast(left.device.type, enabled=False):  # bfloat16 has steps of half a unit at the largest scale
-            return self._loss(left, right, keys, alone)
+            return self._loss(left, right, keys, present or (torch.ones_like(keys, dtype=torch.bool),) * 2, alone)
 
-    def _loss(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, alone: bool) -> torch.Tensor:
+    def _loss(self, left: torch.Tensor, right: torch.Tensor, keys: torch.Tensor, present: Present, alone: bool) -> torch.Tensor:
         gather_all = (lambda rows: rows) if alone else gather_with_gradient
         all_keys = gather_all(keys)
-        positive = keys[:, None] == all_keys[None, :]
         scale = self.log_scale.clamp(max=LARGEST_SCALE).exp()
+        all_present = [gather_all(mask.to(torch.uint8)).bool() for mask in present]
+        workers = len(all_keys) // len(keys)
+        same, all_same = keys[:, None] == all_keys[None, :], all_keys[:, None] == all_keys[None, :]
         all_right = gather_all(right)
         if self.form == "sigmoid":
             logits = scale * left @ all_right.T + self.bias
-            signs = positive.to(logits.dtype) * 2 - 1
-            return -F.logsigmoid(signs * logits).sum(dim=1).mean()
-        target = positive / positive.sum(dim=1, keepdim=True)
-        forwards = F.cross_entropy(scale * left @ all_right.T, target)
-        backwards = F.cross_entropy(scale * right @ gather_all(left).T, target)
-        return (forwards + backwards) / 2
+            losses = -F.logsigmoid((same.to(logits.dtype) * 2 - 1) * logits) * (present[0][:, None] & all_present[1])
+            return losses.sum(dim=1).sum() * workers / all_present[0].sum().clamp(min=1)
+        all_left, directions = gather_all(left), []
+        for anchors, others, mine, theirs in ((left, all_right, 0, 1), (right, all_left, 1, 0)):
+            positive = same & present[mine][:, None] & all_present[theirs]
+            anchored = (all_same & all_present[mine][:, None] & all_present[theirs]).any(dim=1).sum()  # on all workers
+            logits = (scale * anchors @ others.T).masked_fill(~all_present[theirs], torch.finfo(anchors.dtype).min / 2)
+            rows = positive.any(dim=1)
+            target = positive[rows] / positive[rows].sum(dim=1, keepdim=True)
+            directions.append(F.cross_entropy(logits[rows], target, reduction="sum") * workers / anchored.clamp(min=1))
+        return (directions[0] + directions[1]) / 2

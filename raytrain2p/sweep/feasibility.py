@@ -36,7 +36,7 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
     with findings:
         findings.extend(check_before_connecting(sweep_launch(sweep)))
     inputs_by_key: dict[str, PhaseInputs] = {}
-    with console.status("reading records and decoding new images"):
+    with console.status("reading records and decoding new media"):
         for values in split_variants(sweep):
             with findings:
                 settings = sweep.settings(values)

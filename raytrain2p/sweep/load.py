@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain2p.config.loading import Settings, checked, merge_overrides, read_yaml, settings_of
+from raytrain2p.config.loading import Settings, checked, merge_overrides, packaged_tree, read_yaml, settings_of
 from raytrain2p.config.paths import packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SettingsGroup
@@ -90,8 +90,7 @@ def base_settings(group: dict[str, Any], tree: dict[str, Any], path: Path, overr
     phase = 1 if group.get("phase") == 1 else 2
     base, metric, mode = group.get("base"), group.get("metric", "val/loss"), group.get("mode", "min")
     here = Path() if any(override.startswith("sweep.base=") for override in overrides) else path.parent
-    under = (here / Path(base).expanduser()) if isinstance(base, str) else packaged_config(f"phase{phase}")
-    merged = merge(read_yaml(under), tree)
+    merged = merge(read_yaml(here / Path(base).expanduser()) if isinstance(base, str) else packaged_tree(phase, tree), tree)
     data, checkpoint = merged.get("data"), merged.get("checkpoint", {})
     measured = metric == "train_loss" or (isinstance(data, dict) and data.get("val") is not None)
     if measured and isinstance(checkpoint, dict):  # keep the checkpoint that is best by the sweep's metric

@@ -57,22 +57,24 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
     save(figure, target)
 
 
-def answer_sheet(rows: Sequence[dict[str, Any]], read_image: Callable[[dict[str, Any]], Any], target: Path, title: str) -> None:
-    """Plot images with the question, the model's answer, and the expected answer where the model's is wrong."""
+def answer_sheet(rows: Sequence[dict[str, Any]], read_images: Callable[[dict[str, Any]], Sequence[Any]], target: Path, title: str) -> None:
+    """Plot each row's media with the question, the model's answer, and the expected answer where the model's is wrong."""
     columns = 5
     lines = -(-len(rows) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(2.3 * columns, 2.75 * lines), squeeze=False, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     for axes, row in zip(grid.flat, rows, strict=False):
-        image = read_image(row)
-        if image is not None:
-            axes.imshow(np.asarray(image))
+        images = read_images(row)
+        for number, image in enumerate(images):
+            inset = axes.inset_axes((number / len(images), 0, 1 / len(images), 1))
+            inset.imshow(np.asarray(image))
+            inset.axis("off")
         right = row["answer"] == row["expected"]
         answer = textwrap.fill(row["answer"] or "(nothing)", 26)
         expected = "" if right else "\n" + textwrap.fill(f"expected: {row['expected']}", 26)
         axes.set_title(
-            f"{textwrap.fill(row['instruction'], 28)}\n{answer}{expected}",
+            f"{textwrap.fill(row['question'], 28)}\n{answer}{expected}",
             fontsize=8,
             color="#276749" if right else "#9b2c2c",
             parse_math=False,

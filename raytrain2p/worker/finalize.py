@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from raytrain2p.config.phases import PHASES_BY_NAME
-from raytrain2p.data.media import ImageRef, decode_image
+from raytrain2p.data.media import MEDIA, MediaRef, decode
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Split
@@ -96,8 +96,8 @@ def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) 
         training_curve(run.files.metrics, run.files.training_curve, f"{run.phase} run {run.run_id[:8]}")
         if answers:
             write_file(run.files.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-            title = f"run {run.run_id[:8]}: answers on test images, drawn at random"
-            answer_sheet(spread(answers, ANSWERS_SHOWN), _image_of, run.files.answer_sheet, title)
+            title = f"run {run.run_id[:8]}: answers on test records, drawn at random"
+            answer_sheet(spread(answers, ANSWERS_SHOWN), _images_of, run.files.answer_sheet, title)
         write_json(run.files.test_metrics, metrics)
         write_json(run.files.result, asdict(outcome_of(run, metrics)))
         writer.finish("FINISHED")
@@ -126,5 +126,6 @@ def spread(rows: list[Item], most: int) -> list[Item]:
     return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
 
 
-def _image_of(row: Answer) -> Image.Image | None:
-    return decode_image(ImageRef(row["image"], row["image_row"]).read()) if row["image"] else None
+def _images_of(row: Answer) -> list[Image.Image]:
+    """The media of a sample answer, as images."""
+    return [MEDIA[ref.modality].show(decode(ref)) for ref in (MediaRef(**media) for media in row["media"])]

@@ -1,6 +1,6 @@
 """Which batches each worker reads, in training and in validation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from raytrain2p.config import Settings
 from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.phases.inputs import TRAIN, VAL, Batch, Split
+from raytrain2p.phases.inputs import TRAIN, VAL, Batch, SourceShare, Split
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
         group.size,
         settings.seed,
         first_step,
+        weighted(data[TRAIN].shares),
     )
     options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
     train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
@@ -40,6 +41,13 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
         return Loaders(train, None)
     batches = validation_micro_batches(data[VAL].lengths, settings.evaluation.batch_size, group)
     return Loaders(train, DataLoader(_as_dataset(data[VAL]), sampler=batches, **options))
+
+
+def weighted(shares: Sequence[SourceShare]) -> list[tuple[int, float]] | None:
+    """Number of records and weight of each source; None if none has a weight: then each record is drawn once per epoch."""
+    if all(share.weight is None for share in shares):
+        return None
+    return [(share.records, 1.0 if share.weight is None else share.weight) for share in shares]
 
 
 def _as_dataset(split: Split) -> "Dataset[Batch]":
@@ -52,7 +60,8 @@ def validation_micro_batches(lengths: np.ndarray, size: int, group: WorkerGroup)
 
     Where the number does not divide, a batch that does not count (no step tokens) is added.
     """
-    order = np.argsort(lengths, kind="stable")
+    order = np.random.default_rng(0).permutation(len(lengths))  # a batch has records of every source: phase 1 compares them
+    order = order[np.argsort(lengths[order], kind="stable")]
     batches = [MicroBatch(order[start : start + size], 1) for start in range(0, len(order), size)]
     batches += [MicroBatch(batches[0].records, 0)] * (-len(batches) % group.size)
     return group.share(batches)

@@ -28,17 +28,17 @@ def test_type_and_default_stand_beside_the_name() -> None:
     assert entry("training.gradient_checkpointing") == "(true | false, default false)"
     assert entry("training.learning_rate") == "(float, default 0.001)"
     assert entry("launch.strategy") == "(ddp | fsdp, default ddp)"
-    assert entry("data.test") == "(dict of text, default {})"
+    assert entry("data.test") == "(dict of list of path or {path, weight}, default {})"
 
 
 def test_a_setting_without_a_default_is_marked_as_required() -> None:
-    assert entry("data.train") == "(text, required)"
+    assert entry("data.train") == "(list of path or {path, weight}, required)"
 
 
 def test_settings_of_one_phase_alone_are_marked() -> None:
     assert entry("model.dimension").endswith(" [phase 1]")
     assert entry("model.lora.rank").endswith(" [phase 2]")
-    assert "[phase" not in entry("model.image_encoder")
+    assert "[phase" not in entry("model.encoders.image.name")
     assert "[phase" not in entry("seed")
 
 

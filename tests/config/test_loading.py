@@ -3,16 +3,22 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
 from raytrain2p.config import AlignmentSettings, Findings, InputError, InstructionSettings, Problem, cache_directory, flatten, load_settings
 from raytrain2p.config.paths import packaged_config
-from raytrain2p.config.problems import MOST_SHOWN
+from raytrain2p.config.problems import MOST_ALIKE
+from raytrain2p.config.settings import Source
 from raytrain2p.sweep.load import load_sweep
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def paths(sources: list[Source] | None) -> list[str]:
+    return [source.path for source in sources or []]
 
 
 def problems_of(*overrides: str, phase: int = 2, config: Path | None = None) -> list[Problem]:
@@ -83,8 +89,8 @@ def test_a_setting_of_the_other_phase_is_refused() -> None:
         ("training.max_epochs=often", "int | null"),
         ("training.learning_rate=fast", "float"),
         ("evaluation.shuffled=1", "true | false"),
-        ("data.train=3", "text"),
-        ("data.test=3", "dict of text"),
+        ("data.train=3", "list of path or {path, weight}"),
+        ("data.test=3", "dict of list of path or {path, weight}"),
         ("training.precision=bf32", "auto | bf16 | float32"),
     ],
 )
@@ -140,11 +146,11 @@ def test_the_message_counts_the_problems_and_shows_what_where_and_how_to_fix() -
 
 
 def test_a_very_long_list_of_problems_is_cut_but_counted() -> None:
-    text = str(InputError([Problem(f"line <{number}>", "is bad") for number in range(MOST_SHOWN + 7)]))
-    assert f"{MOST_SHOWN + 7} problems" in text
-    assert f"line <{MOST_SHOWN - 1}>" in text
-    assert f"line <{MOST_SHOWN}>" not in text
-    assert text.endswith("... and 7 more")
+    text = str(InputError([Problem(f"line <{number}>", "is bad") for number in range(MOST_ALIKE + 7)]))
+    assert f"{MOST_ALIKE + 7} problems" in text
+    assert f"line <{MOST_ALIKE - 1}>" in text
+    assert f"line <{MOST_ALIKE}>" not in text
+    assert text.endswith("... and 7 more like it")
 
 
 def test_an_input_error_survives_a_process_boundary() -> None:
@@ -296,9 +302,9 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("RAYTRAIN2P_HOME", raising=False)
     overrides = ["data.train=a/b.jsonl", "data.val=c.parquet", "data.test={mine: d.jsonl}", "data.feature_store=store", "output.root=out"]
     settings = load_settings(2, None, [*overrides, "tracking.uri=sqlite:///track/m.db"])
-    assert settings.data.train == str(tmp_path / "a/b.jsonl")
-    assert settings.data.val == str(tmp_path / "c.parquet")
-    assert settings.data.test == {"mine": str(tmp_path / "d.jsonl")}
+    assert paths(settings.data.train) == [str(tmp_path / "a/b.jsonl")]
+    assert paths(settings.data.val) == [str(tmp_path / "c.parquet")]
+    assert {name: paths(sources) for name, sources in settings.data.test.items()} == {"mine": [str(tmp_path / "d.jsonl")]}
     assert settings.data.feature_store == str(tmp_path / "store")
     assert settings.output.root == str(tmp_path / "out")
     assert settings.tracking.uri == f"sqlite:///{tmp_path}/track/m.db"
@@ -311,14 +317,14 @@ def test_absolute_paths_uris_and_the_embedded_set_stay_as_they_are(tmp_path: Pat
     assert settings.output.root == f"{tmp_path}/out"
     assert settings.tracking.uri == f"sqlite:///{tmp_path}/m.db"
     assert settings.data.feature_store == "s3://bucket/features"
-    assert settings.data.train == "emoji:train"
+    assert paths(settings.data.train) == ["emoji:train"]
     assert load_settings(2, None, ["tracking.uri=http://server:5000"]).tracking.uri == "http://server:5000"
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = load_settings(2, None, ["data.train=~/a.jsonl", "output.root=~/out"])
-    assert settings.data.train == str(tmp_path / "a.jsonl")
+    assert paths(settings.data.train) == [str(tmp_path / "a.jsonl")]
     assert settings.output.root == str(tmp_path / "out")
 
 
@@ -331,7 +337,7 @@ def test_raytrain2p_home_moves_relative_outputs_but_not_records(tmp_path: Path, 
     assert settings.output.root == str(home / "checkpoints")
     assert settings.tracking.uri == f"sqlite:///{home}/mlflow.db"
     assert settings.data.feature_store == str(home / "store")
-    assert settings.data.train == str(here / "a.jsonl")
+    assert paths(settings.data.train) == [str(here / "a.jsonl")]
 
 
 def test_in_a_submitted_job_outputs_leave_the_copy_that_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,7 +348,7 @@ def test_in_a_submitted_job_outputs_leave_the_copy_that_ray_deletes(tmp_path: Pa
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
     settings = load_settings(2, None, ["data.train=a.jsonl"])
     assert settings.output.root == str(tmp_path / "user" / "raytrain2p" / "checkpoints")
-    assert settings.data.train == str(copy / "a.jsonl")
+    assert paths(settings.data.train) == [str(copy / "a.jsonl")]
 
 
 def test_features_lie_in_the_cache_unless_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,3 +367,41 @@ def test_flattened_settings_name_each_one_by_its_path() -> None:
     assert flat["data.test.test_concept"] == "emoji:test_concept"
     assert flat["training.max_epochs"] is None
     assert not any(isinstance(value, dict) and value for value in flat.values())
+
+
+def test_records_of_a_users_own_are_validated_and_evaluated_on_nothing() -> None:
+    """The packaged splits go with the packaged records."""
+    own = load_settings(2, None, ["data.train=mine.jsonl"]).data
+    assert (own.val, own.test) == (None, {})
+    given = load_settings(2, None, ["data.train=mine.jsonl", "data.val=emoji:val", "data.test.new=more.jsonl"]).data
+    assert (paths(given.val), list(given.test)) == (["emoji:val"], ["new"])
+    for train in ("emoji:val", "{path: emoji:val, weight: 3}", "[emoji:val, {path: emoji:train}]"):
+        packaged = load_settings(2, None, [f"data.train={train}"]).data
+        assert paths(packaged.val) == ["emoji:val"]
+        assert list(packaged.test) == ["test_drawing", "test_concept"]
+    assert load_settings(2, None, ["data.train=[emoji:val, mine.jsonl]"]).data.val is None
+
+
+def test_several_sources_may_have_weights_and_are_written_as_short_as_possible(tmp_path: Path) -> None:
+    data = load_settings(2, None, ["data.train=[emoji:train, {path: emoji:val, weight: 0.5}]"]).data
+    assert [(source.path, source.weight) for source in data.train] == [("emoji:train", None), ("emoji:val", 0.5)]
+    dumped = data.model_dump(mode="json")
+    assert dumped["train"] == ["emoji:train", {"path": "emoji:val", "weight": 0.5}]
+    assert load_settings(2).data.model_dump(mode="json")["train"] == "emoji:train"
+    for wrong in ("[]", "[{weight: 1}]", "[{path: a, weight: 0}]", "[{path: a, share: 1}]", "{path: a, weight: .inf}"):
+        assert only_problem(f"data.train={wrong}").where.startswith("data.train")
+    for where, given in (("data.val", "val={path: a, weight: 2}"), ("data.test.new", "test.new=[{path: a, weight: 2}]")):
+        assert f"{where} has a weight" in str(only_problem(f"data.{given}"))
+
+
+def test_an_encoder_may_be_its_name_alone_and_another_override_adds_to_it(tmp_path: Path) -> None:
+    config = tmp_path / "one.yaml"
+    config.write_text(
+        "data: {train: emoji:train}\ntraining: {max_steps: 1}\nmodel: {encoders: {image: some/encoder, audio: other/encoder}}\n"
+    )
+    given: Any = load_settings(1, config, ["model.encoders.image.size=64", "model.encoders.text=null"]).model.encoders
+    assert (given.image.name, given.image.size) == ("some/encoder", 64)
+    assert list(given.by_modality()) == ["image", "audio"]
+    default: Any = load_settings(1, None, ["model.encoders.image.size=64"]).model.encoders
+    assert (default.image.name, default.image.size, default.text.name) == ("efficientnet-lite0", 64, "all-minilm-l6-v2")
+    assert load_settings(2).model.encoders.by_modality() == {}, "those of the aligner"

@@ -14,9 +14,15 @@ from raytrain2p.sweep.settings import SweepSettings
 SEARCH = {"sweep.num_trials", "sweep.max_concurrent", "sweep.time_budget_s", "sweep.max_failures"}
 TRAINING = {"training.global_batch_size", "training.learning_rate", "training.warmup_steps", "training.weight_decay"}
 FOUND_BY = {"checkpoint.monitor", "checkpoint.mode", "launch.strategy", "output.root", "tracking.uri", "tracking.experiment"}
-DATA = {f"data.{name}" for name in ("train", "val", "test", "features", "feature_store", "feature_workers", "loader_workers")}
+DATA = {f"data.{name}" for name in ("train", "val", "test", "loss_on", "too_long", "features", "feature_store")} | {
+    "data.feature_workers",
+    "data.loader_workers",
+}
 SHARED_GROUPS = ("output", "tracking", "launch", "checkpoint", "evaluation", "data.feature_store", "data.val", "data.test")
 KINDS = (AlignmentSettings, InstructionSettings)
+
+
+ENCODER_NAMES = {f"encoders.{modality}.name" for modality in ("image", "audio", "text")}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, SweepSettings])
@@ -30,31 +36,33 @@ def model(*names: str) -> set[str]:
     return {f"model.{name}" for name in names}
 
 
+ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.pool", "encoders.text.layer", "encoders.text.pooled")
+
+
 @pytest.mark.parametrize(
     ("kind", "of_the_model"),
     [
-        (AlignmentSettings, model("image_encoder", "image_size", "text_encoder", "dimension", "hidden", "dropout", "loss")),
+        (AlignmentSettings, ENCODER_SETTINGS | model("dimension", "hidden", "dropout", "loss")),
         (
             InstructionSettings,
-            model(
-                "language_model", "image_encoder", "image_size", "aligner", "train_aligner", "soft_tokens", "soft_token_dropout", "tuning"
-            )
+            ENCODER_SETTINGS
+            | model("language_model", "aligner", "train_aligner", "soft_tokens", "soft_token_dropout", "tuning")
             | model("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "system_prompt", "max_length"),
         ),
     ],
 )
 def test_what_a_resumed_run_must_keep(kind: type[BaseModel], of_the_model: set[str]) -> None:
     fixed = settings_where(kind, lambda metadata: metadata.resume == FIXED)
-    assert set(fixed) == {"seed", "data.train"} | TRAINING | FOUND_BY | of_the_model
+    assert set(fixed) == {"seed", "data.train", "data.loss_on", "data.too_long"} | TRAINING | FOUND_BY | of_the_model
 
 
 @pytest.mark.parametrize(
     ("kind", "of_the_model"),
     [
-        (AlignmentSettings, model("image_encoder", "text_encoder", "image_size")),
+        (AlignmentSettings, ENCODER_SETTINGS),
         (
             InstructionSettings,
-            model("language_model", "image_encoder", "image_size", "soft_tokens", "system_prompt", "max_length", "aligner"),
+            ENCODER_SETTINGS | model("language_model", "soft_tokens", "system_prompt", "max_length", "aligner"),
         ),
     ],
 )
@@ -90,7 +98,7 @@ def test_what_may_change_on_resume_besides() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [(AlignmentSettings, {"image_encoder", "text_encoder"}), (InstructionSettings, {"language_model", "image_encoder"})],
+    [(AlignmentSettings, ENCODER_NAMES), (InstructionSettings, {"language_model"} | ENCODER_NAMES)],
 )
 def test_what_names_a_model(kind: type[BaseModel], names: set[str]) -> None:
     assert {key for key, field in known_keys(kind).items() if NAMES_A_MODEL in field.metadata} == model(*names)

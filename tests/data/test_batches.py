@@ -1,4 +1,7 @@
-"""Which records make up each step: the same on one worker as on many, each at most once per epoch, like lengths together."""
+"""Which records make up each step: the same on one worker as on many, each as often as its source says, like lengths together."""
+
+import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +16,17 @@ def lengths_of(count: int = RECORDS) -> np.ndarray:
 
 
 def sampler_of(
-    micro_batch_size: int = 4, passes: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0, lengths: np.ndarray | None = None
+    micro_batch_size: int = 4,
+    passes: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    lengths: np.ndarray | None = None,
+    **more: Any,
 ) -> StepSampler:
     lengths = lengths_of() if lengths is None else lengths
-    return StepSampler(lengths, lengths // 3 + 1, micro_batch_size * passes * world_size, micro_batch_size, rank, world_size, seed)
+    batch = micro_batch_size * passes * world_size
+    return StepSampler(lengths, lengths // 3 + 1, batch, micro_batch_size, rank, world_size, seed, **more)
 
 
 def steps_of(samplers: list[StepSampler]) -> list[list[int]]:
@@ -125,6 +135,76 @@ def test_fewer_records_than_a_step_needs_give_no_step() -> None:
     assert list(sampler) == []
 
 
+def test_the_order_without_sources_is_the_same_in_every_version() -> None:
+    """A run that is resumed after an update sees the records that it has not seen."""
+    steps = [sampler_of(8, seed=7).step_records().tolist()]
+    assert hashlib.sha256(repr(steps).encode()).hexdigest()[:16] == "5bbed40d661c6c45"
+
+
+SOURCES = ((150, 1.0), (40, 1.0), (13, 2.0))  # of 203 records, 200 an epoch: 50 of the first, 50 of the second, 100 of the third
+
+
+def counts_of(sampler: StepSampler, epoch: int = 0) -> np.ndarray:
+    """How often each record comes in an epoch."""
+    sampler.set_epoch(epoch)
+    return np.bincount(sampler.step_records().ravel(), minlength=RECORDS)
+
+
+def test_sources_contribute_records_by_weight_and_an_epoch_is_as_long_as_without() -> None:
+    weighted = sampler_of(8, sources=SOURCES)
+    assert weighted.steps == sampler_of(8).steps == 25
+    counts = counts_of(weighted)
+    assert [int(part.sum()) for part in np.split(counts, [150, 190])] == [50, 50, 100]
+
+
+def test_records_of_a_source_come_equally_often_but_for_a_random_rest() -> None:
+    first, second, third = np.split(counts_of(sampler_of(8, sources=SOURCES)), [150, 190])
+    assert np.bincount(first).tolist() == [100, 50]
+    assert np.bincount(second).tolist() == [0, 30, 10]
+    assert np.bincount(third).tolist() == [0] * 7 + [4, 9]
+
+
+def test_the_rest_of_a_source_is_drawn_anew_each_epoch() -> None:
+    seen = np.sum([counts_of(sampler_of(8, sources=SOURCES), epoch)[:150] for epoch in range(30)], axis=0)
+    assert seen.min() > 0
+    assert seen.max() < 25
+
+
+def test_a_step_holds_records_of_every_source() -> None:
+    steps = sampler_of(16, lengths=np.full(1600, 5), sources=((800, 1.0), (800, 1.0))).step_records()
+    assert ((steps < 800).any(axis=1) & (steps >= 800).any(axis=1)).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_workers_share_the_steps_of_weighted_sources(world_size: int) -> None:
+    alone = steps_of([sampler_of(16, sources=SOURCES)])
+    shared = steps_of([sampler_of(16 // world_size, 1, rank, world_size, sources=SOURCES) for rank in range(world_size)])
+    assert shared == alone
+
+
+@pytest.mark.parametrize("sources", [None, SOURCES])
+@pytest.mark.parametrize("done", [1, 24, 25, 30])
+def test_resuming_at_a_step_continues_the_order(sources: Any, done: int) -> None:
+    straight, resumed = sampler_of(8, sources=sources), sampler_of(8, sources=sources, first_step=done)
+    steps = []
+    for epoch in range(3):
+        straight.set_epoch(epoch)
+        steps += [share.records.tolist() for share in straight]
+    assert resumed.first_epoch == done // 25
+    for epoch in range(resumed.first_epoch, 3):
+        resumed.set_epoch(epoch)
+        assert [share.records.tolist() for share in resumed] == steps[max(done, 25 * epoch) : 25 * (epoch + 1)]
+
+
+def test_a_source_without_records_has_no_share() -> None:
+    counts = counts_of(sampler_of(8, sources=((0, 5.0), (150, 1.0), (53, 1.0))))
+    assert [int(part.sum()) for part in np.split(counts, [150])] == [100, 100]
+
+
+def test_fewer_weighted_records_than_a_step_needs_give_no_step() -> None:
+    assert list(sampler_of(8, lengths=np.arange(1, 6), sources=((2, 1.0), (3, 1.0)))) == []
+
+
 def test_ragged_lists_come_back_as_they_went_in() -> None:
     lists = [[1, 2, 3], [], [4], [5, -1, 6, 7]]
     ragged = Ragged(lists)
@@ -135,3 +215,10 @@ def test_ragged_lists_come_back_as_they_went_in() -> None:
 
 def test_ragged_without_lists_is_empty() -> None:
     assert len(Ragged([])) == 0
+
+
+@pytest.mark.parametrize(("dtype", "lists"), [(np.int32, [[1], [-2, 3]]), (bool, [[True, False], [True]])])
+def test_ragged_lists_keep_their_type(dtype: Any, lists: list[list[int]]) -> None:
+    ragged = Ragged((one for one in lists), dtype)
+    assert ragged.flat.dtype == ragged[0].dtype == dtype
+    assert [ragged.starts.tolist(), ragged.ends.tolist()] == [[0, len(lists[0])], [len(lists[0]), 3]]

@@ -28,7 +28,9 @@ def test_good_data_passes_with_exit_code_0(tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "good.jpg").write_bytes(jpeg())
     file = pairs(tmp_path, "good.jpg", "good.jpg")
     assert main(["check", file, "--phase", "1"]) == 0
-    assert capsys.readouterr().out == f"{file}: 2 good records with 1 distinct images, 0 problems\n"
+    assert capsys.readouterr().out == (
+        f"{file}: pair format, 2 good records\n{file}: 2 good records with 1 distinct image items, 0 problems\n"
+    )
 
 
 def test_a_truncated_jpeg_is_found_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,7 +41,7 @@ def test_a_truncated_jpeg_is_found_with_exit_code_2(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert f"{file}:2\n    image {tmp_path / 'torn.jpg'} does not decode: image file is truncated" in out
     assert f"{file}:1" not in out
-    assert "1 problems" in out
+    assert "1 problem\n" in out
 
 
 def test_bad_records_and_bad_images_are_reported_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,17 +57,49 @@ def test_bad_records_and_bad_images_are_reported_together(tmp_path: Path, capsys
 def test_records_of_the_other_phase_do_not_pass(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "good.jpg").write_bytes(jpeg())
     assert main(["check", pairs(tmp_path, "good.jpg"), "--phase", "2"]) == 2
-    assert "has no `instruction`" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "is in the format pair (of phase 1), which phase 2 does not take" in out
+    assert "1 problem\n" in out
 
 
 def test_the_embedded_set_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "emoji:test_concept", "--phase", "2"]) == 0
-    assert "1104 good records with 552 distinct images" in capsys.readouterr().out
+    assert "1,104 good records with 552 distinct image items" in capsys.readouterr().out
 
 
 def test_a_file_without_a_record_does_not_pass_since_training_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", pairs(tmp_path), "--phase", "1"]) == 2
     assert "no record" in capsys.readouterr().out
+
+
+def test_thousands_of_problems_alike_are_a_few_lines_and_all_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", pairs(tmp_path, *(f"absent{number}.jpg" for number in range(13_202))), "--phase", "1"]) == 2
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) < 30
+    assert "... and 13,197 more like it" in out
+    assert "13,202 problems\n" in out
+
+
+def test_text_of_the_data_does_not_reach_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "pairs.jsonl"
+    bad = {"text": "a", "image": "\x1b[31m.jpg", "\x1b]0;title\x07\ud83d": 1}
+    path.write_text(json.dumps({"text": "a", "image": "b"}) + "\n" + json.dumps(bad) + "\n")
+    assert main(["check", str(path), "--phase", "1"]) == 2
+    out = capsys.readouterr().out
+    assert "\\x1b[31m" in out
+    assert "\x1b" not in out
+    out.encode()
+
+
+def test_several_files_are_listed_with_their_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    pairs(tmp_path, "good.jpg")
+    turns = [{"from": "human", "value": "<image>What is it?"}, {"from": "gpt", "value": "Noise."}]
+    (tmp_path / "chat.json").write_text(json.dumps([{"image": "good.jpg", "conversations": turns}]))
+    assert main(["check", f"{tmp_path}/*.json*", "--phase", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/chat.json: llava format, 1 good records" in out
+    assert f"{tmp_path}/pairs.jsonl: pair format, 1 good records" in out
 
 
 @pytest.mark.parametrize("arguments", [["check", "emoji:val"], ["check", "emoji:val", "--phase", "3"], []])

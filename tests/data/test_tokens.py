@@ -1,22 +1,45 @@
 """How token records become padded batches: what is learnt from, what is looked at, and where soft tokens go."""
 
 import numpy as np
+import pytest
 import torch
 
-from raytrain2p.data.batches import Ragged
-from raytrain2p.data.chat import SOFT
-from raytrain2p.data.tokens import IGNORED, TokenRecords, left_padded, right_padded
+from raytrain2p.data.chat import Encoded, soft_codes
+from raytrain2p.data.tokens import IGNORED, TokenRecords, left_padded, right_padded, truncated
 from tests.conftest import byte_tokenizer
 
 END = byte_tokenizer().eos_token_id
+SOFT_TOKENS = {"image": 2, "audio": 3}
+CODES = soft_codes(SOFT_TOKENS)
+SOFT, SOUND = CODES["image"], CODES["audio"]
 PROMPTS = [[SOFT, SOFT, 11, 12], [21], [31, SOFT, SOFT, 32, 33]]
 RESPONSES = [[13, END], [22, 23, 24, END], [END]]
-TOKENS = TokenRecords(Ragged(PROMPTS), Ragged(RESPONSES))
+TOKENS = TokenRecords.of(
+    (
+        Encoded(prompt + response, [False] * len(prompt) + [True] * len(response), len(prompt))
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ),
+    CODES,
+)
 ALL = np.arange(3)
+# two turns and three media: [image 11 | 12 END | image image sound 13 | 14 END]
+LONG = [SOFT, SOFT, 11, 12, END, SOFT, SOFT, SOFT, SOFT, SOUND, SOUND, SOUND, 13, 14, END]
+TWO_TURNS = Encoded(LONG, [place in (3, 4, 13, 14) for place in range(15)], 13)
 
 
 def test_lengths_count_soft_tokens_and_the_response() -> None:
     assert TOKENS.lengths.tolist() == [6, 5, 6]
+    assert TOKENS.prompts.tolist() == [4, 1, 5]
+
+
+def test_supervised_tokens_are_counted() -> None:
+    assert TOKENS.supervised_counts.tolist() == [2, 4, 1]
+    assert TokenRecords.of([TWO_TURNS, Encoded([], [], 0), TWO_TURNS], CODES).supervised_counts.tolist() == [4, 0, 4]
+    assert TokenRecords.of([], CODES).supervised_counts.tolist() == []
+
+
+def test_tokens_take_five_bytes() -> None:
+    assert (TOKENS.ids.flat.dtype, TOKENS.supervised.flat.dtype) == (np.int32, np.bool_)
 
 
 def test_labels_are_the_response_only() -> None:
@@ -25,6 +48,11 @@ def test_labels_are_the_response_only() -> None:
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         rest = [IGNORED] * (6 - len(prompt) - len(response))
         assert labels[row].tolist() == [IGNORED] * len(prompt) + response + rest
+
+
+def test_labels_are_the_answers_of_every_turn() -> None:
+    labels = right_padded(TokenRecords.of([TWO_TURNS], CODES), np.array([0]))["labels"]
+    assert labels[0].tolist() == [IGNORED] * 3 + [12, END] + [IGNORED] * 8 + [14, END]
 
 
 def test_the_end_token_is_supervised_though_it_is_the_pad_token() -> None:
@@ -41,16 +69,27 @@ def test_padding_is_neither_attended_to_nor_learnt_from() -> None:
     assert (batch["labels"][batch["attention"] == 0] == IGNORED).all()
 
 
-def test_soft_places_are_marked_and_hold_a_valid_id() -> None:
+def test_padding_has_no_label_even_if_the_very_first_token_is_supervised() -> None:
+    tokens = TokenRecords.of([Encoded([11], [True], 0), Encoded([21, 22], [False, True], 1)], CODES)
+    assert right_padded(tokens, np.array([1, 0]))["labels"].tolist() == [[IGNORED, 22], [11, IGNORED]]
+
+
+def test_soft_places_are_marked_by_modality_and_hold_a_valid_id() -> None:
     batch = right_padded(TOKENS, ALL)
-    assert batch["soft"].dtype == torch.bool
-    assert batch["soft"].nonzero().tolist() == [[0, 0], [0, 1], [2, 1], [2, 2]]
+    assert batch["soft"].keys() == {"image", "audio"}
+    assert batch["soft"]["image"].dtype == torch.bool
+    assert batch["soft"]["image"].nonzero().tolist() == [[0, 0], [0, 1], [2, 1], [2, 2]]
+    assert not batch["soft"]["audio"].any()
+    assert batch["input_ids"].dtype == torch.int64
     assert (batch["input_ids"] >= 0).all()
+    both = right_padded(TokenRecords.of([TWO_TURNS], CODES), np.array([0]))["soft"]
+    assert both["image"].nonzero()[:, 1].tolist() == [0, 1, 5, 6, 7, 8]
+    assert both["audio"].nonzero()[:, 1].tolist() == [9, 10, 11]
 
 
 def test_all_other_ids_are_prompt_and_response_in_order() -> None:
     batch = right_padded(TOKENS, ALL)
-    kept = (batch["attention"] == 1) & ~batch["soft"]
+    kept = (batch["attention"] == 1) & ~batch["soft"]["image"]
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         assert batch["input_ids"][row][kept[row]].tolist() == [token for token in prompt + response if token != SOFT]
 
@@ -64,7 +103,21 @@ def test_a_batch_is_as_wide_as_its_own_longest_record_and_in_the_given_order() -
 def test_left_padded_prompts_end_together_and_hold_no_response() -> None:
     batch = left_padded(TOKENS, ALL)
     assert set(batch) == {"input_ids", "attention", "soft"}
-    assert batch["input_ids"][:, -1].tolist() == [12, 21, 33]
+    assert batch["input_ids"].tolist() == [[0, 0, 0, 11, 12], [0, 0, 0, 0, 21], [31, 0, 0, 32, 33]]
     assert batch["attention"].tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
-    assert batch["soft"].nonzero().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
-    assert (batch["input_ids"] >= 0).all()
+    assert batch["soft"]["image"].nonzero().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
+
+
+def test_a_record_within_the_limit_is_not_truncated() -> None:
+    assert truncated(TWO_TURNS, 15) == TWO_TURNS
+    assert truncated(TWO_TURNS, 99) == TWO_TURNS
+
+
+@pytest.mark.parametrize(("limit", "length"), [(14, 14), (13, 5), (6, 5), (5, 5), (4, 4)])
+def test_a_truncated_record_ends_with_an_answer_and_so_has_whole_items(limit: int, length: int) -> None:
+    assert truncated(TWO_TURNS, limit) == Encoded(LONG[:length], TWO_TURNS.supervised[:length], 13 if length > 13 else 3)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+def test_a_record_without_a_supervised_token_within_the_limit_is_none(limit: int) -> None:
+    assert truncated(TWO_TURNS, limit) is None

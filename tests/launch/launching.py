@@ -240,13 +240,13 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory, shapes: Path, tiny_lla
     folder = tmp_path_factory.mktemp("config")
     (folder / "phase1.yaml").write_text(f"""
 data: {{train: {shapes}/phase1.jsonl, val: {shapes}/phase1.jsonl, test: {{same: {shapes}/phase1.jsonl}}}}
-model: {{image_encoder: {tiny_vit}, text_encoder: {tiny_bert}, dimension: 16, hidden: 32, dropout: 0.0}}
+model: {{encoders: {{image: {tiny_vit}, text: {tiny_bert}}}, dimension: 16, hidden: 32, dropout: 0.0}}
 training: {{max_steps: 6, global_batch_size: 16, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
 launch: {{cpus_per_worker: 1}}
 """)
     (folder / "phase2.yaml").write_text(f"""
 data: {{train: {shapes}/phase2.jsonl, val: {shapes}/phase2.jsonl, test: {{same: {shapes}/phase2.jsonl}}}}
-model: {{language_model: {tiny_llama}, image_encoder: {tiny_vit}, soft_tokens: 4, lora: {{rank: 4}}}}
+model: {{language_model: {tiny_llama}, soft_tokens: 4, lora: {{rank: 4}}}}
 training: {{max_steps: 6, global_batch_size: 8, learning_rate: 1e-2, warmup_steps: 2, precision: float32, log_every: 2}}
 evaluation: {{samples: 4, max_new_tokens: 4}}
 launch: {{cpus_per_worker: 1}}
@@ -274,6 +274,6 @@ def untrained_aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) 
     torch.manual_seed(3)
     aligner = Aligner({"image": 32}, hidden=32, dimension=16)
     path = tmp_path_factory.mktemp("aligner") / "aligner.pt"
-    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(path, ALIGNMENT, {}, models, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
+    encoders = {"image": {"name": str(tiny_vit), "options": {}, "fingerprint": fingerprint(tiny_vit)}}
+    save_artifact(path, ALIGNMENT, {}, encoders, shape=aligner.shape, state_dict=aligner.state_dict())
     return path

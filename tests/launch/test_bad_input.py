@@ -44,9 +44,9 @@ def aligner(tmp_path: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
     from raytrain2p.models.pretrained import fingerprint
 
     untrained = Aligner({"image": 32, "text": 32}, 32, 16)
-    models = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
+    encoders = {"image": {"name": str(tiny_vit), "options": {}, "fingerprint": fingerprint(tiny_vit)}}
     path = tmp_path / "aligner.pt"
-    save_artifact(path, ALIGNMENT, {}, models, image_size=None, shape=untrained.shape, state_dict=untrained.state_dict())
+    save_artifact(path, ALIGNMENT, {}, encoders, shape=untrained.shape, state_dict=untrained.state_dict())
     return path
 
 
@@ -88,7 +88,7 @@ def test_every_bad_record_is_listed_by_line(refused: Refuse, tmp_path: Path, sha
         {"text": "torn", "image": "torn.jpg"},
     )
     output = refused(1, f"data.val={records}")
-    for line, cause in ((2, "has no `text`"), (3, "is not JSON"), (4, "no such image: gone.png")):
+    for line, cause in ((2, "has only `image`"), (3, "is not JSON"), (4, "no such image: gone.png")):
         assert f"bad.jsonl:{line}\n    {cause}" in output
     assert "bad.jsonl:1\n" not in output
     torn = write(tmp_path / "torn.jsonl", {"text": "torn", "image": "torn.jpg"})
@@ -110,9 +110,9 @@ def test_a_response_without_tokens_and_a_record_longer_than_the_context_are_refu
 
 
 def test_an_aligner_of_another_encoder_is_refused_with_both_named(refused: Refuse, aligner: Path, tiny_bert: Path, tiny_vit: Path) -> None:
-    output = refused(2, f"model.aligner={aligner}", f"model.image_encoder={tiny_bert}")
+    output = refused(2, f"model.aligner={aligner}", f"model.encoders.image={tiny_bert}")
     assert str(tiny_vit) in output
-    assert f"model.image_encoder={tiny_bert}" in output
+    assert f"model.encoders.image={tiny_bert}" in output
 
 
 def test_more_workers_than_the_machine_has_are_refused_at_once(refused: Refuse) -> None:

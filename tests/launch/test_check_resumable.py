@@ -51,6 +51,15 @@ def test_the_global_batch_is_fixed(run: Run) -> None:
     assert "training.global_batch_size=16\n    cannot change: run 00000000 began with 8\n    fix: set training.global_batch_size=8" in said
 
 
+def test_an_encoder_cannot_be_added_or_taken_away(run: Run) -> None:
+    said = refused(run, "model.encoders.audio=whisper-tiny.en")
+    assert "model.encoders.audio.name=whisper-tiny.en\n    cannot change: run 00000000 began with None" in said
+    config = json.loads(run.files.config.read_text())
+    config["model"]["encoders"]["image"] = {"name": "efficientnet-lite0", "size": None}
+    run.files.write_config(config)
+    assert "model.encoders.image.name=None\n    cannot change: run 00000000 began with efficientnet-lite0" in refused(run)
+
+
 def test_another_number_of_records_is_refused(run: Run) -> None:
     assert "has 61 records; run 00000000 began with 60" in refused(run, digests=InputDigests(61, "b" * 64))
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raytrain2p.data.emoji import EMOJI_FILE
-from raytrain2p.data.media import ImageRef
+from raytrain2p.data.embedded import images
 from tests.launch.launching import points, run_command, submit
 
 FEW = "evaluation.max_records=16 evaluation.samples=4 --json"
@@ -17,7 +16,7 @@ def test_both_phases_run_as_submitted_jobs_the_losses_fall_and_the_result_answer
     first = submit(f"python -m raytrain2p.train --phase 1 training.max_epochs=4 {FEW}")
     losses = points(first, "train_loss")
     assert losses[-1] < losses[0] / 2
-    assert first["metrics"]["test_drawing/recall_at_1"] > 0.1
+    assert first["metrics"]["test_drawing/image_to_text_recall_at_1"] > 0.1
 
     second = submit(f"python -m raytrain2p.train --phase 2 training.max_steps=20 {FEW}")
     losses = points(second, "train_loss")
@@ -26,7 +25,7 @@ def test_both_phases_run_as_submitted_jobs_the_losses_fall_and_the_result_answer
     assert len((Path(second["directory"]) / "answers.jsonl").read_text().splitlines()) == 8
 
     image = tmp_path / "image.png"
-    image.write_bytes(ImageRef(str(EMOJI_FILE), 0).read())
+    image.write_bytes(images("train")[0].ref.read())
     answer = run_command(tmp_path, "raytrain2p.predict", "--run", second["directory"], "--image", str(image), "What does it show?")
     assert answer.code == 0, answer.err
     assert answer.out.strip()

@@ -46,7 +46,7 @@ def test_both_phases_learn_digits_from_the_users_files(run: Run, digits: Path, w
 
     aligned = run("raytrain2p.train", "--phase", "1", "--config", "digits1.yaml", "--json")
     metrics = aligned.outcome["metrics"]
-    assert metrics["test/recall_at_1"] > 0.6, metrics  # ten texts: chance is 10 %
+    assert metrics["test/image_to_text_recall_at_1"] > 0.6, metrics  # ten texts: chance is 10 %
     assert "400 computed" in aligned.err
     assert ".cc:" not in aligned.err, "output of Ray's core"
 

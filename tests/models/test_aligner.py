@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from raytrain2p.models.aligner import Aligner, Branch
 
 
 def test_an_aligner_gives_a_unit_vector_per_item_and_modality() -> None:
     aligner = Aligner({"image": 12, "text": 8}, hidden=16, dimension=6)
-    vectors = aligner({"image": torch.randn(3, 9, 12), "text": torch.randn(3, 1, 8)})
+    vectors = aligner({"image": (torch.randn(3, 9, 12), None), "text": (torch.randn(3, 1, 8), None)})
     assert {name: tuple(x.shape) for name, x in vectors.items()} == {"image": (3, 6), "text": (3, 6)}
     for x in vectors.values():
         torch.testing.assert_close(x.norm(dim=-1), torch.ones(3))
@@ -18,7 +19,7 @@ def test_an_aligner_gives_a_unit_vector_per_item_and_modality() -> None:
 
 def test_an_aligner_takes_whichever_modalities_are_there() -> None:
     aligner = Aligner({"image": 12, "audio": 5}, hidden=16, dimension=6)
-    assert list(aligner({"audio": torch.randn(2, 4, 5)})) == ["audio"]
+    assert list(aligner({"audio": (torch.randn(2, 4, 5), None)})) == ["audio"]
 
 
 def test_an_aligner_is_rebuilt_from_its_shape() -> None:
@@ -26,9 +27,17 @@ def test_an_aligner_is_rebuilt_from_its_shape() -> None:
     shape: Any = aligner.shape
     again = Aligner(**shape)
     again.load_state_dict(aligner.state_dict())
-    features = {"text": torch.randn(2, 1, 8)}
+    features = {"text": (torch.randn(2, 1, 8), None)}
     torch.testing.assert_close(again.eval()(features)["text"], aligner.eval()(features)["text"])
     assert again.shape == aligner.shape
+
+
+def test_positions_beyond_an_items_own_count_for_nothing() -> None:
+    branch = Branch(8, 16, 6, dropout=0.0)
+    short, long = torch.randn(1, 3, 8), torch.randn(1, 5, 8)
+    together = torch.cat([F.pad(short, (0, 0, 0, 2), value=9.0), long])
+    vectors = branch(together, torch.tensor([3, 5]))
+    torch.testing.assert_close(vectors, torch.cat([branch(short), branch(long)]))
 
 
 def test_a_position_of_the_grid_depends_on_that_position_alone() -> None:

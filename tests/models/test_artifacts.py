@@ -13,13 +13,13 @@ from raytrain2p.config import InputError
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.models.artifacts import FORMAT_VERSION, check_fingerprint, load_artifact, save_artifact
 
-MODELS = {"image_encoder": {"name": "some-encoder", "fingerprint": "a" * 64}}
+ENCODERS = {"image": {"name": "some-encoder", "options": {"size": 64}, "fingerprint": "a" * 64}}
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "aligner.pt"
-    save_artifact(path, ALIGNMENT, {"training": {"seed": 1}}, MODELS, image_size=None, state_dict={"w": torch.arange(6.0)})
+    save_artifact(path, ALIGNMENT, {"training": {"seed": 1}}, ENCODERS, state_dict={"w": torch.arange(6.0)})
     return path
 
 
@@ -33,8 +33,7 @@ def problem_of(path: Path, phase: Phase = ALIGNMENT) -> str:
 def test_an_artifact_comes_back_as_it_was_saved(saved: Path) -> None:
     artifact = load_artifact(saved, ALIGNMENT)
     assert artifact["config"] == {"training": {"seed": 1}}
-    assert artifact["models"] == MODELS
-    assert artifact["image_size"] is None
+    assert artifact["encoders"] == ENCODERS
     assert torch.equal(artifact["state_dict"]["w"], torch.arange(6.0))
 
 
@@ -43,14 +42,14 @@ def test_an_artifact_loads_without_running_code(saved: Path) -> None:
 
 
 def test_saving_leaves_the_artifact_alone_in_its_directory(saved: Path) -> None:
-    save_artifact(saved, ALIGNMENT, {}, MODELS, state_dict={})
+    save_artifact(saved, ALIGNMENT, {}, ENCODERS, state_dict={})
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
     assert load_artifact(saved, ALIGNMENT)["config"] == {}
 
 
 def test_a_failed_save_keeps_the_earlier_artifact_and_leaves_no_other_file(saved: Path) -> None:
     with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
-        save_artifact(saved, ALIGNMENT, {}, MODELS, state_dict={"w": lambda: None})
+        save_artifact(saved, ALIGNMENT, {}, ENCODERS, state_dict={"w": lambda: None})
     assert load_artifact(saved, ALIGNMENT)["config"] == {"training": {"seed": 1}}
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
 
@@ -131,10 +130,10 @@ def test_a_missing_artifact_is_refused_with_what_to_give_instead(tmp_path: Path)
 def test_another_frozen_model_is_refused_with_both_models_named(saved: Path) -> None:
     artifact = load_artifact(saved, ALIGNMENT)
     with pytest.raises(InputError) as caught:
-        check_fingerprint(saved, artifact, "image_encoder", "new-encoder", "b" * 64, "model.image_encoder")
-    for needed in ("model.image_encoder=new-encoder", "b" * 12, "some-encoder", "a" * 12, str(saved)):
+        check_fingerprint(saved, artifact["encoders"]["image"], "new-encoder", "b" * 64, "model.encoders.image")
+    for needed in ("model.encoders.image=new-encoder", "b" * 12, "some-encoder", "a" * 12, str(saved)):
         assert needed in str(caught.value)
 
 
 def test_the_same_frozen_model_is_accepted_under_another_name(saved: Path) -> None:
-    check_fingerprint(saved, load_artifact(saved, ALIGNMENT), "image_encoder", "renamed", "a" * 64, "model.image_encoder")
+    check_fingerprint(saved, load_artifact(saved, ALIGNMENT)["encoders"]["image"], "renamed", "a" * 64, "model.encoders.image")

@@ -8,18 +8,24 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from raytrain2p.data.batches import Ragged
-from raytrain2p.data.chat import SOFT
+from raytrain2p.data.chat import Encoded
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, Projector, build_assistant, pool_grid
 
 K, WIDTH, DIMENSION = 4, 10, 12
+SOFT = -1
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
 ALIGNER = {"widths": {"image": WIDTH, "text": 7}, "hidden": 16, "dimension": DIMENSION, "dropout": 0.2}
 FAMILIES = ("llama", "gpt2", "qwen2")
 PROMPTS = [[SOFT] * K + [40, 41, 42], [50, *[SOFT] * K, 51], [60, 61, 62, 63, 64, 65, 66, 67, 68, 69]]
 RESPONSES = [[70, 71, 2], [72, 2], [73, 74, 75, 76, 2]]
-TOKENS = TokenRecords(Ragged(PROMPTS), Ragged(RESPONSES))
+TOKENS = TokenRecords.of(
+    [
+        Encoded([*prompt, *response], [False] * len(prompt) + [True] * len(response), len(prompt))
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ],
+    {"image": SOFT},
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +60,7 @@ def families(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 def built(directory: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Assistant:
     torch.manual_seed(7)
-    assistant = build_assistant(AssistantShape(str(directory), K, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
+    assistant = build_assistant(AssistantShape(str(directory), {"image": K}, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
     assistant.freeze(tuning, train_aligner=True)
     return assistant
 
@@ -66,7 +72,7 @@ def images(count: int = 2) -> torch.Tensor:
 
 def batch_of(*records: int) -> AssistantBatch:
     shown = [record for record in records if SOFT in PROMPTS[record]]
-    return AssistantBatch(features=images()[shown], **right_padded(TOKENS, np.array(records)))
+    return AssistantBatch(features={"image": (images()[shown], None)}, **right_padded(TOKENS, np.array(records)))
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
@@ -100,9 +106,9 @@ def test_lora_trains_its_adapters_in_float32_over_a_bfloat16_base(family: str, f
         assert parameter.requires_grad == ("lora_" in name), name
         assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16), name
     assert any("lora_" in name for name, _ in assistant.language_model.named_parameters())
-    for part in (assistant.branch.map, assistant.projector):
+    for part in (assistant.branch("image").map, assistant.projector):
         assert all(p.requires_grad and p.dtype == torch.float32 for p in part.parameters())
-    assert all(not p.requires_grad and p.dtype == torch.float32 for p in assistant.branch.query.parameters())
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in assistant.branch("image").query.parameters())
 
 
 @pytest.mark.parametrize("train_aligner", [True, False])
@@ -117,7 +123,7 @@ def test_freezing_reports_what_trains_by_part(tuning: str, train_aligner: bool, 
     adapters = sum(p.numel() for n, p in assistant.language_model.named_parameters() if "lora_" in n)
     whole = sum(p.numel() for p in assistant.language_model.parameters())
     assert report["language model"].trained == {"lora": adapters, "full": whole, "frozen": 0}[tuning]
-    assert report["aligner"].trained == train_aligner * sum(p.numel() for p in assistant.branch.map.parameters())
+    assert report["aligner"].trained == train_aligner * sum(p.numel() for p in assistant.branch("image").map.parameters())
     assert report["projector"].frozen == 0
 
 
@@ -132,7 +138,7 @@ def test_an_untrained_adapter_changes_nothing(family: str, families: dict[str, P
 def test_full_tuning_trains_every_weight_in_float32(families: dict[str, Path]) -> None:
     assistant = built(families["gpt2"], "full", torch.bfloat16)
     for name, parameter in assistant.named_parameters():
-        assert parameter.requires_grad == (not name.startswith("branch.query.")), name
+        assert parameter.requires_grad == (not name.startswith("branches.image.query.")), name
         assert parameter.dtype == torch.float32, name
     model: Any = assistant.language_model
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight, "tied weights stay tied"
@@ -142,7 +148,7 @@ def test_a_frozen_language_model_lets_the_gradient_through_to_the_projector(fami
     assistant = built(families["llama"], "frozen")
     assert not any(parameter.requires_grad for parameter in assistant.language_model.parameters())
     assistant(batch_of(0, 1)).backward()
-    for parameter in (assistant.projector.gain, *assistant.branch.map.parameters()):
+    for parameter in (assistant.projector.gain, *assistant.branch("image").map.parameters()):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
 
@@ -154,11 +160,21 @@ def test_a_text_only_batch_gives_the_projector_and_the_aligner_gradients_of_zero
     loss = assistant(batch_of(2))
     loss.backward()
     assert loss.isfinite()
-    for name, parameter in [*assistant.projector.named_parameters(), *assistant.branch.map.named_parameters()]:
+    for name, parameter in [*assistant.projector.named_parameters(), *assistant.branch("image").map.named_parameters()]:
         assert parameter.grad is not None, name
         assert not parameter.grad.any(), name
     adapters = [p for n, p in assistant.language_model.named_parameters() if "lora_B" in n]
     assert any(p.grad is not None and p.grad.any() for p in adapters)
+
+
+def test_a_text_only_batch_runs_every_part_without_gradients_too(families: dict[str, Path]) -> None:
+    """Workers of FSDP gather the weights of each part together, in validation as in training."""
+    assistant, ran = built(families["llama"], "lora"), []
+    for name, part in (("map", assistant.branch("image").map), ("projector", assistant.projector)):
+        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with torch.no_grad():
+        assistant(batch_of(2))
+    assert ran == ["map", "projector"]
 
 
 def test_a_batch_with_images_works_over_a_bfloat16_base_too(families: dict[str, Path]) -> None:
@@ -171,7 +187,7 @@ def test_soft_tokens_stand_in_their_places_in_the_order_of_the_images(families: 
     assistant = built(families["llama"])
     with torch.inference_mode():
         embeddings = assistant.embed(batch_of(0, 2, 1))
-        soft = assistant.projector(pool_grid(assistant.branch.grid(images().float()), K))
+        soft = assistant.projector(pool_grid(assistant.branch("image").grid(images().float()), K, square=True))
         words = assistant.language_model.get_input_embeddings()(torch.tensor([40, 60, 50]))
     torch.testing.assert_close(embeddings[0, :K], soft[0])
     torch.testing.assert_close(embeddings[2, 1 : 1 + K], soft[1])
@@ -182,7 +198,8 @@ def test_an_image_changes_only_its_own_records_answer(families: dict[str, Path])
     assistant, batch = built(families["llama"]), batch_of(0, 1, 2)
     with torch.inference_mode():
         before, _ = assistant.supervised_logits(batch)
-        batch.features = torch.cat([batch.features[:1], batch.features[1:] + 1])
+        features, _ = batch.features["image"]
+        batch.features = {"image": (torch.cat([features[:1], features[1:] + 1]), None)}
         after, _ = assistant.supervised_logits(batch)
     changed = (before != after).any(dim=-1).tolist()
     assert changed == [False] * 3 + [True] * 2 + [False] * 5
@@ -199,19 +216,20 @@ def test_the_projector_starts_at_the_spread_of_the_models_embeddings(families: d
 
 def test_pooling_averages_the_squares_of_a_square_grid() -> None:
     grid = torch.arange(16.0).view(1, 16, 1)  # row-major: 0 1 2 3 / 4 5 6 7 / ...
-    assert pool_grid(grid, 4).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    assert pool_grid(grid, 1).flatten().tolist() == [7.5]
+    assert pool_grid(grid, 4, square=True).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert pool_grid(grid, 1, square=True).flatten().tolist() == [7.5]
+    assert pool_grid(grid, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5], "of a sequence"
 
 
 def test_pooling_keeps_images_and_widths_apart() -> None:
     grid = torch.randn(3, 16, 5)
-    pooled = pool_grid(grid, 4)
+    pooled = pool_grid(grid, 4, square=True)
     assert pooled.shape == (3, 4, 5)
     torch.testing.assert_close(pooled[1, 0], grid[1, [0, 1, 4, 5]].mean(dim=0))
 
 
 def test_pooling_averages_neighbours_in_the_row_where_there_is_no_square() -> None:
-    assert pool_grid(torch.arange(16.0).view(1, 16, 1), 8).flatten().tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
+    assert pool_grid(torch.arange(16.0).view(1, 16, 1), 8, square=True).flatten().tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
     assert pool_grid(torch.arange(6.0).view(1, 6, 1), 3).flatten().tolist() == [0.5, 2.5, 4.5]
 
 
@@ -222,13 +240,22 @@ def test_as_many_soft_tokens_as_positions_leave_the_grid_as_it_is() -> None:
 
 def test_more_soft_tokens_than_positions_are_refused_with_both_numbers() -> None:
     with pytest.raises(ValueError, match=r"9 positions cannot give 16 soft tokens: set model\.soft_tokens to 9"):
-        pool_grid(torch.randn(1, 9, 3), 16)
+        pool_grid(torch.randn(1, 9, 3), 16, square=True)
+
+
+def test_sequences_of_different_lengths_are_each_pooled_as_they_are_alone() -> None:
+    grid = torch.randn(4, 9, 3)
+    positions = torch.tensor([9, 2, 5, 2])
+    pooled = pool_grid(grid, 4, positions)
+    for item, count in enumerate(positions.tolist()):
+        torch.testing.assert_close(pooled[item], pool_grid(grid[item : item + 1, :count], 4)[0])
+    assert pool_grid(torch.tensor([[[1.0], [2.0]]]), 4).flatten().tolist() == [1, 1, 2, 2], "a short one repeats positions"
 
 
 def answers(assistant: Assistant, records: list[int], stop: list[int] = [2]) -> list[list[int]]:  # noqa: B006 - never changed
     """Generated answers up to the stop token."""
     shown = [record for record in records if SOFT in PROMPTS[record]]
-    batch = AssistantBatch(features=images()[shown], **left_padded(TOKENS, np.array(records)))
+    batch = AssistantBatch(features={"image": (images()[shown], None)}, **left_padded(TOKENS, np.array(records)))
     rows = assistant.generate(batch, 8, stop, stop[0]).tolist()
     ends = [next((place + 1 for place, token in enumerate(row) if token in stop), len(row)) for row in rows]
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
@@ -245,7 +272,7 @@ def test_a_record_in_a_padded_batch_is_answered_as_it_is_alone(family: str, fami
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_answer_is_what_the_full_forward_finds_most_likely_token_by_token(family: str, families: dict[str, Path]) -> None:
     assistant = built(families[family])
-    batch = AssistantBatch(features=images()[:1], **left_padded(TOKENS, np.array([0])))
+    batch = AssistantBatch(features={"image": (images()[:1], None)}, **left_padded(TOKENS, np.array([0])))
     generated: list[int] = []
     with torch.inference_mode():
         embeddings = assistant.embed(batch)
@@ -284,5 +311,5 @@ def test_an_assistant_can_be_counted_without_reading_weights(families: dict[str,
 
 
 def test_a_shape_survives_as_plain_types(families: dict[str, Path]) -> None:
-    shape = AssistantShape(str(families["llama"]), K, "lora", LORA, ALIGNER)
+    shape = AssistantShape(str(families["llama"]), {"image": K}, "lora", LORA, ALIGNER)
     assert AssistantShape(**shape.to_dict()) == shape

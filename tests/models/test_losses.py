@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from raytrain2p.models.losses import LARGEST_SCALE, ContrastiveLoss
 
 FORMS = ("softmax", "sigmoid")
+CASES = [(form, absent) for form in FORMS for absent in (False, True)]
 KEYS = torch.tensor([5, 9, 5, 2, 9, 7, 5, 1])  # repeated within a worker's half and across the halves
 
 
@@ -26,13 +27,15 @@ class Towers(nn.Module):
         self.left, self.right = nn.Linear(6, 4), nn.Linear(6, 4)
         self.loss = ContrastiveLoss(form)
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return self.loss(F.normalize(self.left(x), dim=-1), F.normalize(self.right(y), dim=-1), keys)
+    def forward(self, x: torch.Tensor, y: torch.Tensor, keys: torch.Tensor, *present: torch.Tensor) -> torch.Tensor:
+        return self.loss(F.normalize(self.left(x), dim=-1), F.normalize(self.right(y), dim=-1), keys, present or None)
 
 
-def union_batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def union_batch(absent: bool) -> tuple[torch.Tensor, ...]:
+    """With `absent`, some records lack an item of one modality: three of the left, five of the right; the halves differ."""
     generator = torch.Generator().manual_seed(4)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 6, generator=generator), KEYS
+    whole = torch.randn(8, 6, generator=generator), torch.randn(8, 6, generator=generator), KEYS
+    return (*whole, torch.tensor([1, 1, 0, 1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 0, 0, 1, 1, 0, 0]).bool()) if absent else whole
 
 
 def unit_rows(rows: int, seed: int) -> torch.Tensor:
@@ -48,14 +51,14 @@ def half_of_the_union(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     found = {}
-    for form in FORMS:
+    for form, absent in CASES:
         towers = Towers(form)
         wrapped = DistributedDataParallel(towers)
         mine = slice(4 * rank, 4 * rank + 4)
-        loss = wrapped(*(part[mine] for part in union_batch()))
+        loss = wrapped(*(part[mine] for part in union_batch(absent)))
         loss.backward()
         gradients = {name: p.grad for name, p in towers.named_parameters()}
-        found[form] = {"loss": loss.detach(), "gradients": gradients}
+        found[form, absent] = {"loss": loss.detach(), "gradients": gradients}
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -74,12 +77,12 @@ def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_gradient_over_two_workers_equals_the_one_on_the_union_batch(form: str, two_workers: list[dict]) -> None:
+@pytest.mark.parametrize(("form", "absent"), CASES)
+def test_the_gradient_over_two_workers_equals_the_one_on_the_union_batch(form: str, absent: bool, two_workers: list[dict]) -> None:
     alone = Towers(form)
-    alone(*union_batch()).backward()
+    alone(*union_batch(absent)).backward()
     for worker in two_workers:
-        gradients = worker[form]["gradients"]
+        gradients = worker[form, absent]["gradients"]
         assert gradients.keys() == dict(alone.named_parameters()).keys()
         for name, parameter in alone.named_parameters():
             assert parameter.grad is not None
@@ -88,10 +91,10 @@ def test_the_gradient_over_two_workers_equals_the_one_on_the_union_batch(form: s
     assert alone.left.weight.grad.abs().max() > 1e-3, "a gradient of zero would equal anything"
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_mean_of_the_workers_losses_is_the_loss_of_the_union_batch(form: str, two_workers: list[dict]) -> None:
-    losses = torch.stack([worker[form]["loss"] for worker in two_workers])
-    torch.testing.assert_close(losses.mean(), Towers(form)(*union_batch()), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize(("form", "absent"), CASES)
+def test_the_mean_of_the_workers_losses_is_the_loss_of_the_union_batch(form: str, absent: bool, two_workers: list[dict]) -> None:
+    losses = torch.stack([worker[form, absent]["loss"] for worker in two_workers])
+    torch.testing.assert_close(losses.mean(), Towers(form)(*union_batch(absent)), rtol=1e-5, atol=1e-6)
     assert losses[0] != losses[1], "each worker has its own share"
 
 
@@ -143,3 +146,25 @@ def test_the_scale_stays_at_clips_bound() -> None:
     loss.log_scale.data.fill_(LARGEST_SCALE + 3)
     assert value(loss, left, right, [0, 1, 2, 3]) == pytest.approx(bound)
     assert math.exp(LARGEST_SCALE) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_items_that_records_lack_count_for_nothing(form: str) -> None:
+    """The loss is that of the records that have both items, however the others' rows are filled."""
+    torch.manual_seed(0)
+    left, right, keys = unit_rows(6, 0), unit_rows(6, 1), torch.tensor([1, 2, 3, 4, 2, 6])
+    has = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    loss = ContrastiveLoss(form)
+    whole = loss(left[has], right[has], keys[has])
+    filled = left.masked_fill(~has[:, None], 7.0), right.masked_fill(~has[:, None], -7.0)
+    torch.testing.assert_close(loss(*filled, keys, (has, has)), whole)
+
+
+def test_without_any_positive_the_softmax_form_is_zero_and_has_a_gradient() -> None:
+    left = unit_rows(2, 0).requires_grad_()
+    has_left = torch.tensor([True, False])
+    loss = ContrastiveLoss("softmax")(left, unit_rows(2, 1), torch.tensor([1, 2]), (has_left, ~has_left))
+    loss.backward()
+    assert loss.item() == 0
+    assert left.grad is not None
+    assert (left.grad == 0).all()

@@ -5,17 +5,19 @@ import json
 import multiprocessing
 import os
 import signal
+import struct
 import time
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, WhisperConfig, WhisperModel
 
 from raytrain2p.config import InputError
+from raytrain2p.models.ctranslate2 import read_variables, whisper_state
 from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
-from raytrain2p.models.encoders import ImageEncoder
+from raytrain2p.models.image_encoder import ImageEncoder
 from raytrain2p.models.packaged import PACKAGED_MODELS, PackagedModel, packaged_directory
 from raytrain2p.models.pretrained import fingerprint, model_directory
 
@@ -233,7 +235,72 @@ def test_efficientnet_lite_is_an_image_encoder_like_any_other(tmp_path: Path) ->
 
     EfficientNetLiteModel(EfficientNetLiteConfig()).save_pretrained(tmp_path)
     ViTImageProcessorPil(size={"height": 128, "width": 128}).save_pretrained(tmp_path)
-    features = ImageEncoder(str(tmp_path))([Image.new("RGB", (90, 60), "red")])
-    assert features.shape == (1, 16, 1280)
+    image = Image.new("RGB", (90, 60), "red")
+    (features,) = ImageEncoder(tmp_path, "", {})([image])
+    assert features.shape == (16, 1280)
     assert features.dtype == torch.float16
-    assert ImageEncoder(str(tmp_path), image_size=96)([Image.new("RGB", (90, 60), "red")]).shape == (1, 9, 1280)
+    assert ImageEncoder(tmp_path, "", {"size": 96})([image])[0].shape == (9, 1280)
+
+
+def write_ctranslate2(path: Path, variables: dict[str, torch.Tensor]) -> None:
+    """As CTranslate2's converter writes a model of float16."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<H", len(text) + 1) + text.encode() + b"\0"
+
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<I", 6) + string("WhisperSpec") + struct.pack("<II", 3, len(variables)))
+        for name, value in variables.items():
+            content = value.half().numpy().tobytes()
+            stream.write(string(name) + struct.pack(f"<B{value.ndim}IBI", value.ndim, *value.shape, 4, len(content)) + content)
+
+
+def as_ctranslate2(state: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """The variables of a Whisper model, in CTranslate2's names; layers that have the same input are joined."""
+    variables = {"decoder/scale_embeddings": torch.tensor(0.0)}
+
+    def copied(ours: str, theirs: str, norm: bool = False) -> None:
+        for kind in ("weight", "bias"):
+            name = {"weight": "gamma", "bias": "beta"}[kind] if norm else kind
+            variables[f"{theirs}/{name}"] = state[f"{ours}.{kind}"]
+
+    def attention(ours: str, theirs: str, joined: tuple[tuple[str, ...], ...]) -> None:
+        for number, parts in enumerate(joined):
+            for kind in ("weight", "bias"):
+                values = [state.get(f"{ours}.{part}.{kind}", torch.zeros(16)) for part in parts]  # keys have no bias
+                variables[f"{theirs}/linear_{number}/{kind}"] = torch.cat(values)
+        copied(f"{ours}_layer_norm", f"{theirs}/layer_norm", norm=True)
+
+    for half in ("encoder", "decoder"):
+        for layer in range(layers):
+            ours, theirs = f"{half}.layers.{layer}", f"{half}/layer_{layer}"
+            attention(f"{ours}.self_attn", f"{theirs}/self_attention", (("q_proj", "k_proj", "v_proj"), ("out_proj",)))
+            if half == "decoder":
+                attention(f"{ours}.encoder_attn", f"{theirs}/attention", (("q_proj",), ("k_proj", "v_proj"), ("out_proj",)))
+            copied(f"{ours}.fc1", f"{theirs}/ffn/linear_0")
+            copied(f"{ours}.fc2", f"{theirs}/ffn/linear_1")
+            copied(f"{ours}.final_layer_norm", f"{theirs}/ffn/layer_norm", norm=True)
+        copied(f"{half}.layer_norm", f"{half}/layer_norm", norm=True)
+        variables[f"{half}/position_encodings/encodings"] = state[f"{half}.embed_positions.weight"]
+    for conv in ("conv1", "conv2"):
+        copied(f"encoder.{conv}", f"encoder/{conv}")
+    return variables | {"decoder/embeddings/weight": state["decoder.embed_tokens.weight"]}
+
+
+def test_whisper_in_ctranslate2s_format_becomes_the_same_model(tmp_path: Path) -> None:
+    shape = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 50}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 0)
+    model = WhisperModel(WhisperConfig(**shape, **heads, **special)).half()
+    for parameter in model.parameters():  # biases and norms are initialised alike: an exchange would not be seen
+        torch.nn.init.normal_(parameter)
+    write_ctranslate2(tmp_path / "model.bin", as_ctranslate2(model.state_dict(), layers=2))
+    state = whisper_state(read_variables(tmp_path / "model.bin"))
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_another_version_of_ctranslate2s_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(struct.pack("<I", 5) + b"\0" * 40)
+    with pytest.raises(ValueError, match="version 5 of the CTranslate2 format, required is 6"):
+        read_variables(tmp_path / "model.bin")

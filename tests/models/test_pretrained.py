@@ -28,8 +28,8 @@ def test_a_relative_directory_becomes_absolute(tiny_vit: Path, monkeypatch: pyte
 
 def test_a_directory_without_a_config_is_refused_by_its_setting(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        model_directory(str(tmp_path), "model.image_encoder")
-    assert f"model.image_encoder={tmp_path}" in str(caught.value)
+        model_directory(str(tmp_path), "model.encoders.image.name")
+    assert f"model.encoders.image.name={tmp_path}" in str(caught.value)
     assert "config.json" in str(caught.value)
 
 

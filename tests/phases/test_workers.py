@@ -12,17 +12,20 @@ import torch.distributed as dist
 
 from raytrain2p.config import AlignmentSettings, InstructionSettings
 from raytrain2p.config.phases import ALIGNMENT
-from raytrain2p.data.batches import StepSampler
+from raytrain2p.data.batches import Ragged, StepSampler
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.features import FeatureTable
-from raytrain2p.data.records import Record
+from raytrain2p.data.media import MediaRef
+from raytrain2p.data.records import ASSISTANT, USER, Message, Record
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.phases.alignment import module as alignment
 from raytrain2p.phases.alignment.data import AlignmentSplit
+from raytrain2p.phases.inputs import MediaTable
 from raytrain2p.phases.instruction import module as instruction
-from raytrain2p.phases.instruction.data import InstructionSplit, tokenize
+from raytrain2p.phases.instruction.data import InstructionSplit
+from raytrain2p.phases.instruction.tokenize import tokenize
 
 RECORDS, WIDTH = 20, 32
 TRAINING = {"max_steps": 1, "global_batch_size": 8, "precision": "float32"}
@@ -30,30 +33,53 @@ TRAINING = {"max_steps": 1, "global_batch_size": 8, "precision": "float32"}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit: Path, tiny_bert: Path) -> Path:
-    """`1.pt` and `2.pt`: the settings and the training records of each phase, with answers of different lengths."""
+    """`1.pt` and `2.pt`: the settings and the training records of each phase. Some records lack an image, many have a clip, whose
+    lengths differ as those of the answers do; some steps have a modality on one worker alone, and no clip at all.
+    """
     folder = tmp_path_factory.mktemp("workers")
-    shard = folder / "shard.npy"
-    np.save(shard, np.random.default_rng(0).normal(size=(RECORDS, 16, WIDTH)).astype(np.float16))
-    images = FeatureTable((str(shard),), np.zeros(RECORDS, np.int32), np.arange(RECORDS))
-    np.save(folder / "texts.npy", np.random.default_rng(1).normal(size=(RECORDS, 1, WIDTH)).astype(np.float16))
-    texts = FeatureTable((str(folder / "texts.npy"),), np.zeros(RECORDS, np.int32), np.arange(RECORDS))
-    aligner = Aligner({"image": WIDTH, "text": 8}, hidden=16, dimension=12)
-    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, {}, image_size=None, shape=aligner.shape, state_dict=aligner.state_dict())
-    records = [Record(f"x:{number}", None, instruction="What?", response="la " * (1 + number % 7)) for number in range(RECORDS)]
-    tokens = tokenize(records, load_chat_format(tiny_llama, 4, None), 256)
+    every = [[number] for number in range(RECORDS)]
+    lacking = [[number] if number % 3 else [] for number in range(RECORDS)]
+    rare = [[number] if number < 5 else [] for number in range(RECORDS)]
+    tables = {
+        "image": table(folder / "images.npy", lacking, 16),
+        "audio": table(folder / "clips.npy", rare, 3, 9),
+        "text": table(folder / "texts.npy", every, 1),
+    }
+    aligner = Aligner({"image": WIDTH, "audio": WIDTH, "text": 8}, hidden=16, dimension=12)
+    encoder = {"name": str(tiny_vit), "options": {}, "fingerprint": ""}
+    trained = {"image": encoder, "audio": encoder, "text": encoder}
+    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, trained, shape=aligner.shape, state_dict=aligner.state_dict())
+    records = [
+        Record(f"x:{number}", (Message(USER, (*media(lacking, rare, number), "What?")), Message(ASSISTANT, ("la " * (1 + number % 7),))))
+        for number in range(RECORDS)
+    ]
+    tokens = tokenize(records, load_chat_format(tiny_llama, {"image": 4, "audio": 4}, None), 256, "error", "data.train").tokens
+    encoders = {"image": str(tiny_vit), "audio": str(tiny_vit), "text": str(tiny_bert)}
     models: dict[int, dict[str, Any]] = {
-        1: {"image_encoder": str(tiny_vit), "text_encoder": str(tiny_bert), "dimension": 16, "hidden": 32, "dropout": 0.0},
-        2: {"language_model": str(tiny_llama), "image_encoder": str(tiny_vit), "aligner": str(folder / "aligner.pt"), "soft_tokens": 4},
+        1: {"encoders": encoders, "dimension": 16, "hidden": 32, "dropout": 0.0},
+        2: {"language_model": str(tiny_llama), "aligner": str(folder / "aligner.pt"), "soft_tokens": 4, "train_aligner": True},
     }
     splits = {
-        1: AlignmentSplit(texts, images, np.arange(RECORDS) % 9),
-        2: InstructionSplit(tokens, np.full(RECORDS, -1), images, ("all",) * RECORDS, tuple(records)),
+        1: AlignmentSplit(tables, np.arange(RECORDS) % 9),
+        2: InstructionSplit(tokens, {name: tables[name] for name in ("image", "audio")}, ("all",) * RECORDS),
     }
     micro = {1: None, 2: 2}  # phase 2: four passes on one worker, one on each of four
     for phase, kind in ((1, AlignmentSettings), (2, InstructionSettings)):
         content = {"data": {"train": "x.jsonl"}, "training": TRAINING | {"micro_batch_size": micro[phase]}, "model": models[phase]}
         torch.save((kind.model_validate(content), splits[phase]), folder / f"{phase}.pt")
     return folder
+
+
+def table(shard: Path, items: list[list[int]], *positions: int) -> MediaTable:
+    """A random grid for each record, with one of these numbers of positions."""
+    counts = np.resize(positions, RECORDS)
+    np.save(shard, np.random.default_rng(counts[0]).normal(size=(counts.sum(), WIDTH)).astype(np.float16))
+    features = FeatureTable((str(shard),), np.zeros(RECORDS, np.int32), np.cumsum(counts) - counts, counts)
+    return MediaTable(Ragged(items), features)
+
+
+def media(images: list[list[int]], clips: list[list[int]], number: int) -> list[MediaRef]:
+    return [MediaRef("image", f"{item}.png") for item in images[number]] + [MediaRef("audio", f"{item}.wav") for item in clips[number]]
 
 
 def losses(folder: Path, phase: int, workers: WorkerGroup) -> list[float]:

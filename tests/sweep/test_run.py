@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_the_table_and_can_be_resumed(tmp_path: Path, ray_head: st
 
 @only_long
 def test_a_model_that_is_not_there_is_found_before_anything_starts(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
-    space = "sweep.space={model.text_encoder: {choice: [nowhere/at-all, all-minilm-l6-v2]}}"
+    space = "sweep.space={model.encoders.text.name: {choice: [nowhere/at-all, all-minilm-l6-v2]}}"
     done = tune(tmp_path / "missing", ray_head, f"--config={sweep_config}", space)
     assert done.code == 2, done.err
     assert "nowhere/at-all" in done.err

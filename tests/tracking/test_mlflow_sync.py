@@ -194,7 +194,7 @@ def test_every_setting_is_a_parameter_under_its_dotted_path(each_store: Settings
     found = mlflow_run(each_store, run).data.params
     assert found == {key: str(value) for key, value in flatten_tree(config).items()}
     assert found["model.lora.rank"] == "16"
-    assert found["data.train"] == each_store.data.train
+    assert found["data.train"] == "emoji:train"
 
 
 def test_a_value_that_is_too_long_for_mlflow_is_cut_and_does_not_count_as_a_change(each_store: Settings) -> None:

@@ -25,7 +25,7 @@ def write_metrics(path: Path, steps: int, val: bool = False) -> Path:
 
 
 def answers(*texts: str) -> list[dict[str, Any]]:
-    return [{"instruction": "What does the picture show?", "answer": text, "expected": "a fox"} for text in texts]
+    return [{"question": "What does the picture show?", "answer": text, "expected": "a fox"} for text in texts]
 
 
 def opened(path: Path) -> Image.Image:
@@ -35,8 +35,8 @@ def opened(path: Path) -> Image.Image:
     return image
 
 
-def no_image(row: dict[str, Any]) -> None:
-    return None
+def no_image(row: dict[str, Any]) -> list[Any]:
+    return []
 
 
 def test_metrics_are_read_by_name_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_smoothing_keeps_a_constant_and_starts_without_bias() -> None:
 def test_the_answer_sheet_grows_by_rows_of_five(tmp_path: Path) -> None:
     sizes = []
     for count in (1, 5, 6, 20):
-        answer_sheet(answers(*["a fox"] * count), lambda row: Image.new("RGB", (16, 16), "red"), tmp_path / "sheet.png", "run")
+        answer_sheet(answers(*["a fox"] * count), lambda row: [Image.new("RGB", (16, 16), "red")], tmp_path / "sheet.png", "run")
         sizes.append(opened(tmp_path / "sheet.png").size)
     assert sizes[0] == sizes[1]
     assert [height for _, height in sizes[1:]] == pytest.approx([sizes[1][1] * lines for lines in (1, 2, 4)], abs=3)
@@ -115,9 +115,18 @@ def test_the_answer_sheet_grows_by_rows_of_five(tmp_path: Path) -> None:
 
 
 def test_images_are_visible_in_the_sheet(tmp_path: Path) -> None:
-    answer_sheet(answers("a fox"), lambda row: Image.new("RGB", (16, 16), (255, 0, 0)), tmp_path / "sheet.png", "run")
+    answer_sheet(answers("a fox"), lambda row: [Image.new("RGB", (16, 16), (255, 0, 0))], tmp_path / "sheet.png", "run")
     pixels = np.asarray(opened(tmp_path / "sheet.png").convert("RGB"))
     assert (pixels == (255, 0, 0)).all(axis=-1).sum() > 1000
+
+
+def test_several_images_stand_side_by_side(tmp_path: Path) -> None:
+    images = [Image.new("RGB", (16, 16), colour) for colour in ("#ff0000", "#0000ff")]
+    answer_sheet(answers("a fox"), lambda row: images, tmp_path / "sheet.png", "run")
+    pixels = np.asarray(opened(tmp_path / "sheet.png").convert("RGB"))
+    red, blue = (np.flatnonzero((pixels == colour).all(axis=-1).any(axis=0)) for colour in ((255, 0, 0), (0, 0, 255)))
+    assert 20 < len(red) == pytest.approx(len(blue), abs=2)
+    assert red.max() < blue.min()
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,18 @@
-"""The inputs of phase 1: pairs of images and texts, checked, as features of frozen encoders."""
+"""The inputs of phase 1: items of several modalities that belong together, checked, as features of frozen encoders."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
 
-from raytrain2p.config import AlignmentSettings, Findings
+from raytrain2p.config import AlignmentSettings, Findings, Problem
 from raytrain2p.config.settings import AlignmentModelSettings
 from raytrain2p.data.batches import MicroBatch
-from raytrain2p.data.features import FeatureStore, FeatureTable
-from raytrain2p.data.media import ImageRef, content_key, decode_image
+from raytrain2p.data.features import FeatureStore
+from raytrain2p.data.media import TEXT, MediaRef, content_key
+from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.losses import ContrastiveLoss
@@ -22,20 +21,25 @@ from raytrain2p.phases.inputs import (
     Batch,
     CheckedRecords,
     EncoderJob,
+    MediaTable,
+    Preprocess,
+    SourceShare,
     check_global_batch,
-    check_images,
+    check_media,
+    check_modalities,
+    media_table,
     read_splits,
 )
 
 
 @dataclass(frozen=True)
 class AlignmentSplit:
-    """One split. `keys` (N,) are equal where the texts are. Images come as features, or by reference if encoded online."""
+    """One split: a table for each modality that it has, and the records' `keys` (N,), equal where the concept is."""
 
-    texts: FeatureTable
-    images: FeatureTable | list[ImageRef]
+    tables: Mapping[str, MediaTable]
     keys: np.ndarray
-    preprocess: Callable[[Any], torch.Tensor] | None = None
+    shares: tuple[SourceShare, ...] = ()
+    preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -47,16 +51,13 @@ class AlignmentSplit:
     supervised = lengths
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        """Tensors: text (b, 1, D), image (b, T, D) or pixels (b, 3, h, w), keys (b,)."""
-        batch: Batch = {
-            "text": self.texts.gather(micro_batch.records),
-            "keys": torch.from_numpy(self.keys[micro_batch.records]),
-            "step_tokens": micro_batch.step_tokens,
-        }
-        if isinstance(self.images, FeatureTable):
-            return batch | {"image": self.images.gather(micro_batch.records)}
-        assert self.preprocess is not None
-        return batch | {"pixels": self.preprocess([decode_image(self.images[item].read()) for item in micro_batch.records])}
+        """Per modality: the items that the b records have (at most b), and which records these are, `present` (b,). Keys (b,)."""
+        records = micro_batch.records
+        batch: Batch = {"keys": torch.from_numpy(self.keys[records]), "step_tokens": micro_batch.step_tokens, "items": {}, "present": {}}
+        for modality, table in self.tables.items():
+            batch["items"][modality] = table.load(table.of(records), self.preprocess.get(modality))
+            batch["present"][modality] = torch.from_numpy(table.items.lengths[records] > 0)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -67,31 +68,35 @@ class AlignmentInputs(CheckedRecords):
 
     def prepare(self) -> dict[str, AlignmentSplit]:
         """Splits as arrays, once everything is encoded."""
-        jobs = {job.what: job.store for job in self.jobs}
-        pairs = {}
+        prepared = {}
         for name, records in self.splits.items():
-            text_keys = [content_key(record.text.encode()) for record in records]
-            images = [record.image for record in records if record.image is not None]
-            online = self.settings.data.features == "online"
-            pairs[name] = AlignmentSplit(
-                jobs["texts"].table(text_keys),
-                images if online else jobs["images"].table([self.image_keys[image] for image in images]),
-                np.array([int.from_bytes(key[:8], "little", signed=True) for key in text_keys], np.int64),
-            )
-        return pairs
+            items = [record.by_modality() for record in records]
+            tables = {
+                job.modality: media_table(
+                    [[one[job.modality]] if job.modality in one else [] for one in items], job.store, self.key, self.online(job.modality)
+                )
+                for job in self.jobs
+                if any(job.modality in one for one in items)
+            }
+            keys = [int.from_bytes(concept_key(record)[:8], "little", signed=True) for record in records]
+            prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), self.shares if name == TRAIN else ())
+        return prepared
+
+    def key(self, item: MediaRef | str) -> bytes:
+        return content_key(item.encode()) if isinstance(item, str) else self.media_keys[item]
+
+    def online(self, modality: str) -> bool:
+        """Texts are always encoded beforehand: they are not changed on the way."""
+        return self.settings.data.features == "online" and modality != TEXT
 
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting."""
         model = self.settings.model
-        with torch.device("meta"):
-            encoders = {
-                f"{modality} encoder": AutoModel.from_config(AutoConfig.from_pretrained(spec.directory())).requires_grad_(False)
-                for modality, spec in encoder_specs(model).items()
-            }
+        encoders = {f"{modality} encoder": spec.without_weights() for modality, spec in encoder_specs(model).items()}
         return encoders | {"aligner": build_aligner(model), "loss": ContrastiveLoss(model.loss)}
 
     def tokens_per_step(self) -> int:
-        """There are no tokens in phase 1; a step is measured in pairs."""
+        """There are no tokens in phase 1; a step is measured in records."""
         return self.settings.training.global_batch_size
 
     def widest(self) -> tuple[int, int]:
@@ -99,34 +104,55 @@ class AlignmentInputs(CheckedRecords):
         return 64, self.settings.model.hidden
 
 
+def concept_key(record: Record) -> bytes:
+    """Equal for records that are positives of each other: of one concept, or else of one text."""
+    return content_key((record.concept or "\n".join(record.answers) or record.where).encode())
+
+
 def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
     """Read and check the inputs of phase 1.
 
     Raises:
-        InputError: every problem with models, records and images.
+        InputError: every problem with models, records and media.
     """
     findings = Findings()
     specs, stores = encoder_specs(settings.model), dict[str, FeatureStore]()
+    if len(specs) < 2:
+        findings.add(Problem("model.encoders", f"has {', '.join(specs) or 'no modality'}", "set the encoders of at least two modalities"))
     for modality, spec in specs.items():
         with findings:
             spec.width()
             spec.probe()
             stores[modality] = FeatureStore(str(settings.data.feature_store), spec.fingerprint())
-    splits = read_splits(settings, 1, findings)
-    records = [record for split in splits.values() for record in split]
-    image_keys = check_images(records, stores.get("image"), findings)
-    check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
+    read = read_splits(settings, 1, findings)
+    records = [record for split in read.splits.values() for record in split]
+    check_modalities(records, specs, "set model.encoders.{modality}", findings)
+    check_trained(read.splits.get(TRAIN, []), specs, findings)
+    media_keys = check_media(read.splits.values(), specs, stores, findings)
+    check_global_batch(settings, len(read.splits.get(TRAIN, [])), findings)
     findings.raise_any()
-    images: dict[bytes, ImageRef | str] = {key: image for image, key in image_keys.items()}
-    texts: dict[bytes, ImageRef | str] = {content_key(record.text.encode()): record.text for record in records}
-    items = {"text": texts, "image": {} if settings.data.features == "online" else images}
-    jobs = tuple(EncoderJob(f"{modality}s", stores[modality], items[modality], specs[modality].build) for modality in items)
-    return AlignmentInputs(splits, image_keys, jobs, settings)
+    inputs = AlignmentInputs(read.splits, read.shares, media_keys, (), read.notes, settings)
+    items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in specs}
+    for record in records:
+        for modality, item in record.by_modality().items():
+            if modality in items and not inputs.online(modality):
+                items[modality][inputs.key(item)] = item
+    jobs = tuple(EncoderJob(modality, stores[modality], found, specs[modality]) for modality, found in items.items())
+    return replace(inputs, jobs=jobs)
+
+
+def check_trained(records: list[Record], specs: Iterable[str], findings: Findings) -> None:
+    """Each branch of the aligner must have items to learn from."""
+    found = {modality for record in records for modality in record.by_modality()}
+    for modality in specs if records else ():
+        if modality not in found:
+            setting = f"model.encoders.{modality}"
+            findings.add(Problem(setting, f"no record of data.train has {modality}", f"set {setting}=null, or add records with {modality}"))
 
 
 def encoder_specs(model: AlignmentModelSettings) -> dict[str, EncoderSpec]:
     """By modality."""
-    return {"image": EncoderSpec("image", model.image_encoder, model.image_size), "text": EncoderSpec("text", model.text_encoder)}
+    return {modality: EncoderSpec(modality, encoder.name, encoder.options()) for modality, encoder in model.encoders.by_modality().items()}
 
 
 def build_aligner(model: AlignmentModelSettings) -> Aligner:

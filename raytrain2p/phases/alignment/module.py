@@ -1,5 +1,6 @@
-"""Phase 1: an aligner is trained to map the features of frozen encoders into one space, by a contrastive loss over pairs."""
+"""Phase 1: an aligner is trained to map the features of frozen encoders into one space, by a contrastive loss."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
 from torch import nn
 
 from raytrain2p.config import AlignmentSettings
@@ -14,7 +16,6 @@ from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.models.encoders import ImageEncoder
 from raytrain2p.models.losses import ContrastiveLoss
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.pretrained import fingerprint
@@ -22,6 +23,7 @@ from raytrain2p.phases.alignment.data import AlignmentSplit, build_aligner, enco
 from raytrain2p.phases.alignment.retrieval import retrieval_metrics
 from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Batch
+from raytrain2p.phases.online import OnlineEncoders
 
 
 class AlignmentModule(PhaseModule):
@@ -33,25 +35,35 @@ class AlignmentModule(PhaseModule):
         self.aligner = build_aligner(settings.model)
         self.loss = ContrastiveLoss(settings.model.loss)
         self.parameter_counts = count_parameters({"aligner": self.aligner, "loss": self.loss})
-        self.encoder: list[ImageEncoder] = []  # in a list, which keeps its weights out of this module
+        self.encoders = OnlineEncoders(encoder_specs(settings.model))
 
     def shardable(self) -> list[nn.Module]:
         return list(self.aligner.branches.values())
 
-    def features(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Features of both modalities, (b, T, D), float32."""
-        image = batch["image"] if "image" in batch else self.online_encoder().encode_pixels(batch["pixels"])
-        return {"image": image.float(), "text": batch["text"].float()}
-
-    def online_encoder(self) -> ImageEncoder:
-        if not self.encoder:
-            model = self.settings.model
-            self.encoder.append(ImageEncoder(model.image_encoder, model.image_size, self.device.type))
-        return self.encoder[0]
+    def vectors(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Unit vectors by modality of the items that the records have, (at most b, S)."""
+        features = {}
+        for modality, (values, positions) in self.encoders.features(batch["items"]).items():
+            if not len(values):  # DDP waits for gradients of every branch
+                values = values.new_zeros(0, 1, self.aligner.shape["widths"][modality])
+            features[modality] = (values.float(), positions)
+        return self.aligner(features)
 
     def forward(self, batch: Batch, alone: bool = False) -> torch.Tensor:
-        vectors = self.aligner(self.features(batch))
-        return self.loss(vectors["image"], vectors["text"], batch["keys"], alone)
+        """The mean loss over all pairs of modalities; if `alone`, over those that have a positive pair in this batch."""
+        present, whole = batch["present"], {}
+        for modality, rows in self.vectors(batch).items():
+            whole[modality] = (
+                rows
+                if len(rows) == len(batch["keys"])
+                else rows.new_zeros(len(batch["keys"]), rows.shape[1]).masked_scatter(present[modality][:, None], rows)
+            )
+        losses = [
+            self.loss(whole[left], whole[right], batch["keys"], (present[left], present[right]), alone)
+            for left, right in itertools.combinations(whole, 2)
+            if not alone or np.intersect1d(*(batch["keys"][present[modality]].cpu() for modality in (left, right))).size
+        ]
+        return torch.stack(losses).mean() if losses else self.loss.log_scale.new_zeros(())
 
     def total_loss(self, batch: Batch) -> torch.Tensor:
         return self(batch)
@@ -68,44 +80,61 @@ def build(settings: AlignmentSettings, total_steps: int, precision: str) -> Alig
 
 
 def online(module: AlignmentModule, data: Mapping[str, AlignmentSplit]) -> dict[str, AlignmentSplit]:
-    """The splits with the encoder's preprocessing, where images are encoded in the step."""
-    preprocess = module.online_encoder().preprocess
-    return {name: replace(pairs, preprocess=preprocess) for name, pairs in data.items()}
+    """The splits with the encoders' preprocessing, where media are encoded in the step."""
+    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables, module.device)) for name, split in data.items()}
 
 
 @torch.inference_mode()
 def evaluate(
     module: AlignmentModule, data: Mapping[str, AlignmentSplit], tests: list[str], group: WorkerGroup
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Recall at 1 and 5, both ways, on each test split, and of random retrieval. Each worker maps its share of the split."""
+    """Recall at 1 and 5 from each modality to each other one, on each test split, and of random retrieval."""
     metrics: dict[str, float] = {}
-    size = module.settings.evaluation.batch_size
     for name in tests:
-        pairs = data[name]
-        mine = group.share(np.arange(len(pairs)))
-        vectors: dict[str, list[np.ndarray]] = {"image": [], "text": []}
-        for start in range(0, len(mine), size):
-            batch = pairs[MicroBatch(mine[start : start + size], 0)]
-            batch = module.transfer_batch_to_device(batch, module.device, 0)
-            for modality, rows in module.aligner(module.features(batch)).items():
-                vectors[modality].append(rows.cpu().numpy())
-        parts = group.gather((mine, {modality: np.concatenate(rows) for modality, rows in vectors.items() if rows}))
-        order = np.argsort(np.concatenate([share for share, _ in parts]))
-        whole = {modality: np.concatenate([part[modality] for _, part in parts if part])[order] for modality in vectors}
-        found = retrieval_metrics(whole["image"], whole["text"], pairs.keys)
-        metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+        split = data[name]
+        vectors = split_vectors(module, split, group)
+        concepts = np.unique(split.keys, return_inverse=True)[1]
+        firsts, belongs = {}, {}
+        for modality, table in split.tables.items():
+            items = table.items.flat
+            firsts[modality] = np.unique(items, return_index=True)[1]  # an item of many records is one candidate
+            of_record = concepts[table.items.lengths > 0]
+            belongs[modality] = coo_array((np.ones(len(items)), (items, of_record)), (items.max() + 1, concepts.max() + 1)).tocsr()
+        for source, target in itertools.permutations(split.tables, 2):
+            right = (belongs[source] @ belongs[target].T).toarray() > 0
+            asked, offered = firsts[source], firsts[target]
+            found = retrieval_metrics(vectors[source][asked], vectors[target][offered], right)
+            metrics |= {f"{name}/{source}_to_{target}_{metric}": value for metric, value in found.items()}
     return metrics, []
+
+
+def split_vectors(module: AlignmentModule, split: AlignmentSplit, group: WorkerGroup) -> dict[str, np.ndarray]:
+    """Unit vectors by modality, in the order of the records that have it. Each worker maps its share of the records."""
+    size, mine = module.settings.evaluation.batch_size, group.share(np.arange(len(split)))
+    vectors: dict[str, list[np.ndarray]] = {modality: [] for modality in split.tables}
+    for start in range(0, len(mine), size):
+        batch = module.transfer_batch_to_device(split[MicroBatch(mine[start : start + size], 0)], module.device, 0)
+        for modality, rows in module.vectors(batch).items():
+            vectors[modality].append(rows.cpu().numpy())
+    parts = group.gather({modality: np.concatenate(rows) for modality, rows in vectors.items() if rows})
+    whole: dict[str, np.ndarray] = {}
+    for modality, table in split.tables.items():
+        has = np.flatnonzero(table.items.lengths > 0)
+        order = np.concatenate([has[np.isin(has, np.arange(rank, len(split), group.size))] for rank in range(group.size)])
+        whole[modality] = np.concatenate([part[modality] for part in parts if modality in part])[np.argsort(order)]
+    return whole
 
 
 def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
     """Write aligner.pt."""
-    model = module.settings.model
     save_artifact(
         path,
         ALIGNMENT,
         config,
-        {spec.role: {"name": spec.name, "fingerprint": fingerprint(spec.directory())} for spec in encoder_specs(model).values()},
-        image_size=model.image_size,
+        encoders={
+            modality: {"name": spec.name, "options": dict(spec.options), "fingerprint": fingerprint(spec.directory())}
+            for modality, spec in encoder_specs(module.settings.model).items()
+        },
         shape=module.aligner.shape,
         state_dict={key: value.detach().cpu() for key, value in module.aligner.state_dict().items()},
     )

@@ -1,4 +1,4 @@
-"""Recall at k for retrieval between images and texts, where one text may describe several images."""
+"""Recall at k for retrieval between the modalities, where several items may belong to one concept."""
 
 from math import comb
 
@@ -12,25 +12,21 @@ def chance(candidates: int, right: int, k: int) -> float:
     return 1 - comb(candidates - right, k) / comb(candidates, min(k, candidates)) if k < candidates else 1.0
 
 
-def retrieval_metrics(images: np.ndarray, texts: np.ndarray, keys: np.ndarray) -> dict[str, float]:
-    """Recall at 1 and 5 in both directions, as fractions, and the recall of random retrieval.
-
-    From image to text, the candidates are the distinct texts: one is right. From text to image, the candidates are
-    all images, and each image of that text is right.
+def retrieval_metrics(queries: np.ndarray, candidates: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """Recall at 1 and 5, as fractions, and the recall of random retrieval.
 
     Args:
-        images: unit vectors (N, S).
-        texts: unit vectors (N, S); rows of equal texts are equal.
-        keys: (N,), equal where the texts are.
+        queries: unit vectors (Q, S).
+        candidates: unit vectors (C, S).
+        right: which candidates a query should find, (Q, C); queries without any are left out.
     """
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    similarity = images @ texts[first].T  # (images, distinct texts)
-    right = inverse[:, None] == np.arange(len(first))[None, :]
+    queries, right = queries[right.any(axis=1)], right[right.any(axis=1)]
+    if not len(queries):
+        return {}
+    order = np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, : max(RANKS)]
+    found = np.take_along_axis(right, order, axis=1)
     metrics: dict[str, float] = {}
-    for direction, scores, hits in (("", similarity, right), ("text_to_image_", similarity.T, right.T)):
-        order = np.argsort(-scores, axis=1, kind="stable")[:, : max(RANKS)]
-        found = np.take_along_axis(hits, order, axis=1)
-        for k in RANKS:
-            metrics[f"{direction}recall_at_{k}"] = float(found[:, :k].any(axis=1).mean())
-            metrics[f"{direction}chance_at_{k}"] = float(np.mean([chance(len(row), int(row.sum()), k) for row in hits]))
+    for k in RANKS:
+        metrics[f"recall_at_{k}"] = float(found[:, :k].any(axis=1).mean())
+        metrics[f"chance_at_{k}"] = float(np.mean([chance(len(candidates), count, k) for count in right.sum(axis=1).tolist()]))
     return metrics

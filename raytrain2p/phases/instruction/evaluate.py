@@ -1,19 +1,21 @@
-"""What phase 2 measures: how often the answer is the expected one, and whether it depends on the image."""
+"""What phase 2 measures: how often the answer is the expected one, and whether it depends on the media."""
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from raytrain2p.data.batches import MicroBatch
+from raytrain2p.data.batches import MicroBatch, Ragged
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.records import Record
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import model_directory
 from raytrain2p.phases.base import Answer
+from raytrain2p.phases.inputs import MediaTable
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.module import InstructionModule
 
@@ -22,7 +24,7 @@ from raytrain2p.phases.instruction.module import InstructionModule
 def evaluate(
     module: InstructionModule, data: Mapping[str, InstructionSplit], tests: list[str], group: WorkerGroup
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Loss and exact match by task on each test split. To compare: exact match with images shuffled, and of the best constant
+    """Loss and exact match by task on each test split. To compare: exact match with media shuffled, and of the best constant
     answer (majority).
 
     Returns:
@@ -38,10 +40,11 @@ def evaluate(
             loss, exact = score(module, split, chosen, group)
             metrics[f"{name}/loss/{task}"] = loss
             metrics[f"{name}/exact_match/{task}"] = exact
-            commonest = Counter(split.records[record].response for record in chosen).most_common(1)[0][1]
+            learnt = slice(-1, None) if module.settings.data.loss_on == "last" else slice(None)
+            commonest = Counter(tuple(split.records[record].answers[learnt]) for record in chosen).most_common(1)[0][1]
             metrics[f"{name}/majority/{task}"] = commonest / len(chosen)
-            if settings.shuffled and (split.image[chosen] >= 0).sum() > 1:
-                shuffled = replace(split, image=shuffle_images(split.image, chosen, module.settings.seed))
+            if settings.shuffled and any(table.items.lengths[chosen].sum() > 1 for table in split.tables.values()):
+                shuffled = replace(split, tables=shuffle_media(split.tables, chosen, module.settings.seed))
                 metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, group)[1]
         answers += sample_answers(module, name, split, settings.samples, group)
     return metrics, answers
@@ -55,19 +58,29 @@ def choose(split: InstructionSplit, task: str, most: int | None, seed: int) -> n
     return np.sort(np.random.default_rng(seed).choice(of_task, most, replace=False))
 
 
-def shuffle_images(image: np.ndarray, chosen: np.ndarray, seed: int) -> np.ndarray:
-    """Each chosen record gets the image of another one: a random cycle, so that none keeps its own."""
+def shuffle_media(tables: Mapping[str, MediaTable], chosen: np.ndarray, seed: int) -> dict[str, MediaTable]:
+    """Each item of the chosen records is replaced by one of another place: a random cycle, so that none keeps its own."""
+    return {modality: replace(table, items=shuffle_items(table.items, chosen, seed)) for modality, table in tables.items()}
+
+
+def shuffle_items(items: Ragged, chosen: np.ndarray, seed: int) -> Ragged:
+    """The same numbers of items per record, with those of the chosen records moved."""
+    places = np.concatenate([np.arange(end - length, end) for end, length in zip(items.ends[chosen], items.lengths[chosen], strict=True)])
+    if len(places) < 2:
+        return items
     random = np.random.default_rng(seed)
-    order = random.permutation(chosen[image[chosen] >= 0])
-    _, number, counts = np.unique(image[order], return_inverse=True, return_counts=True)
+    order = random.permutation(places)
+    _, number, counts = np.unique(items.flat[order], return_inverse=True, return_counts=True)
     order = order[np.argsort(random.permutation(len(counts))[number], kind="stable")]
-    shuffled = image.copy()
-    shuffled[order] = image[np.roll(order, counts.max())]
+    shuffled = copy.copy(items)
+    shuffled.flat = items.flat.copy()
+    shuffled.flat[order] = items.flat[np.roll(order, counts.max())]
     return shuffled
 
 
 def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray, group: WorkerGroup) -> tuple[float, float]:
-    """Mean loss per token, and the share of records that greedy decoding answers exactly.
+    """Mean loss per token, and the share of records that greedy decoding answers exactly (all answers that are learnt, each
+    after the reference's messages before it).
 
     Greedy decoding gives the reference, up to the stop token, if and only if each of its tokens is the most likely one after
     the tokens before it: one forward pass decides that, without generating.
@@ -90,7 +103,7 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
 
 def sample_answers(module: InstructionModule, name: str, split: InstructionSplit, most: int, group: WorkerGroup) -> list[Answer]:
     """Generated answers to a few records of a split, as rows of a table."""
-    chat = load_chat_format(model_directory(module.settings.model.language_model), module.settings.model.soft_tokens, None)
+    chat = load_chat_format(model_directory(module.settings.model.language_model), module.assistant.soft_tokens, None)
     chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
     mine = group.share(chosen)
     texts: list[str] = []
@@ -108,9 +121,8 @@ def answer_row(split: str, record: Record, answer: str) -> Answer:
     return {
         "split": split,
         "task": record.task,
-        "instruction": record.instruction,
-        "expected": record.response,
+        "question": record.question,
+        "expected": record.answers[-1],
         "answer": answer,
-        "image": record.image.source if record.image else None,
-        "image_row": record.image.row if record.image else None,
+        "media": [asdict(ref) for ref in record.media()],
     }

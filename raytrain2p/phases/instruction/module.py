@@ -1,4 +1,4 @@
-"""Phase 2: a causal language model is trained to answer about images that it reads through the aligner of phase 1."""
+"""Phase 2: a causal language model is trained to answer about media that it reads through the aligner of phase 1."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,11 +12,12 @@ from raytrain2p.config import InstructionSettings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assistant
-from raytrain2p.models.encoders import ImageEncoder
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.phases.inputs import Batch
+from raytrain2p.phases.instruction.checks import encoder_specs
 from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape
+from raytrain2p.phases.online import OnlineEncoders
 
 
 class InstructionModule(PhaseModule):
@@ -26,23 +27,14 @@ class InstructionModule(PhaseModule):
         super().__init__(settings.training, settings.seed, total_steps)
         self.settings = settings
         self.assistant = assistant
-        self.encoder: list[ImageEncoder] = []  # in a list, which keeps its weights out of this module
+        self.encoders = OnlineEncoders(encoder_specs(settings))
 
     def shardable(self) -> list[nn.Module]:
         layers = max((m for m in self.assistant.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        return [*layers, self.assistant.branch.map, self.assistant.projector]
+        return [*layers, *(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
 
     def assemble(self, batch: Batch) -> AssistantBatch:
-        if "features" not in batch:
-            pixels = batch["pixels"]
-            batch = batch | {"features": self.online_encoder().encode_pixels(pixels) if len(pixels) else pixels.new_empty(0, 1, 1)}
-        return AssistantBatch(features=batch["features"], **batch["tokens"])
-
-    def online_encoder(self) -> ImageEncoder:
-        if not self.encoder:
-            model = self.settings.model
-            self.encoder.append(ImageEncoder(model.image_encoder, model.image_size, self.device.type))
-        return self.encoder[0]
+        return AssistantBatch(features=self.encoders.features(batch["items"]), **batch["tokens"])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.assistant(self.assemble(batch))
@@ -64,8 +56,9 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
     aligner = load_artifact(Path(model.aligner), ALIGNMENT)["state_dict"]
-    prefix = "branches.image."
-    assistant.branch.load_state_dict({k.removeprefix(prefix): v for k, v in aligner.items() if k.startswith(prefix)})
+    wanted = tuple(f"{modality}." for modality in assistant.branches)
+    branches = {name.removeprefix("branches."): value for name, value in aligner.items()}
+    assistant.branches.load_state_dict({name: value for name, value in branches.items() if name.startswith(wanted)})
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -76,27 +69,23 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
 
 
 def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> dict[str, InstructionSplit]:
-    """The splits with the encoder's preprocessing, where images are encoded in the step."""
-    preprocess = module.online_encoder().preprocess
-    return {name: replace(split, preprocess=preprocess) for name, split in data.items()}
+    """The splits with the encoders' preprocessing, where media are encoded in the step."""
+    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables, module.device)) for name, split in data.items()}
 
 
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
-    """Write model.pt: the trained weights, the aligner branch, and the shape to build them into."""
+    """Write model.pt: the trained weights, the aligner's branches, and the shape to build them into."""
     model, assistant = module.settings.model, module.assistant
     frozen = {
         name for name, p in assistant.named_parameters(remove_duplicate=False) if not p.requires_grad and name.startswith("language_model.")
     }
-    directories = {
-        "language_model": (model.language_model, model_directory(model.language_model)),
-        "image_encoder": (model.image_encoder, model_directory(model.image_encoder)),
-    }
+    trained = load_artifact(Path(model.aligner), ALIGNMENT)["encoders"]
     save_artifact(
         path,
         INSTRUCTION,
         config,
-        {role: {"name": name, "fingerprint": fingerprint(directory)} for role, (name, directory) in directories.items()},
-        image_size=model.image_size,
+        language_model={"name": model.language_model, "fingerprint": fingerprint(model_directory(model.language_model))},
+        encoders={modality: trained[modality] | {"name": spec.name} for modality, spec in encoder_specs(module.settings).items()},
         system_prompt=model.system_prompt,
         shape=assistant_shape(module.settings).to_dict(),
         state_dict={

@@ -12,37 +12,51 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from raytrain2p.config import InputError, InstructionSettings, flatten
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
-from raytrain2p.data.batches import MicroBatch
-from raytrain2p.data.chat import IMAGE_MARK, SOFT, ChatFormat, load_chat_format
+from raytrain2p.data.batches import MicroBatch, Ragged
+from raytrain2p.data.chat import MARK, ChatFormat, load_chat_format
 from raytrain2p.data.features import FeatureTable
-from raytrain2p.data.media import ImageRef
-from raytrain2p.data.records import Record
+from raytrain2p.data.media import MediaRef
+from raytrain2p.data.records import ASSISTANT, USER, Message, Record
+from raytrain2p.data.tokens import TokenRecords
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
-from raytrain2p.phases.instruction.data import InstructionSplit, check_aligner, context_length, tokenize
-from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_images
+from raytrain2p.phases.inputs import MediaTable, SourceShare
+from raytrain2p.phases.instruction.checks import check_encoders, context_length
+from raytrain2p.phases.instruction.data import InstructionSplit
+from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
+from raytrain2p.phases.instruction.tokenize import kept_shares, tokenize
 
 K, WIDTH = 4, 32
 TRAINED, ALL = np.arange(4), np.arange(7)  # record numbers
 
 
-def image_record(number: int, instruction: str, response: str, task: str = "colour") -> Record:
-    return Record(f"data.jsonl:{number}", ImageRef(f"{number}.png"), instruction=instruction, response=response, task=task)
+def record(number: int, question: str, answer: str, task: str = "colour", images: int = 1) -> Record:
+    media = tuple(MediaRef("image", f"{number}-{place}.png") for place in range(images))
+    return Record(f"data.jsonl:{number}", (Message(USER, (*media, question)), Message(ASSISTANT, (answer,))), task)
 
 
 RECORDS = [
-    image_record(1, "colour?", "red"),
-    image_record(2, "colour?", "blue"),
-    image_record(3, "the colour, please?", "green"),
-    Record("data.jsonl:4", None, instruction="2+2?", response="4", task="sum"),
-    image_record(5, "colour?", "purple"),
-    image_record(6, "colour?", "red"),
-    Record("data.jsonl:7", None, instruction="2+3?", response="5", task="sum"),
+    record(1, "colour?", "red"),
+    record(2, "colour?", "blue"),
+    record(3, "the colour, please?", "green"),
+    record(4, "2+2?", "4", "sum", images=0),
+    record(5, "colour?", "purple"),
+    record(6, "colour?", "red"),
+    record(7, "2+3?", "5", "sum", images=0),
 ]
+
+
+def tokens_of(records: list[Record], chat: ChatFormat, limit: int = 256, too_long: str = "error") -> TokenRecords:
+    return tokenize(records, chat, limit, too_long, "data.train").tokens
+
+
+def with_images(split: InstructionSplit, *items: list[int]) -> InstructionSplit:
+    """The split with other images: item numbers by record."""
+    return replace(split, tables={"image": replace(split.tables["image"], items=Ragged(items))})
 
 
 @pytest.fixture(scope="module")
@@ -51,37 +65,37 @@ def aligner(tmp_path_factory: pytest.TempPathFactory, tiny_vit: Path) -> Path:
     torch.manual_seed(9)
     model = Aligner({"image": WIDTH, "text": 8}, hidden=16, dimension=12)
     path = tmp_path_factory.mktemp("aligner") / "aligner.pt"
-    encoders = {"image_encoder": {"name": str(tiny_vit), "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(path, ALIGNMENT, {}, encoders, image_size=None, shape=model.shape, state_dict=model.state_dict())
+    encoders = {"image": {"name": str(tiny_vit), "options": {}, "fingerprint": fingerprint(tiny_vit)}}
+    save_artifact(path, ALIGNMENT, {}, encoders, shape=model.shape, state_dict=model.state_dict())
     return path
 
 
-def settings_of(language_model: Path, aligner: Path, image_encoder: Path, **more: Any) -> InstructionSettings:
-    model = {"language_model": str(language_model), "aligner": str(aligner), "image_encoder": str(image_encoder), "soft_tokens": K}
+def settings_of(language_model: Path, aligner: Path, **more: Any) -> InstructionSettings:
+    model = {"language_model": str(language_model), "aligner": str(aligner), "soft_tokens": K}
     training = {"max_steps": 1, "precision": "float32"} | more.pop("training", {})
     content = {"data": {"train": "x.jsonl"}, "training": training, "model": model | more.pop("model", {})}
     return InstructionSettings.model_validate(content | more)
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_llama: Path, aligner: Path, tiny_vit: Path) -> InstructionSettings:
+def settings(tiny_llama: Path, aligner: Path) -> InstructionSettings:
     evaluation = {"batch_size": 3, "max_new_tokens": 10, "samples": 2}
-    return settings_of(tiny_llama, aligner, tiny_vit, model={"tuning": "full", "train_aligner": True}, evaluation=evaluation)
+    return settings_of(tiny_llama, aligner, model={"tuning": "full", "train_aligner": True}, evaluation=evaluation)
 
 
 @pytest.fixture(scope="module")
 def chat(tiny_llama: Path) -> ChatFormat:
-    return load_chat_format(tiny_llama, K, None)
+    return load_chat_format(tiny_llama, {"image": K}, None)
 
 
 @pytest.fixture(scope="module")
 def split(chat: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> InstructionSplit:
     """The records with random features, one grid of 16 positions for each image."""
     shard = tmp_path_factory.mktemp("features") / "shard.npy"
-    np.save(shard, np.random.default_rng(0).normal(size=(5, 16, WIDTH)).astype(np.float16))
-    table = FeatureTable((str(shard),), np.zeros(5, np.int32), np.arange(5))
-    image = np.array([0, 1, 2, -1, 3, 4, -1])
-    return InstructionSplit(tokenize(RECORDS, chat, 256), image, table, tuple(record.task for record in RECORDS), tuple(RECORDS))
+    np.save(shard, np.random.default_rng(0).normal(size=(5 * 16, WIDTH)).astype(np.float16))
+    features = FeatureTable((str(shard),), np.zeros(5, np.int32), 16 * np.arange(5), np.full(5, 16))
+    images = MediaTable(Ragged([[0], [1], [2], [], [3], [4], []]), features)
+    return InstructionSplit(tokens_of(RECORDS, chat), {"image": images}, tuple(one.task for one in RECORDS), tuple(RECORDS))
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +126,15 @@ def scored(module: InstructionModule, split: InstructionSplit, chosen: np.ndarra
 
 
 def test_exact_match_is_what_greedy_generation_gives(module: InstructionModule, split: InstructionSplit) -> None:
-    right = [answer(module, split, record) == split.tokens.responses[record].tolist() for record in ALL.tolist()]
+    tokens = split.tokens
+    right = [answer(module, split, number) == tokens.ids[number][tokens.prompts[number] :].tolist() for number in ALL.tolist()]
     assert 0 < sum(right) < len(right), "some must be right and some wrong"
     assert [scored(module, split, np.array([record]))[1] for record in ALL] == [float(one) for one in right]
     assert scored(module, split, ALL)[1] == pytest.approx(np.mean(right))
 
 
 def test_exact_match_depends_on_the_image(module: InstructionModule, split: InstructionSplit) -> None:
-    swapped = replace(split, image=np.array([1, 0, 2, -1, 3, 4, -1]))
+    swapped = with_images(split, [1], [0], [2], [], [3], [4], [])
     assert scored(module, split, np.array([0, 1]))[1] == 1
     assert scored(module, swapped, np.array([0, 1]))[1] == 0
 
@@ -148,10 +163,8 @@ def test_the_shares_of_two_workers_add_up_to_the_score_of_one(module: Instructio
     assert (total / tokens, right / len(ALL)) == pytest.approx(scored(module, split, ALL), rel=1e-4)
 
 
-def test_the_training_loss_is_the_mean_over_the_steps_supervised_tokens(
-    tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit
-) -> None:
-    settings = settings_of(tiny_llama, aligner, tiny_vit, training={"micro_batch_size": 8})
+def test_the_training_loss_is_the_mean_over_the_steps_supervised_tokens(tiny_llama: Path, aligner: Path, split: InstructionSplit) -> None:
+    settings = settings_of(tiny_llama, aligner, training={"micro_batch_size": 8})
     module = build(settings, 1, "float32").eval()
     module.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False)
     tokens = int(split.supervised[:4].sum())
@@ -172,44 +185,59 @@ def test_evaluation_is_by_task_with_majority_and_shuffled_images(module: Instruc
     assert metrics["seen/exact_match/colour"] == pytest.approx(scored(module, split, colour)[1])
     assert metrics["seen/loss/colour"] == pytest.approx(scored(module, split, colour)[0], rel=1e-4)
     assert metrics["seen/majority/colour"] == pytest.approx(2 / 5)  # red
-    shuffled = replace(split, image=shuffle_images(split.image, colour, module.settings.seed))
+    images = split.tables["image"]
+    shuffled = replace(split, tables={"image": replace(images, items=shuffle_items(images.items, colour, module.settings.seed))})
     assert metrics["seen/exact_match_shuffled/colour"] == pytest.approx(scored(module, shuffled, colour)[1])
     assert "seen/exact_match_shuffled/sum" not in metrics, "there is nothing to shuffle without images"
     assert len(answers) == 2
     for row in answers:
-        number = next(n for n, r in enumerate(RECORDS) if (r.instruction, r.response) == (row["instruction"], row["expected"]))
-        assert row["answer"] == row["expected"] or number not in TRAINED or RECORDS[number].response == "red"
+        number = next(n for n, r in enumerate(RECORDS) if (r.question, r.answers[-1]) == (row["question"], row["expected"]))
+        assert row["answer"] == row["expected"] or number not in TRAINED or RECORDS[number].answers == ["red"]
+
+
+SHOWN = Ragged([[4], [7], [], [2], [9], [5], [], [1]])
+CHOSEN = np.array([0, 1, 2, 4, 7])
+
+
+def lists(items: Ragged) -> list[list[int]]:
+    return [items[number].tolist() for number in range(len(items))]
 
 
 def test_no_record_keeps_its_own_image_when_images_are_shuffled() -> None:
-    image = np.array([4, 7, -1, 2, 9, 5, -1, 1])
-    chosen = np.array([0, 1, 2, 4, 7])
     for seed in range(50):
-        shuffled = shuffle_images(image, chosen, seed)
-        with_image = np.array([0, 1, 4, 7])
-        assert (shuffled[with_image] != image[with_image]).all()
-        assert sorted(shuffled[with_image]) == sorted(image[with_image])
+        shuffled = shuffle_items(SHOWN, CHOSEN, seed)
+        moved = [(SHOWN[number][0], shuffled[number][0]) for number in (0, 1, 4, 7)]
+        assert all(before != after for before, after in moved)
+        assert sorted(before for before, _ in moved) == sorted(after for _, after in moved)
+
+
+def test_each_of_several_images_of_a_record_is_shuffled() -> None:
+    items = Ragged([[0, 1], [2, 3], [4, 5]])
+    for seed in range(20):
+        shuffled = shuffle_items(items, np.arange(3), seed)
+        assert (shuffled.flat != items.flat).all()
+        assert shuffled.lengths.tolist() == [2, 2, 2]
+        assert sorted(shuffled.flat) == list(range(6))
 
 
 def test_records_that_are_not_chosen_or_have_no_image_are_left_as_they_are_by_the_shuffle() -> None:
-    image = np.array([4, 7, -1, 2, 9, 5, -1, 1])
-    before = image.copy()
-    shuffled = shuffle_images(image, np.array([0, 1, 2, 4, 7]), 3)
-    assert shuffled[[2, 3, 5, 6]].tolist() == [-1, 2, 5, -1]
-    assert image.tolist() == before.tolist(), "the split itself stays as it is"
+    before = lists(SHOWN)
+    shuffled = lists(shuffle_items(SHOWN, CHOSEN, 3))
+    assert [shuffled[number] for number in (2, 3, 5, 6)] == [[], [2], [5], []]
+    assert lists(SHOWN) == before, "the split itself stays as it is"
 
 
 def test_no_record_keeps_its_own_image_when_several_ask_about_the_same_one() -> None:
     """Two questions about each of three images: an order without a kept image exists, and the measure needs it."""
-    image = np.array([0, 0, 1, 1, 2, 2])
-    kept = [int((shuffle_images(image, np.arange(6), seed) == image).sum()) for seed in range(20)]
+    items = Ragged([[0], [0], [1], [1], [2], [2]])
+    kept = [int((shuffle_items(items, np.arange(6), seed).flat == items.flat).sum()) for seed in range(20)]
     assert kept == [0] * 20
 
 
 def test_shuffling_is_the_same_for_the_same_seed() -> None:
-    image, chosen = np.arange(30), np.arange(30)
-    assert shuffle_images(image, chosen, 1).tolist() == shuffle_images(image, chosen, 1).tolist()
-    assert shuffle_images(image, chosen, 1).tolist() != shuffle_images(image, chosen, 2).tolist()
+    items, chosen = Ragged([[number] for number in range(30)]), np.arange(30)
+    assert lists(shuffle_items(items, chosen, 1)) == lists(shuffle_items(items, chosen, 1))
+    assert lists(shuffle_items(items, chosen, 1)) != lists(shuffle_items(items, chosen, 2))
 
 
 def test_records_of_a_task_are_chosen_by_seed(split: InstructionSplit) -> None:
@@ -222,15 +250,15 @@ def test_records_of_a_task_are_chosen_by_seed(split: InstructionSplit) -> None:
 
 
 def test_soft_tokens_count_in_a_records_length(chat: ChatFormat) -> None:
-    with_image, without = tokenize([RECORDS[0], replace(RECORDS[0], image=None)], chat, 256).lengths
-    assert with_image == without + K
+    without, one, two = tokens_of([record(1, "colour?", "red", images=count) for count in range(3)], chat).lengths
+    assert (one, two) == (without + K, without + 2 * K)
 
 
 def test_every_record_that_is_too_long_is_listed_with_both_numbers(chat: ChatFormat) -> None:
-    lengths = tokenize(RECORDS, chat, 256).lengths
+    lengths = tokens_of(RECORDS, chat).lengths
     limit = int(np.sort(lengths)[-3])
     with pytest.raises(InputError) as caught:
-        tokenize(RECORDS, chat, limit)
+        tokens_of(RECORDS, chat, limit)
     too_long = [number for number, length in enumerate(lengths) if length > limit]
     assert too_long
     assert [problem.where for problem in caught.value.problems] == [RECORDS[number].where for number in too_long]
@@ -239,15 +267,48 @@ def test_every_record_that_is_too_long_is_listed_with_both_numbers(chat: ChatFor
 
 
 def test_a_record_of_exactly_the_limit_is_taken(chat: ChatFormat) -> None:
-    longest = int(tokenize(RECORDS, chat, 256).lengths.max())
-    assert len(tokenize(RECORDS, chat, longest).lengths) == len(RECORDS)
+    longest = int(tokens_of(RECORDS, chat).lengths.max())
+    assert len(tokens_of(RECORDS, chat, longest).lengths) == len(RECORDS)
 
 
-@pytest.mark.parametrize("response", [IMAGE_MARK, "<|im_end|>"])
+def test_records_that_are_too_long_are_left_out_or_cut_if_so_set_and_counted(chat: ChatFormat) -> None:
+    long = record(8, "x" * 100, "y" * 100)
+    limit = int(tokens_of([long], chat).lengths[0]) - 50
+    dropped = tokenize([RECORDS[0], long, RECORDS[1]], chat, limit, "drop", "data.train")
+    assert dropped.records == [RECORDS[0], RECORDS[1]]
+    assert dropped.kept == [0, 2]
+    assert dropped.notes == (f"data.train: 1 records longer than {limit} tokens left out",)
+    cut = tokenize([RECORDS[0], long], chat, limit, "truncate", "data.train")
+    assert cut.tokens.lengths[1] == limit
+    assert cut.records[1] == long
+    assert cut.notes == (f"data.train: 1 records longer than {limit} tokens cut",)
+    with pytest.raises(InputError, match="no record fits into 10 tokens"):
+        tokenize([long], chat, 10, "drop", "data.train")
+
+
+def test_a_cut_record_loses_the_turns_that_are_cut_off(chat: ChatFormat) -> None:
+    image = [MediaRef("image", f"{number}.png") for number in range(2)]
+    turns = (Message(USER, (image[0], "a?")), Message(ASSISTANT, ("b",)), Message(USER, (image[1], "c?")), Message(ASSISTANT, ("d",)))
+    whole = Record("data.jsonl:1", turns)
+    limit = int(tokens_of([whole], chat).prompts[0])  # with the second image and question, without their answer
+    cut = tokenize([whole], chat, limit, "truncate", "data.train")
+    assert cut.records == [Record("data.jsonl:1", turns[:2])]
+    assert (cut.tokens.ids[0] == -1).sum() == K
+    assert cut.tokens.supervised[0][-1]
+    last = tokenize([whole], replace(chat, loss_on="last"), limit + 1, "truncate", "data.train")
+    assert last.records == [whole]
+
+
+def test_sources_lose_the_records_that_are_left_out() -> None:
+    shares = (SourceShare(3, 2.0), SourceShare(0, None), SourceShare(4, None))
+    assert kept_shares(shares, [0, 2, 3, 6]) == (SourceShare(2, 2.0), SourceShare(0, None), SourceShare(2, None))
+
+
+@pytest.mark.parametrize("response", [MARK, "<|im_end|>"])
 def test_a_response_that_is_empty_after_tokenizing_is_listed(chat: ChatFormat, response: str) -> None:
-    records = [RECORDS[0], replace(RECORDS[1], response=response), replace(RECORDS[2], instruction="x" * 300)]
+    records = [RECORDS[0], record(2, "colour?", response), record(3, "x" * 300, "green")]
     with pytest.raises(InputError) as caught:
-        tokenize(records, chat, 256)
+        tokens_of(records, chat)
     assert [problem.where for problem in caught.value.problems] == ["data.jsonl:2", "data.jsonl:3"]
     assert "empty after tokenizing" in caught.value.problems[0].what
     assert "tokens long" in caught.value.problems[1].what
@@ -255,14 +316,14 @@ def test_a_response_that_is_empty_after_tokenizing_is_listed(chat: ChatFormat, r
 
 @pytest.mark.parametrize("template", ["the model's own", None])
 def test_a_response_never_has_soft_tokens(chat: ChatFormat, tiny_llama: Path, template: str | None) -> None:
-    """The placeholder is a character that a text may hold; as a soft token in a response it would be learnt as ID -1."""
+    """The placeholder is a character that a text may hold; as a soft token in a response it would be learnt."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     if template is None:
         tokenizer.chat_template = None
-    records = [replace(RECORDS[0], response=f"it is {IMAGE_MARK} red", instruction=f"what {IMAGE_MARK} is it?")]
-    tokens = tokenize(records, replace(chat, tokenizer=tokenizer), 256)
-    assert SOFT not in tokens.responses[0]
-    assert (tokens.prompts[0] == SOFT).sum() == K
+    tokens = tokens_of([record(1, f"what {MARK} is it?", f"it is {MARK} red")], replace(chat, tokenizer=tokenizer))
+    prompt = tokens.prompts[0]
+    assert (tokens.ids[0][prompt:] >= 0).all()
+    assert (tokens.ids[0][:prompt] == tokens.codes["image"]).sum() == K
 
 
 def test_the_context_is_the_models_or_less_if_so_set(tiny_llama: Path) -> None:
@@ -272,42 +333,47 @@ def test_the_context_is_the_models_or_less_if_so_set(tiny_llama: Path) -> None:
         context_length(tiny_llama, 257)
 
 
-def test_an_aligner_of_another_image_encoder_is_refused_with_both_named(
-    settings: InstructionSettings, aligner: Path, tiny_vit: Path, tiny_bert: Path
-) -> None:
-    check_aligner(settings)
-    other = settings.model_copy(update={"model": settings.model.model_copy(update={"image_encoder": str(tiny_bert)})})
+def test_an_aligner_of_another_encoder_is_refused_with_both_named(tiny_llama: Path, aligner: Path, tiny_vit: Path, tiny_bert: Path) -> None:
+    check_encoders(settings_of(tiny_llama, aligner, model={"encoders": {"image": str(tiny_vit)}}))
     with pytest.raises(InputError) as caught:
-        check_aligner(other)
+        check_encoders(settings_of(tiny_llama, aligner, model={"encoders": {"image": str(tiny_bert)}}))
     for needed in (str(tiny_bert), str(tiny_vit), str(aligner)):
         assert needed in str(caught.value)
 
 
-def test_an_aligner_of_another_image_size_is_refused_with_both_sizes(settings: InstructionSettings) -> None:
-    other = settings.model_copy(update={"model": settings.model.model_copy(update={"image_size": 48})})
-    with pytest.raises(InputError, match=r"(?s)model\.image_size=48.*trained with None.*set model\.image_size=null"):
-        check_aligner(other)
+def test_an_aligner_of_another_image_size_is_refused_with_both_sizes(tiny_llama: Path, aligner: Path, tiny_vit: Path) -> None:
+    other = settings_of(tiny_llama, aligner, model={"encoders": {"image": {"name": str(tiny_vit), "size": 48}}})
+    with pytest.raises(InputError, match=r"(?s)encoders\.image\.size=48.*trained with the default.*leave out model\.encoders\.image\.size"):
+        check_encoders(other)
+
+
+def test_an_encoder_of_a_modality_that_the_aligner_lacks_is_refused(tiny_llama: Path, aligner: Path, tiny_vit: Path) -> None:
+    other = settings_of(tiny_llama, aligner, model={"encoders": {"audio": str(tiny_vit)}})
+    with pytest.raises(InputError, match=r"(?s)encoders\.audio=.*aligns image.*train an aligner with model\.encoders\.audio"):
+        check_encoders(other)
 
 
 def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSettings, aligner: Path) -> None:
     module = build(settings, 1, "float32")
     state = load_artifact(aligner, ALIGNMENT)["state_dict"]
-    for name, value in module.assistant.branch.state_dict().items():
-        assert torch.equal(value, state[f"branches.image.{name}"]), name
+    assert list(module.assistant.branches) == ["image"]
+    for name, value in module.assistant.branches.state_dict().items():
+        assert torch.equal(value, state[f"branches.{name}"]), name
 
 
 @pytest.mark.parametrize("trains", [True, False])
-def test_the_aligner_trains_on_only_if_asked_and_its_query_never(tiny_llama: Path, aligner: Path, tiny_vit: Path, trains: bool) -> None:
-    module = build(settings_of(tiny_llama, aligner, tiny_vit, model={"train_aligner": trains}), 1, "float32")
-    assert {p.requires_grad for p in module.assistant.branch.map.parameters()} == {trains}
-    assert not any(p.requires_grad for p in module.assistant.branch.query.parameters())
+def test_the_aligner_trains_on_only_if_asked_and_its_query_never(tiny_llama: Path, aligner: Path, trains: bool) -> None:
+    module = build(settings_of(tiny_llama, aligner, model={"train_aligner": trains}), 1, "float32")
+    branch: Any = module.assistant.branches["image"]
+    assert {p.requires_grad for p in branch.map.parameters()} == {trains}
+    assert not any(p.requires_grad for p in branch.query.parameters())
     assert all(p.requires_grad for p in module.assistant.projector.parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
 def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
-    tuning: str, tied: bool, tiny_llama: Path, aligner: Path, tiny_vit: Path, split: InstructionSplit, tmp_path: Path
+    tuning: str, tied: bool, tiny_llama: Path, aligner: Path, split: InstructionSplit, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -316,7 +382,7 @@ def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
     torch.manual_seed(11)
     Qwen2ForCausalLM(config).save_pretrained(language_model)
     tokenizer.save_pretrained(language_model)
-    settings = settings_of(language_model, aligner, tiny_vit, model={"tuning": tuning})
+    settings = settings_of(language_model, aligner, model={"tuning": tuning})
     module = build(settings, 1, "float32").eval()
     for parameter in module.assistant.parameters():
         if parameter.requires_grad:

@@ -1,0 +1,113 @@
+"""What frozen encoders have in common: decoded items to one (T, D) tensor each.
+
+Shape letters: B items in a batch, T positions (1 for pooled text; for sound it depends on the clip), D width of the encoder.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoModel
+
+from raytrain2p.config import InputError, Problem
+from raytrain2p.models.pretrained import fingerprint
+
+FEATURE_DTYPE = torch.float16  # of stored and online features, so that both give equal results
+OUTPUT_FORM = 2  # part of the fingerprint: raise it when the same encoder gives different vectors
+
+
+class FrozenEncoder:
+    """A pretrained model that turns items of one modality into features. A subclass is a modality.
+
+    Args:
+        directory: of a transformers model and its preprocessing.
+        where: the setting and its value, for messages.
+        options: the settings beside the name, such as `size` of images; None is the model's own.
+        device: of the model and of the features (default: a GPU if this process has one).
+
+    Raises:
+        InputError: transformers cannot load it as an encoder of this modality.
+    """
+
+    modality: ClassVar[str]
+    sample: ClassVar[Any]  # a decoded item
+    square: ClassVar[bool] = False  # whether the positions are those of a square; else they are a sequence
+    config_part: ClassVar[str]  # of a model with several encoders, as CLIP is
+
+    def __init__(self, directory: Path, where: str, options: Mapping[str, Any], device: str | None = None) -> None:
+        self.where = where
+        self.options = {key: value for key, value in options.items() if value is not None}
+        self.device = torch.device(device or default_device())
+        try:
+            model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(Problem(where, f"transformers cannot load it: {first_line(error)}")) from None
+        self.model = self.encoder_of(model).eval().requires_grad_(False).to(self.device)
+        try:
+            self.load_preprocessing(directory)
+        except (OSError, ValueError, KeyError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(Problem(where, f"has no preprocessing for {self.modality}: {first_line(error)}")) from None
+
+    @classmethod
+    def fingerprint_of(cls, directory: Path, options: Mapping[str, Any]) -> str:
+        """Of the encoder, its preprocessing and the form of its output: what stored features depend on."""
+        given = {key: value for key, value in options.items() if value is not None}
+        content = json.dumps([cls.modality, fingerprint(directory), given, OUTPUT_FORM], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @staticmethod
+    def encoder_of(model: Any) -> Any:
+        """The part that encodes this modality."""
+        return model
+
+    @classmethod
+    def item_check(cls, directory: Path) -> Callable[[Any], None]:
+        """A function that raises ValueError for a decoded item that `preprocess` would refuse; it needs no weights."""
+        return lambda item: None
+
+    def load_preprocessing(self, directory: Path) -> None:
+        raise NotImplementedError
+
+    def preprocess(self, items: Sequence[Any]) -> list[torch.Tensor]:
+        """What `encode` takes, on the CPU, one tensor per item; shapes may differ.
+
+        Raises:
+            ValueError: the encoder does not take such an item.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: torch.Tensor) -> torch.Tensor:
+        """Preprocessed items of one shape, on the device, to (B, T, D)."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def encode(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Features of each item, (T, D), float16, on the device.
+
+        They do not depend on the other items: only those of equal shapes are run together.
+        """
+        places: dict[torch.Size, list[int]] = {}
+        for place, tensor in enumerate(inputs):
+            places.setdefault(tensor.shape, []).append(place)
+        features: dict[int, torch.Tensor] = {}
+        with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the step
+            for group in places.values():
+                batch = torch.stack([inputs[place] for place in group]).to(self.device)
+                features.update(zip(group, self.forward(batch).to(FEATURE_DTYPE), strict=True))
+        return [features[place] for place in range(len(inputs))]
+
+    def __call__(self, items: Sequence[Any]) -> list[torch.Tensor]:
+        return self.encode(self.preprocess(items))
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,39 @@
+"""Frozen encoders that run within the step (`data.features=online`)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from raytrain2p.data.features import Features, padded
+from raytrain2p.models.encoders import EncoderSpec
+from raytrain2p.models.frozen_encoder import FrozenEncoder
+from raytrain2p.phases.inputs import MediaTable, Preprocess
+
+
+class OnlineEncoders:
+    """The encoders of a module, each built when it is first needed. Not a part of the module: its checkpoints have no weights of them."""
+
+    def __init__(self, specs: Mapping[str, EncoderSpec]) -> None:
+        self.specs = specs
+        self.built: dict[str, FrozenEncoder] = {}
+
+    def of(self, modality: str, device: torch.device) -> FrozenEncoder:
+        if modality not in self.built:
+            self.built[modality] = self.specs[modality].build(device.type)
+        return self.built[modality]
+
+    def preprocess(self, tables: Mapping[str, MediaTable], device: torch.device) -> dict[str, Preprocess]:
+        """By modality, of tables without features: decoded items to what their encoder takes, in the data loader's process."""
+        return {modality: self.of(modality, device).preprocess for modality, table in tables.items() if table.online}
+
+    def features(self, items: Mapping[str, Any]) -> dict[str, Features]:
+        """Features by modality: as they were stored, or else of what `preprocess` made of the items."""
+        return {
+            modality: loaded
+            if isinstance(loaded, Features)
+            else padded(self.of(modality, loaded[0].device).encode(loaded))
+            if loaded
+            else padded([])
+            for modality, loaded in items.items()
+        }
