@@ -1,7 +1,9 @@
 """Requests to stop (SIGTERM, Ctrl-C, `ray job stop`) in the driver; the workers' part is worker/callbacks/stop.py."""
 
+import math
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -11,6 +13,7 @@ import ray
 from raytrain2p.worker.channel import RunChannel
 
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
+LONGEST_WAIT = 0.5  # seconds
 
 
 class StoppedError(Exception):
@@ -36,6 +39,15 @@ class StopSignals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def wait(self, seconds: float = math.inf) -> bool:
+        """Wait for news; False if there was none. In short parts: the kernel may give a signal to another thread (a process that is
+        continued after SIGSTOP), and Python handles it when the main thread next runs."""
+        end = time.monotonic() + seconds
+        while not self.news.wait(LONGEST_WAIT):
+            if time.monotonic() > end:
+                return False
+        return True
 
     def _receive(self, number: int, frame: object) -> None:
         self.received.append(number)
@@ -66,12 +78,12 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
             signals.news.set()
 
         threading.Thread(target=work, name="fit", daemon=True).start()
-        signals.news.wait()
+        signals.wait()
         if signals.received and not outcome.done():
             say("stopping after this step, with a checkpoint (again: at once)")
             signals.news.clear()
             if _request_stop(channel):
-                while not outcome.done() and len(signals.received) == 1 and signals.news.wait(SECONDS_TO_STOP):
+                while not outcome.done() and len(signals.received) == 1 and signals.wait(SECONDS_TO_STOP):
                     signals.news.clear()
             if not outcome.done():
                 raise StoppedError(signals.received[0])
