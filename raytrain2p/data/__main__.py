@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config import Findings, InputError
 from raytrain2p.config.cli import BAD_INPUT, exit_code, printable
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
@@ -76,8 +76,7 @@ def show_records(options: argparse.Namespace) -> int:
         texts = [show_pair(record) for record in records]
     else:
         chat = chat_format(options, options.loss_on)
-        encoded_records(records, chat)
-        texts = [show_messages(record, chat) for record in records] + [LEGEND]
+        texts = [show_messages(record, one, chat) for record, one in zip(records, encoded_records(records, chat), strict=True)] + [LEGEND]
     print(printable("\n\n".join(texts)))
     return 0
 
@@ -111,12 +110,8 @@ def encoded_records(records: Iterable[Record], chat: ChatFormat) -> list[Encoded
     Raises:
         InputError: the template cannot render a record, or an answer has no token.
     """
-    findings, encoded = Findings(), []
-    for record in records:
-        try:
-            encoded.append(chat.encode(record.messages))
-        except ValueError as error:
-            findings.add(Problem(record.where, str(error)))
+    findings = Findings()
+    encoded = [one for _, _, one in chat.encode_each(records, findings)]
     findings.raise_any()
     return encoded
 

@@ -1,13 +1,14 @@
 """From messages to tokens, through the tokenizer's own chat template."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from raytrain2p.config import Findings, Problem
 from raytrain2p.data.media import MediaRef
-from raytrain2p.data.records import ASSISTANT, SYSTEM, Message
+from raytrain2p.data.records import ASSISTANT, SYSTEM, Message, Record
 
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # a media item's position in the rendered text
 
@@ -91,6 +92,14 @@ class ChatFormat:
             ids += tokens
             supervised += [token >= 0 for token in tokens[:learnt]] + [False] * (len(tokens) - learnt)
         return Encoded(ids[:end], supervised[:end], prompt)
+
+    def encode_each(self, records: Iterable[Record], findings: Findings) -> Iterator[tuple[int, Record, Encoded]]:
+        """Number, record and tokens of those that `encode` takes; the others are added to `findings`."""
+        for number, record in enumerate(records):
+            try:
+                yield number, record, self.encode(record.messages)
+            except ValueError as error:
+                findings.add(Problem(record.where, str(error), "change the record, or take another language model"))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens up to where the last answer begins, whether it is there or not.

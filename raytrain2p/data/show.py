@@ -14,13 +14,8 @@ def show_pair(record: Record) -> str:
     return "\n".join([record.where, *items, *([f"  concept {record.concept}"] if record.concept else [])])
 
 
-def show_messages(record: Record, chat: ChatFormat) -> str:
-    """A record of phase 2: its tokens as text, with what is learnt and the media marked.
-
-    Raises:
-        ValueError: the chat template refuses it.
-    """
-    encoded = chat.encode(record.messages)
+def show_messages(record: Record, encoded: Encoded, chat: ChatFormat) -> str:
+    """A record of phase 2: its tokens as text, with what is learnt and the media marked."""
     soft, learnt = sum(token < 0 for token in encoded.ids), sum(encoded.supervised)
     head = f"{record.where} ({record.task}): {len(encoded.ids)} tokens, of them {soft} soft and {learnt} learnt"
     return f"{head}\n{''.join(_marked(record, encoded, chat))}"

@@ -35,12 +35,7 @@ def tokenize(records: list[Record], chat: ChatFormat, limit: int, too_long: str,
     """
     findings = Findings()
     packed, kept, fitting, cut, dropped = [], [], [], 0, 0
-    for number, record in enumerate(records):
-        try:
-            one = chat.encode(record.messages)
-        except ValueError as error:
-            findings.add(Problem(record.where, str(error), "change the record, or take another language model"))
-            continue
+    for number, record, one in chat.encode_each(records, findings):
         if len(one.ids) > limit:
             if too_long == "error":
                 what = f"is {len(one.ids)} tokens long (soft tokens included), the limit is {limit}"
