@@ -42,9 +42,9 @@ def _source(value: Any) -> Any:
 
 
 def _short(sources: list[Source]) -> Any:
-    """As a user would write it."""
+    """As a user would write it; never a mapping, which `flatten` would take for a group of settings."""
     written = [source.path if source.weight is None else source.model_dump() for source in sources]
-    return written[0] if len(written) == 1 else written
+    return written[0] if len(written) == 1 and isinstance(written[0], str) else written
 
 
 Sources = Annotated[

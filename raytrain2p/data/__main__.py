@@ -13,8 +13,8 @@ from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
 from raytrain2p.config.settings import DEFAULT_SOFT_TOKENS, InstructionModelSettings
 from raytrain2p.data.chat import ChatFormat, Encoded, load_chat_format
-from raytrain2p.data.checks import media_problems, read_media_keys
-from raytrain2p.data.media import MEDIA, MediaRef
+from raytrain2p.data.checks import check_media
+from raytrain2p.data.media import MEDIA
 from raytrain2p.data.reading import read_records, scan_source
 from raytrain2p.data.records import Record
 from raytrain2p.data.show import LEGEND, show_messages, show_pair
@@ -88,17 +88,18 @@ def describe_records(options: argparse.Namespace) -> int:
         InputError: bad records or media, or no such language model.
     """
     records = read_records(options.file, options.phase, "FILE")
-    if problems := media_problems(records):
+    checked = {file: check_media(read_records(file, options.phase, "--test")) for file in options.test}
+    media = check_media(records)
+    if problems := [problem for one in (media, *checked.values()) for problem in one.problems]:
         raise InputError(problems)
-    keys = read_media_keys(media_of(records))
-    test = {file: read_media_keys(media_of(read_records(file, options.phase, "--test"))).values() for file in options.test}
+    test = {file: one.keys.values() for file, one in checked.items()}
     if options.phase == ALIGNMENT.number:
         lengths, learnt = Lengths("characters", [len("".join(record.answers)) for record in records]), 0
     else:
         chat = chat_format(options)
         encoded = encoded_records(records, chat)
         lengths, learnt = Lengths("tokens", [len(one.ids) for one in encoded]), sum(sum(one.supervised) for one in encoded)
-    print(printable(describe(records, keys, lengths, learnt, test)))
+    print(printable(describe(records, media.keys, lengths, learnt, test)))
     if options.png:
         plot_lengths(lengths, Path(options.png), options.file)
     return 0
@@ -116,10 +117,6 @@ def encoded_records(records: Iterable[Record], chat: ChatFormat) -> list[Encoded
     return encoded
 
 
-def media_of(records: Iterable[Record]) -> Iterable[MediaRef]:
-    return (ref for record in records for ref in record.media())
-
-
 def chat_format(options: argparse.Namespace, loss_on: Literal["all", "last"] = "all") -> ChatFormat:
     directory = model_directory(options.language_model, "--language-model")
     return load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
@@ -133,7 +130,7 @@ def check_records(options: argparse.Namespace) -> int:
     """
     file = options.file
     scan = scan_source(file, options.phase, "FILE")
-    problems = scan.problems + media_problems(scan.records)
+    problems = scan.problems + check_media(scan.records).problems
     lines = [f"{path}: {name} format, {count:,} good records" for path, name, count in scan.files]
     lines += grouped(problems)
     counts = Counter(ref.modality for ref in {ref for record in scan.records for ref in record.media()})

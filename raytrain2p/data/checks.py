@@ -1,73 +1,100 @@
-"""Checks of records beyond their form: every media item is decoded."""
+"""Checks of records beyond their form: every media item is read, and decoded."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from raytrain2p.config import Problem
-from raytrain2p.data.media import MediaRef, content_key, decode
+from raytrain2p.data.media import MEDIA, MediaRef, content_key
 from raytrain2p.data.records import Record
 
 THREADS = 8  # Pillow and libsndfile decode outside Python's lock
 AT_ONCE = 1024  # items given to the threads at once: each waits as an object that is larger than its reference
 
-Result = TypeVar("Result")
+
+class Examined(NamedTuple):
+    """An item, its content key if it can be read, and what is wrong with it, if anything is."""
+
+    ref: MediaRef
+    key: bytes | None
+    fault: str | None
 
 
-def read_media_keys(media: Iterable[MediaRef]) -> dict[MediaRef, bytes]:
-    """The content key of each distinct item."""
-    return dict(_of_each(dict.fromkeys(media), lambda ref: content_key(ref.read())))
+@dataclass(frozen=True)
+class CheckedMedia:
+    """Content keys of all items that can be read, and a problem for each record with an item that cannot be used."""
+
+    keys: dict[MediaRef, bytes]
+    problems: list[Problem]
 
 
-def media_problems(
+def check_media(
     records: Iterable[Record],
     checks: Mapping[str, Callable[[Any], None]] | None = None,
-    known: Callable[[MediaRef], bool] = lambda ref: False,
-) -> list[Problem]:
-    """Media that cannot be used, by record.
+    stored: Mapping[str, Container[bytes]] | None = None,
+) -> CheckedMedia:
+    """Read and decode each distinct item.
 
     Args:
         checks: by modality, what raises ValueError for a decoded item that its encoder does not take.
-        known: items that are not decoded again, because their features are stored.
+        stored: by modality, content keys of items that are not decoded again, because their features are stored.
     """
     users: dict[MediaRef, list[str]] = {}
     for record in records:
         for ref in dict.fromkeys(record.media()):
             users.setdefault(ref, []).append(record.where)
-    causes = dict(_of_each((ref for ref in users if not known(ref)), lambda ref: fault(ref, (checks or {}).get(ref.modality))))
-    return [
+    checks, stored = checks or {}, stored or {}
+    keys, faults = dict[MediaRef, bytes](), dict[MediaRef, str]()
+    for ref, key, fault in _of_each(users, lambda ref: examine(ref, checks.get(ref.modality), stored.get(ref.modality, ()))):
+        if key is not None:
+            keys[ref] = key
+        if fault is not None:
+            faults[ref] = fault
+    problems = [
         Problem(
             where,
-            f"{ref.modality} {ref} {cause}",
+            f"{ref.modality} {ref} {faults[ref]}",
             f"replace the {ref.modality} or leave the record out",
-            cause=f"{ref.modality} {cause}",
+            cause=f"{ref.modality} {faults[ref]}",
         )
         for ref, found in users.items()
-        if (cause := causes.get(ref)) is not None
+        if ref in faults
         for where in found
     ]
+    return CheckedMedia(keys, problems)
 
 
-def fault(ref: MediaRef, check: Callable[[Any], None] | None = None) -> str | None:
-    """What is wrong with an item, or None."""
+def examine(ref: MediaRef, check: Callable[[Any], None] | None = None, stored: Container[bytes] = ()) -> Examined:
+    """Read an item, and decode it unless its key is in `stored`."""
     try:
-        item = decode(ref)
+        content = ref.read()
     except OSError as error:
-        return f"does not decode: {error.strerror or ' '.join(str(error).split()) or type(error).__name__}"
-    except (ValueError, SyntaxError) as error:
-        return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
+        return Examined(ref, None, f"cannot be read: {error.strerror or _one_line(error)}")
+    except ValueError as error:
+        return Examined(ref, None, f"cannot be read: {_one_line(error)}")
+    key = content_key(content)
+    if key in stored:
+        return Examined(ref, key, None)
+    try:
+        item = MEDIA[ref.modality].decode(content)
+    except (OSError, ValueError, SyntaxError) as error:
+        return Examined(ref, key, f"does not decode: {_one_line(error)}")
     try:
         if check is not None:
             check(item)
     except ValueError as error:
-        return str(error)
-    return None
+        return Examined(ref, key, str(error))
+    return Examined(ref, key, None)
 
 
-def _of_each(media: Iterable[MediaRef], function: Callable[[MediaRef], Result]) -> Iterator[tuple[MediaRef, Result]]:
-    """Each item with a function of it. Sorted, so that each part of a file is read once."""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _of_each(media: Iterable[MediaRef], function: Callable[[MediaRef], Examined]) -> Iterator[Examined]:
+    """The function of each item. Sorted, so that each part of a file is read once."""
     ordered = sorted(media, key=lambda ref: (ref.source, ref.place.partition(".")[0], ref.row or 0))
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(ordered), AT_ONCE):
-            some = ordered[start : start + AT_ONCE]
-            yield from zip(some, pool.map(function, some), strict=True)
+            yield from pool.map(function, ordered[start : start + AT_ONCE])

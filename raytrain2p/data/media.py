@@ -56,7 +56,9 @@ class MediaRef:
         return item_bytes(_walk(record, rest))
 
     def __str__(self) -> str:
-        return self.source if self.row is None else f"{self.place} at {self.row} in {self.source}"
+        if self.row is None:
+            return self.source
+        return f"in {self.source} at {'row' if self.source.endswith('.parquet') else 'byte'} {self.row} ({self.place})"
 
 
 def item_bytes(value: Any) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.chat import Encoded, load_chat_format, soft_codes
-from raytrain2p.data.checks import media_problems
+from raytrain2p.data.checks import check_media
 from raytrain2p.data.features import padded
 from raytrain2p.data.media import decode
 from raytrain2p.data.records import Record
@@ -55,7 +55,7 @@ class Predictor:
             InputError: media do not decode, or their encoder does not take them; and as of `spec`.
         """
         specs = {modality: self.spec(modality) for modality in {ref.modality for record in records for ref in record.media()}}
-        if problems := media_problems(records, {modality: spec.item_check() for modality, spec in specs.items()}):
+        if problems := check_media(records, {modality: spec.item_check() for modality, spec in specs.items()}).problems:
             raise InputError(problems)
 
     def spec(self, modality: str) -> EncoderSpec:

@@ -1,6 +1,7 @@
 """The inputs of a phase, read and checked in the driver before any worker starts: records, their digests, what to encode."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch import nn
 from raytrain2p.config import Findings, Problem, Settings
 from raytrain2p.config.settings import Source, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, Ragged
-from raytrain2p.data.checks import media_problems, read_media_keys
+from raytrain2p.data.checks import check_media
 from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padded
 from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.data.reading import EMBEDDED_FORMAT, scan_source
@@ -220,7 +221,7 @@ def described(sources: Iterable[Source]) -> str:
     return ", ".join(source.path for source in sources)
 
 
-def check_media(
+def read_media_keys(
     splits: Iterable[list[Record]], specs: Mapping[str, "EncoderSpec"], stores: Mapping[str, FeatureStore], findings: Findings
 ) -> dict[MediaRef, bytes]:
     """Content keys of all media. Each item is decoded, and must be one that its encoder takes, except those whose features are stored.
@@ -228,16 +229,11 @@ def check_media(
     Args:
         specs, stores: by modality; a modality whose encoder has a problem of its own has no store.
     """
-    records = [record for split in splits for record in split]
-    try:
-        keys = read_media_keys(ref for record in records for ref in record.media())
-    except (OSError, ValueError) as error:
-        findings.add(Problem(str(getattr(error, "filename", None) or "a media item"), f"cannot be read: {error}"))
-        return {}
-    stored = {modality: store.places() for modality, store in stores.items()}
     checks = {modality: specs[modality].item_check() for modality in stores}
-    findings.extend(media_problems(records, checks, known=lambda ref: keys[ref] in stored.get(ref.modality, ())))
-    return keys
+    stored = {modality: store.places() for modality, store in stores.items()}
+    checked = check_media(itertools.chain.from_iterable(splits), checks, stored)
+    findings.extend(checked.problems)
+    return checked.keys
 
 
 def check_modalities(records: Iterable[Record], allowed: Iterable[str], fix: str, findings: Findings) -> None:

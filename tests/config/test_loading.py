@@ -388,6 +388,8 @@ def test_several_sources_may_have_weights_and_are_written_as_short_as_possible(t
     dumped = data.model_dump(mode="json")
     assert dumped["train"] == ["emoji:train", {"path": "emoji:val", "weight": 0.5}]
     assert load_settings(2).data.model_dump(mode="json")["train"] == "emoji:train"
+    only = load_settings(2, None, ["data.train={path: emoji:val, weight: 3}"])
+    assert flatten(only)["data.train"] == [{"path": "emoji:val", "weight": 3.0}]  # one value, which a resumed run must have too
     for wrong in ("[]", "[{weight: 1}]", "[{path: a, weight: 0}]", "[{path: a, share: 1}]", "{path: a, weight: .inf}"):
         assert only_problem(f"data.train={wrong}").where.startswith("data.train")
     for where, given in (("data.val", "val={path: a, weight: 2}"), ("data.test.new", "test.new=[{path: a, weight: 2}]")):

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from raytrain2p.data import media
-from raytrain2p.data.checks import fault, media_problems, read_media_keys
+from raytrain2p.data.checks import check_media, examine
 from raytrain2p.data.media import MEDIA, MediaRef, content_key, decode, decode_audio, decode_image, item_bytes
 from raytrain2p.data.reading import read_records
+from raytrain2p.data.records import USER, Message, Record
 
 from .files import encoded, sound, write_lines, write_parquet
 
@@ -40,14 +41,14 @@ def test_channels_of_sound_are_averaged_and_its_rate_is_kept() -> None:
 
 def test_torn_media_and_other_files_have_a_cause_and_whole_ones_none(tmp_path: Path) -> None:
     whole = encoded("red", "JPEG", size=64)
-    assert fault(saved(tmp_path / "whole.jpg", whole)) is None
-    assert "truncated" in (fault(saved(tmp_path / "torn.jpg", whole[:-40])) or "")
-    assert fault(saved(tmp_path / "text.jpg", b"no image at all"))
-    assert fault(saved(tmp_path / "empty.jpg", b""))
-    assert fault(MediaRef("image", str(tmp_path / "absent.jpg"))) == "does not decode: No such file or directory"
-    assert fault(saved(tmp_path / "whole.wav", sound(), "audio")) is None
-    assert fault(saved(tmp_path / "text.wav", b"no sound at all", "audio"))
-    assert fault(saved(tmp_path / "silent.wav", sound(0), "audio")) == "does not decode: the clip has no samples"
+    assert examine(saved(tmp_path / "whole.jpg", whole)).fault is None
+    assert "truncated" in (examine(saved(tmp_path / "torn.jpg", whole[:-40])).fault or "")
+    assert examine(saved(tmp_path / "text.jpg", b"no image at all")).fault
+    assert examine(saved(tmp_path / "empty.jpg", b"")).fault
+    assert examine(MediaRef("image", str(tmp_path / "absent.jpg"))).fault == "cannot be read: No such file or directory"
+    assert examine(saved(tmp_path / "whole.wav", sound(), "audio")).fault is None
+    assert examine(saved(tmp_path / "text.wav", b"no sound at all", "audio")).fault
+    assert examine(saved(tmp_path / "silent.wav", sound(0), "audio")).fault == "does not decode: the clip has no samples"
 
 
 @pytest.mark.parametrize(("modality", "content", "size"), [("image", encoded("red"), "8 x 8"), ("audio", sound(), "0.1 s")])
@@ -89,7 +90,7 @@ def test_a_reference_into_a_file_that_changed_is_an_error_and_no_crash(tmp_path:
         MediaRef("image", str(lines), 0, "image"),
         MediaRef("image", str(lines), 3, "image"),
     ):
-        assert "the file has changed" in (fault(ref) or "")
+        assert "the file has changed" in (examine(ref).fault or "")
 
 
 def test_a_long_record_is_read_from_its_place_in_a_json_file(tmp_path: Path) -> None:
@@ -116,11 +117,12 @@ def test_an_item_that_does_not_decode_is_reported_for_every_record_that_has_it(t
     names = [{"image": "torn.jpg"}, {"image": "red.png"}, {"image": "torn.jpg"}, {"audio": "torn.wav"}]
     path = write_lines(tmp_path / "pairs.jsonl", *[{"text": str(number)} | name for number, name in enumerate(names)])
     records = read_records(str(path), 1)
-    problems = media_problems(records)
+    problems = check_media(records).problems
     assert [problem.where for problem in problems] == [f"{path}:1", f"{path}:3", f"{path}:4"]
     assert all("torn.jpg does not decode: image file is truncated" in problem.what for problem in problems[:2])
     assert problems[2].what.startswith(f"audio {tmp_path / 'torn.wav'} does not decode: ")
-    assert media_problems(records, known=lambda ref: True) == []
+    images = [key for ref, key in check_media(records).keys.items() if ref.modality == "image"]
+    assert [problem.where for problem in check_media(records, stored={"image": images}).problems] == [f"{path}:4"]
 
 
 def test_an_item_that_its_encoder_does_not_take_is_reported(tmp_path: Path) -> None:
@@ -129,12 +131,25 @@ def test_an_item_that_its_encoder_does_not_take_is_reported(tmp_path: Path) -> N
 
     (tmp_path / "long.wav").write_bytes(sound())
     records = read_records(str(write_lines(tmp_path / "pairs.jsonl", {"text": "a", "audio": "long.wav"})), 1)
-    assert media_problems(records, {"image": refuse}) == []
-    (problem,) = media_problems(records, {"audio": refuse})
+    assert check_media(records, {"image": refuse}).problems == []
+    (problem,) = check_media(records, {"audio": refuse}).problems
     assert problem.what.startswith(f"audio {tmp_path / 'long.wav'} lasts ")
 
 
 def test_equal_items_have_one_key_wherever_they_are(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "pairs.parquet", {"text": "a", "image": {"bytes": encoded("red"), "path": None}})
     refs = [saved(tmp_path / "red.png", encoded("red")), MediaRef("image", str(path), 0, "image")]
-    assert read_media_keys([*refs, refs[0]]) == dict.fromkeys(refs, content_key(encoded("red")))
+    records = [Record("", (Message(USER, (ref,)),)) for ref in [*refs, refs[0]]]
+    assert check_media(records).keys == dict.fromkeys(refs, content_key(encoded("red")))
+
+
+def test_an_item_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / "torn.wav").write_bytes(b"RIFF")
+    path = write_lines(tmp_path / "pairs.jsonl", {"text": "a", "image": "red.png"}, {"text": "b", "audio": "torn.wav"})
+    (tmp_path / "red.png").write_bytes(encoded("red"))
+    records = read_records(str(path), 1)
+    (tmp_path / "red.png").unlink()  # between reading the records and the media
+    checked = check_media(records)
+    assert [problem.where for problem in checked.problems] == [f"{path}:1", f"{path}:2"]
+    assert "red.png cannot be read: No such file or directory" in checked.problems[0].what
+    assert [ref.modality for ref in checked.keys] == ["audio"]

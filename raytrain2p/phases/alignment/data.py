@@ -25,9 +25,9 @@ from raytrain2p.phases.inputs import (
     Preprocess,
     SourceShare,
     check_global_batch,
-    check_media,
     check_modalities,
     media_table,
+    read_media_keys,
     read_splits,
 )
 
@@ -128,7 +128,7 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
     records = [record for split in read.splits.values() for record in split]
     check_modalities(records, specs, "set model.encoders.{modality}", findings)
     check_trained(read.splits.get(TRAIN, []), specs, findings)
-    media_keys = check_media(read.splits.values(), specs, stores, findings)
+    media_keys = read_media_keys(read.splits.values(), specs, stores, findings)
     check_global_batch(settings, len(read.splits.get(TRAIN, [])), findings)
     findings.raise_any()
     inputs = AlignmentInputs(read.splits, read.shares, media_keys, (), read.notes, settings)

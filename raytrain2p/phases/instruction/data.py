@@ -31,9 +31,9 @@ from raytrain2p.phases.inputs import (
     Preprocess,
     SourceShare,
     check_global_batch,
-    check_media,
     check_modalities,
     media_table,
+    read_media_keys,
     read_splits,
 )
 from raytrain2p.phases.instruction.checks import (
@@ -176,7 +176,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
                 with findings:
                     check_encoder(settings, specs[modality])
                     stores[modality] = FeatureStore(str(settings.data.feature_store), specs[modality].fingerprint())
-    media_keys = check_media(splits.values(), specs, stores, findings)
+    media_keys = read_media_keys(splits.values(), specs, stores, findings)
     tokens, shares, notes = dict[str, TokenRecords](), read.shares, read.notes
     if chat is not None:
         for name, records in splits.items():
