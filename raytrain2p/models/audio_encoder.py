@@ -18,6 +18,7 @@ from raytrain2p.models.frozen_encoder import FrozenEncoder
 
 SHORTEST = 0.1  # seconds; shorter clips are filled up with silence, because a convolution needs some samples
 WHISPER_FRAMES = 20  # clips are padded to a multiple, 0.2 s, so that more of them have equal lengths and run together
+WHISPER_SILENCE = 200  # frames after each clip, 2 s: in training, silence followed what was said; without it the end is encoded worse
 WHISPER_STRIDE = 2  # frames per position
 WHISPER_RANGE, WHISPER_LOWEST = 2.0, -1.5  # WhisperFeatureExtractor: a value is at most 2 below the clip's largest; that of zeros
 
@@ -25,13 +26,14 @@ WHISPER_RANGE, WHISPER_LOWEST = 2.0, -1.5  # WhisperFeatureExtractor: a value is
 class AudioEncoder(FrozenEncoder):
     """Clips (with `samples`, float32 in one channel, and `rate`) to sequences of vectors: Whisper's encoder, wav2vec 2.0, HuBERT, ….
 
-    transformers pads each clip to 30 seconds for Whisper. Here the sequence is as long as the clip: it has the first of the model's
-    positions.
+    transformers pads each clip to 30 seconds for Whisper. Here the model hears the clip and two seconds of silence, and the sequence is
+    as long as the clip: it has the first of the model's positions.
 
     Option `pool`: neighbouring positions that are averaged into one.
     """
 
     modality = "audio"
+    output_form = 3
     sample = SimpleNamespace(samples=np.zeros(8000, np.float32), rate=16000)
     config_part = "audio_config"
 
@@ -67,7 +69,8 @@ class AudioEncoder(FrozenEncoder):
 
     def encode(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(self.model, WhisperEncoder):
-            features = super().encode([pad_with_silence(mel) for mel in inputs])
+            longest = self.model.config.max_source_positions * WHISPER_STRIDE
+            features = super().encode([pad_with_silence(mel, longest) for mel in inputs])
             features = [of_clip[: -(-mel.shape[-1] // WHISPER_STRIDE)] for mel, of_clip in zip(inputs, features, strict=True)]
         else:
             features = super().encode(inputs)
@@ -106,10 +109,11 @@ def averaged(features: torch.Tensor, size: int) -> torch.Tensor:
     return torch.stack([part.float().mean(0) for part in features.split(size)]).to(features.dtype)
 
 
-def pad_with_silence(mel: torch.Tensor) -> torch.Tensor:
-    """Whisper's frames (bands, frames), as if the clip were followed by silence."""
+def pad_with_silence(mel: torch.Tensor, longest: int) -> torch.Tensor:
+    """Whisper's frames (bands, frames), as if the clip were followed by silence, `longest` at most."""
     value = max(float(mel.max()) - WHISPER_RANGE, WHISPER_LOWEST)
-    return F.pad(mel, (0, -mel.shape[-1] % WHISPER_FRAMES), value=value)
+    frames = mel.shape[-1] + WHISPER_SILENCE
+    return F.pad(mel, (0, min(frames + -frames % WHISPER_FRAMES, longest) - mel.shape[-1]), value=value)
 
 
 def _with_first_positions(encoder: WhisperEncoder, positions: int) -> WhisperEncoder:

@@ -16,7 +16,6 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.models.pretrained import fingerprint
 
 FEATURE_DTYPE = torch.float16  # of stored and online features, so that both give equal results
-OUTPUT_FORM = 2  # part of the fingerprint: raise it when the same encoder gives different vectors
 
 
 class FrozenEncoder:
@@ -35,6 +34,7 @@ class FrozenEncoder:
     modality: ClassVar[str]
     sample: ClassVar[Any]  # a decoded item
     square: ClassVar[bool] = False  # whether the positions are those of a square; else they are a sequence
+    output_form: ClassVar[int] = 2  # part of the fingerprint: raise it when the same encoder gives different vectors
     config_part: ClassVar[str]  # of a model with several encoders, as CLIP is
 
     def __init__(self, directory: Path, where: str, options: Mapping[str, Any], device: str | None = None) -> None:
@@ -57,7 +57,7 @@ class FrozenEncoder:
     def fingerprint_of(cls, directory: Path, options: Mapping[str, Any]) -> str:
         """Of the encoder, its preprocessing and the form of its output: what stored features depend on."""
         given = {key: value for key, value in options.items() if value is not None}
-        content = json.dumps([cls.modality, fingerprint(directory), given, OUTPUT_FORM], sort_keys=True)
+        content = json.dumps([cls.modality, fingerprint(directory), given, cls.output_form], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     @staticmethod

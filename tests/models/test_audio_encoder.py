@@ -101,13 +101,15 @@ def test_whisper_pads_no_longer_than_needed_and_gives_what_it_gives_for_thirty_s
 
 
 @pytest.mark.parametrize("samples", [clip(0.65).samples, np.zeros(10400, np.float32)], ids=["sound", "silence"])
-def test_padding_of_whispers_frames_is_silence(samples: np.ndarray, saved: Callable[[str], Path]) -> None:
-    """The frames are those of the same clip followed by zeros, but for the two at its end, which overlap both."""
+def test_two_seconds_of_silence_follow_a_clip(samples: np.ndarray, saved: Callable[[str], Path]) -> None:
+    """Whisper's frames are those of the same clip followed by zeros, but for the two at its end, which overlap both."""
     model = encoder(saved("whisper"))
-    padded = pad_with_silence(model.preprocess([Clip(samples, 16000)])[0])
-    (followed,) = model.preprocess([Clip(np.pad(samples, (0, 2400)), 16000)])
-    assert padded.shape == followed.shape == (80, 80)
+    (frames,) = model.preprocess([Clip(samples, 16000)])
+    padded = pad_with_silence(frames, 3000)
+    (followed,) = model.preprocess([Clip(np.pad(samples, (0, 34400)), 16000)])
+    assert padded.shape == followed.shape == (80, 280)  # 2.65 s, and up to a multiple of 0.2 s
     torch.testing.assert_close(padded[:, 67:], followed[:, 67:])
+    assert pad_with_silence(frames, 100).shape == (80, 100)
     assert len(model([Clip(samples, 16000)])[0]) == 33  # without positions of padding alone
 
 
