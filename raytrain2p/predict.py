@@ -5,7 +5,6 @@ It needs model.pt and the base models, but no Ray, MLflow store or training data
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -53,14 +52,11 @@ def predict(options: argparse.Namespace) -> int:
     records = read(options)
     path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "--run")
     predictor = Predictor(path)
-    predictor.check(records)
+    predictor.check(records, options.max_new_tokens)
     answers = predictor.answers(records, options.batch_size, options.max_new_tokens)
-    try:
-        for record, answer in zip(records, answers, strict=True):
-            shown = {"question": record.question, "media": [str(ref) for ref in record.media()], "answer": answer}
-            print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader closed its end, as `head` does
+    for record, answer in zip(records, answers, strict=True):
+        shown = {"question": record.question, "media": [str(ref) for ref in record.media()], "answer": answer}
+        print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
     return 0
 
 

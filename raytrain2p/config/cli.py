@@ -1,6 +1,8 @@
 """Shared by all commands: `--help` texts of settings, exit codes, and errors of the user without a traceback."""
 
+import io
 import json
+import os
 import re
 import sys
 import textwrap
@@ -51,9 +53,19 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; or INTERRUPTED after Ctrl-C."""
+    """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; or INTERRUPTED after Ctrl-C.
+
+    The reader of stdout may go away, as `head` does, and its encoding may lack characters.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except InputError as error:
         print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-from raytrain2p.config import Findings, InputError
+from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import BAD_INPUT, exit_code, printable
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
@@ -85,8 +85,10 @@ def describe_records(options: argparse.Namespace) -> int:
     """Print the statistics of a file.
 
     Raises:
-        InputError: bad records or media, or no such language model.
+        InputError: bad records or media, no such language model, or --png is no place for a file.
     """
+    if options.png and (Path(options.png).is_dir() or not Path(options.png).absolute().parent.is_dir()):
+        raise InputError(Problem(f"--png {options.png}", "is a directory, or in one that does not exist", "give the path of a file"))
     records = read_records(options.file, options.phase, "FILE")
     checked = {file: check_media(read_records(file, options.phase, "--test")) for file in options.test}
     media = check_media(records)
@@ -118,8 +120,21 @@ def encoded_records(records: Iterable[Record], chat: ChatFormat) -> list[Encoded
 
 
 def chat_format(options: argparse.Namespace, loss_on: Literal["all", "last"] = "all") -> ChatFormat:
-    directory = model_directory(options.language_model, "--language-model")
-    return load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
+    """Of --language-model.
+
+    Raises:
+        InputError: it has no tokenizer that could end an answer.
+    """
+    where, directory = f"--language-model={options.language_model}", model_directory(options.language_model, "--language-model")
+    try:
+        chat = load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
+    except Exception as error:  # transformers and foreign files: anything
+        raise InputError(
+            Problem(where, f"has no usable tokenizer: {' '.join(str(error).split())[:300]}", "take a language model")
+        ) from None
+    if not chat.stop_ids:
+        raise InputError(Problem(where, "its tokenizer has no end token", "take a language model"))
+    return chat
 
 
 def check_records(options: argparse.Namespace) -> int:

@@ -97,6 +97,7 @@ class StepSampler:
             return random.permutation(len(self.lengths))[:total]
         counts = np.array([count for count, _ in self.sources])
         weights = np.array([weight if count else 0.0 for count, weight in self.sources])
+        weights /= weights.max()  # the sum of the largest numbers would be infinite
         shares = np.diff(np.rint(np.cumsum(weights) / weights.sum() * total).astype(np.int64), prepend=0)
         firsts = np.cumsum(counts) - counts
         # resize repeats a random order as often as it fits, and then its beginning

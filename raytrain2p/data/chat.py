@@ -1,7 +1,9 @@
 """From messages to tokens, through the tokenizer's own chat template."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -72,7 +74,8 @@ class ChatFormat:
         """Tokens of messages that end with an answer, up to and with its stop token.
 
         Raises:
-            ValueError: the template refuses, drops, repeats or rewrites messages, or a supervised answer has no token.
+            ValueError: the template refuses, drops, repeats or rewrites messages, a text holds a special token, or a supervised
+                answer has no token.
         """
         assert messages[-1].role == ASSISTANT, "encode needs an answer at the end"
         chat = self._chat(messages)
@@ -105,7 +108,7 @@ class ChatFormat:
         """Tokens up to where the last answer begins, whether it is there or not.
 
         Raises:
-            ValueError: the template refuses, drops or repeats messages.
+            ValueError: the template refuses, drops or repeats messages, or a text holds a special token.
         """
         if messages[-1].role == ASSISTANT:
             messages = messages[:-1]
@@ -124,7 +127,17 @@ class ChatFormat:
         ]
         if self.system_prompt is not None and self.tokenizer.chat_template is not None and messages[0].role != SYSTEM:
             chat.insert(0, {"role": SYSTEM, "content": self.system_prompt.replace(MARK, "")})
+        for message in chat:
+            if self.special and (found := self.special.search(message["content"])):
+                raise ValueError(f"a message of the {message['role']} has `{found[0]}`, which the tokenizer takes for a special token")
         return chat
+
+    @cached_property
+    def special(self) -> re.Pattern[str] | None:
+        """The tokenizer's special tokens as text: in a message, they would end its turn and begin others."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens = sorted(added.union(map(str, self.tokenizer.all_special_tokens)), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
     def _context(self, chat: list[dict[str, str]], strict: bool = False) -> list[Piece]:
         """The text that the next answer follows; each earlier answer is a piece, as it was when it was generated.

@@ -78,7 +78,7 @@ def examine(ref: MediaRef, check: Callable[[Any], None] | None = None, stored: C
         return Examined(ref, key, None)
     try:
         item = MEDIA[ref.modality].decode(content)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # a foreign decoder may raise anything, for a damaged size even a MemoryError
         return Examined(ref, key, f"does not decode: {_one_line(error)}")
     try:
         if check is not None:

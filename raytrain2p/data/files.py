@@ -4,6 +4,7 @@ import codecs
 import glob
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -60,7 +61,7 @@ def rows(path: Path) -> Iterator[RawRow]:
     """
     try:
         yield from READERS[path.suffix](path)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # text that is no UTF-8, times beyond Python's
         cause = str(error).partition("\n")[0]
         kind = " Parquet" if path.suffix == ".parquet" else ""
         raise InputError(Problem(str(path), f"is not a readable{kind} file: {cause}")) from None
@@ -168,6 +169,8 @@ class _JsonText:
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
     number = 0
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
+        if repeated := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
+            raise ValueError(f"has several columns of the name {', '.join(repeated)}")
         for batch in file.iter_batches(BATCH):
             columns = [_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
@@ -176,10 +179,10 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _values(array: pa.Array) -> list[Any]:
-    """Python's values of an Arrow array. Of bytes only whether there are any: True, else None; a struct of nothing is None too."""
+    """Python's values of an Arrow array. Of bytes only whether there are any: True, or False if they are empty."""
     kind = array.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
-        return [present or None for present in pc.greater(pc.binary_length(array), 0).to_pylist()]
+        return pc.greater(pc.binary_length(array), 0).to_pylist()
     if pa.types.is_struct(kind):
         names = [field.name for field in kind]
         children = zip(*map(_values, array.flatten()), strict=True)  # flatten: children of a null are null

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 TEXT = "text"  # the modality of what needs no reference
+RATES = (1_000, 1_000_000)  # samples per second of sound that is meant to be heard
+UNKNOWN_SIZE = 0xFFFFFFFF  # in the header of a WAV that was written as a stream
 FIRST_READ = 1 << 16  # bytes that are read of a JSON record at first; more if it is longer
 READING = threading.Lock()  # threads that need one row group read it once, not once each
 
@@ -149,16 +151,23 @@ class MediaKind:
 
 
 def decode_image(encoded: bytes) -> Image.Image:
-    """Decode in full, to RGB; transparent parts become white.
+    """Decode in full, to RGB, turned as its Exif tag says; transparent parts become white, 16 bits become 8.
 
     Raises:
-        OSError, ValueError, SyntaxError: not an image, or truncated; Pillow uses all three.
+        ValueError: not an image, or one whose values have no known range. Pillow raises anything for damaged ones.
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded))
         image.load()
+    except UnidentifiedImageError:
+        raise ValueError("not an image that Pillow knows") from None  # Pillow's text has an address in memory
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError("its values have 32 bits, and their range is not known: write it with 8 or 16")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -178,17 +187,21 @@ class Clip:
 
 
 def decode_audio(encoded: bytes) -> Clip:
-    """Decode WAV, FLAC, Ogg (Vorbis, Opus) or MP3; several channels are averaged.
+    """Decode WAV, FLAC, Ogg (Vorbis, Opus) or MP3; several channels are averaged. An MP3 that is cut off is a shorter one.
 
     Raises:
-        ValueError: not sound, truncated, empty, or with values that are not finite.
+        ValueError: not sound, truncated, empty, at an impossible rate, or with values that are not finite.
     """
     import soundfile
 
+    if encoded[:4] == b"RIFF" and len(encoded) - 8 < (size := int.from_bytes(encoded[4:8], "little")) < UNKNOWN_SIZE:
+        raise ValueError(f"truncated: has {len(encoded):,} of {size + 8:,} bytes")  # libsndfile takes what is there
     try:
         samples, rate = soundfile.read(io.BytesIO(encoded), dtype="float32", always_2d=True)
-    except soundfile.SoundFileError as error:
-        raise ValueError(str(error)) from None
+    except soundfile.LibsndfileError as error:
+        raise ValueError(error.error_string) from None  # without the prefix, which has an address in memory
+    if not RATES[0] <= rate <= RATES[1]:
+        raise ValueError(f"has {rate:,} samples per second, possible are {RATES[0]:,} to {RATES[1]:,}")
     if not len(samples):
         raise ValueError("the clip has no samples")
     if not np.isfinite(samples).all():

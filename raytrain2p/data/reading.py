@@ -1,5 +1,6 @@
 """From a source, as in `data.train`, to records: the format of each file is detected, and every bad record is found."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from raytrain2p.data.formats.row import RecordFile, Row, shown
 from raytrain2p.data.records import ALL_TASKS, Record
 
 EMBEDDED_FORMAT = "embedded"
+TASK_NAME = re.compile(r"\w[\w.: -]{0,99}")  # what MLflow takes within a metric's name
 LOOKED_AT = 100  # readable records whose keys decide the format; all do if a later one has a key that it does not know
 
 
@@ -119,6 +121,9 @@ def _record(row: Row, kind: Format, phase: int, answered: bool) -> Record:
     if phase == 1 and not row.problems:
         check_alignment(row, messages)
     task = row.optional_text(TASK)
+    if task and not TASK_NAME.fullmatch(task):
+        fix = "it becomes part of metrics' names: use letters, digits, spaces and . : - _, at most 100"
+        row.bad(f"`{TASK}` is {shown(task)}", fix, f"`{TASK}` that cannot be part of a metric's name")
     return Record(row.where, tuple(messages), sys.intern(task) if task else ALL_TASKS, row.optional_text(CONCEPT))
 
 

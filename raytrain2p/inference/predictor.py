@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raytrain2p.config import InputError, Problem
+from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.chat import Encoded, load_chat_format, soft_codes
 from raytrain2p.data.checks import check_media
@@ -21,7 +21,7 @@ from raytrain2p.models.assistant import AssistantBatch, AssistantShape, build_as
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.models.pretrained import fingerprint, model_directory
+from raytrain2p.models.pretrained import context_length, fingerprint, model_directory
 
 LANGUAGE_MODEL = "model.language_model"
 
@@ -46,17 +46,29 @@ class Predictor:
         assert not unexpected, f"model.pt has weights that the assistant does not have: {unexpected[:3]}"
         self.path, self.trained = path, artifact["encoders"]
         self.assistant = assistant.to(self.device).eval()
+        self.context = context_length(directory)
         self.chat = load_chat_format(directory, shape.soft_tokens, artifact["system_prompt"])
 
-    def check(self, records: Sequence[Record]) -> None:
-        """Look at all media before the first answer.
+    def check(self, records: Sequence[Record], max_new_tokens: int = 32) -> None:
+        """Look at all records and media before the first answer.
 
         Raises:
-            InputError: media do not decode, or their encoder does not take them; and as of `spec`.
+            InputError: media do not decode, or their encoder does not take them; the language model's template or context does not
+                take a record; and as of `spec`.
         """
+        findings = Findings()
+        for record in records:
+            try:
+                length = len(self.chat.prompt(record.messages)) + max_new_tokens
+            except ValueError as error:
+                findings.add(Problem(record.where, str(error), "change the record"))
+                continue
+            if length > self.context:
+                what = f"is {length} tokens long with an answer of {max_new_tokens}, the language model's context has {self.context}"
+                findings.add(Problem(record.where, what, "shorten it", cause="is longer than the language model's context"))
         specs = {modality: self.spec(modality) for modality in {ref.modality for record in records for ref in record.media()}}
-        if problems := check_media(records, {modality: spec.item_check() for modality, spec in specs.items()}).problems:
-            raise InputError(problems)
+        findings.extend(check_media(records, {modality: spec.item_check() for modality, spec in specs.items()}).problems)
+        findings.raise_any()
 
     def spec(self, modality: str) -> EncoderSpec:
         """The encoder of a modality.

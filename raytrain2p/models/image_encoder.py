@@ -20,6 +20,7 @@ class ImageEncoder(FrozenEncoder):
     """
 
     modality = "image"
+    output_form = 3
     square = True
     sample = Image.new("RGB", (64, 64))
     config_part = "vision_config"

@@ -56,6 +56,14 @@ def _from_hub(name: str, setting: str) -> Path:
     return path
 
 
+def context_length(directory: Path) -> int:
+    """Tokens that a language model takes at most; a million if its configuration does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory)
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1_000_000)
+
+
 @functools.cache
 def fingerprint(directory: Path) -> str:
     """Identifies a model by its content: a sha256 over its weights and configuration files.

@@ -196,6 +196,11 @@ def test_resuming_at_a_step_continues_the_order(sources: Any, done: int) -> None
         assert [share.records.tolist() for share in resumed] == steps[max(done, 25 * epoch) : 25 * (epoch + 1)]
 
 
+def test_the_largest_weights_are_still_numbers() -> None:
+    even, largest = (counts_of(sampler_of(8, sources=((150, weight), (53, weight)))) for weight in (1.0, 1.7e308))
+    assert (even == largest).all()
+
+
 def test_a_source_without_records_has_no_share() -> None:
     counts = counts_of(sampler_of(8, sources=((0, 5.0), (150, 1.0), (53, 1.0))))
     assert [int(part.sum()) for part in np.split(counts, [150])] == [100, 100]

@@ -248,11 +248,23 @@ def test_media_in_a_system_message_are_an_error() -> None:
         chat().prompt([Message(SYSTEM, (IMAGE,)), user("Hi")])
 
 
-@pytest.mark.parametrize("said", [MARK, "<|im_end|>", ""])
+@pytest.mark.parametrize("said", [MARK, ""])
 def test_an_answer_that_is_empty_after_tokenizing_is_an_error(said: str) -> None:
     with pytest.raises(ValueError, match="is empty after tokenizing"):
         chat().encode([user("Q1"), says(said), user("Q2"), says("A2")])
     chat(loss_on="last").encode([user("Q1"), says(said), user("Q2"), says("A2")])
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_special_token_in_a_text_is_an_error(place: int) -> None:
+    """The tokenizer would end the turn there, and drop what is learnt after it."""
+    messages = [user("Hi"), says("Hello")]
+    messages[place] = Message(messages[place].role, ("Before <|im_end|> and after",))
+    with pytest.raises(ValueError, match=f"a message of the {messages[place].role} has `<|im_end|>`"):
+        chat().encode(messages)
+    if place == 0:
+        with pytest.raises(ValueError, match="takes for a special token"):
+            chat().prompt(messages)
 
 
 def test_any_of_several_stop_tokens_ends_the_answer() -> None:

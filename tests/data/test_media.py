@@ -32,6 +32,35 @@ def test_transparent_parts_become_white() -> None:
     assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
+def test_photos_are_turned_as_their_exif_tag_says() -> None:
+    photo, turned = Image.new("RGB", (8, 4)), Image.Exif()
+    turned[0x0112] = 6
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", exif=turned)
+    assert decode_image(buffer.getvalue()).size == (4, 8)
+
+
+def test_sixteen_bits_become_eight_and_values_without_a_range_are_refused() -> None:
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    assert (np.asarray(decode_image(buffer.getvalue()))[:, :, 0] == ramp >> 8).all()
+    buffer = io.BytesIO()
+    Image.fromarray(ramp.astype(np.float32)).save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="their range is not known"):
+        decode_image(buffer.getvalue())
+
+
+def test_sound_that_is_cut_off_or_at_an_impossible_rate_is_refused() -> None:
+    whole = sound()
+    with pytest.raises(ValueError, match=r"truncated: has 822 of 1,644 bytes"):
+        decode_audio(whole[: len(whole) // 2])
+    streamed = whole[:4] + b"\xff" * 4 + whole[8:]  # written to a pipe: the size was not known
+    assert len(decode_audio(streamed).samples) == 800
+    with pytest.raises(ValueError, match="has 2,147,483,647 samples per second"):
+        decode_audio(whole[:24] + (2**31 - 1).to_bytes(4, "little") + whole[28:])
+
+
 def test_channels_of_sound_are_averaged_and_its_rate_is_kept() -> None:
     clip = decode_audio(sound(400, 8000, channels=2))
     assert clip.samples.shape == (400,)
@@ -43,11 +72,11 @@ def test_torn_media_and_other_files_have_a_cause_and_whole_ones_none(tmp_path: P
     whole = encoded("red", "JPEG", size=64)
     assert examine(saved(tmp_path / "whole.jpg", whole)).fault is None
     assert "truncated" in (examine(saved(tmp_path / "torn.jpg", whole[:-40])).fault or "")
-    assert examine(saved(tmp_path / "text.jpg", b"no image at all")).fault
+    assert examine(saved(tmp_path / "text.jpg", b"no image at all")).fault == "does not decode: not an image that Pillow knows"
     assert examine(saved(tmp_path / "empty.jpg", b"")).fault
     assert examine(MediaRef("image", str(tmp_path / "absent.jpg"))).fault == "cannot be read: No such file or directory"
     assert examine(saved(tmp_path / "whole.wav", sound(), "audio")).fault is None
-    assert examine(saved(tmp_path / "text.wav", b"no sound at all", "audio")).fault
+    assert examine(saved(tmp_path / "text.wav", b"no sound at all", "audio")).fault == "does not decode: Format not recognised."
     assert examine(saved(tmp_path / "silent.wav", sound(0), "audio")).fault == "does not decode: the clip has no samples"
 
 

@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from raytrain2p.config import InputError, Problem
@@ -308,8 +310,37 @@ def test_bad_parquet_rows_are_named_by_number(tmp_path: Path) -> None:
     ]
     path = write_parquet(tmp_path / "pairs.parquet", *rows)
     found = {problem.where.removeprefix(f"{path}:"): problem.what for problem in problems_of(path, 1)}
-    only = "has only `text`"
-    assert found == {"row 1": "has only `image`", "row 2": "no such image: absent.png", "row 3": only, "row 4": only}
+    expected = ("has only `image`", "no such image: absent.png", "has only `text`", "`image` has no content")
+    assert list(found.values()) == list(expected)
+
+
+def test_empty_bytes_in_parquet_are_a_bad_record_and_not_a_text_only_one(tmp_path: Path) -> None:
+    asked = {"instruction": "What?", "response": "A cat."}
+    for cell, other in ((b"", encoded("red")), ({"bytes": b"", "path": None}, {"bytes": encoded("red"), "path": None})):
+        path = write_parquet(tmp_path / "asked.parquet", asked | {"image": cell}, asked | {"image": other}, asked | {"image": None})
+        (problem,) = problems_of(path, 2)
+        assert (problem.where, problem.what) == (f"{path}:row 0", "`image` has no content")
+
+
+@pytest.mark.parametrize("task", ["Q&A", "a/b", "..", "x" * 101, "two\nlines"])
+def test_a_task_must_be_able_to_be_part_of_a_metrics_name(tmp_path: Path, task: str) -> None:
+    """MLflow refuses other names, and the run would never be complete there."""
+    asked = {"instruction": "What?", "response": "A cat."}
+    good = [asked | {"task": name} for name in ("group", "größe 2.1", "a:b-c_d")]
+    path = write_lines(tmp_path / "asked.jsonl", *good, asked | {"task": task})
+    (problem,) = problems_of(path, 2)
+    assert problem.where == f"{path}:4"
+    assert problem.what.startswith("`task` is `")
+
+
+def test_parquet_that_python_cannot_hold_is_refused(tmp_path: Path) -> None:
+    torn = pa.array([b"\xff\xfe"]).view(pa.binary())
+    pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 1, torn.buffers())}), tmp_path / "torn.parquet")
+    pq.write_table(pa.table({"text": ["a"], "id": pa.array([2**62], pa.duration("ms"))}), tmp_path / "long.parquet")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), tmp_path / "twice.parquet")
+    for name in ("torn", "long", "twice"):
+        (problem,) = problems_of(tmp_path / f"{name}.parquet", 1)
+        assert "is not a readable Parquet file" in problem.what
 
 
 def test_a_torn_parquet_file_is_refused(tmp_path: Path) -> None:

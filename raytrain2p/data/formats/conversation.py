@@ -8,7 +8,7 @@ from raytrain2p.data.formats.row import Row, present, shown
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.records import ASSISTANT, SYSTEM, USER, Message
 
-ROLES = {"user": USER, "human": USER, "assistant": ASSISTANT, "gpt": ASSISTANT, "system": SYSTEM}
+ROLES = {"user": USER, "human": USER, "assistant": ASSISTANT, "gpt": ASSISTANT, "system": SYSTEM, "developer": SYSTEM}
 Turn = tuple[str, Any, str]  # role, content, place of the content
 
 

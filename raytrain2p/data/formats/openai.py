@@ -43,8 +43,10 @@ def _part(row: Row, part: Any, place: str, role: str) -> str | MediaRef | None:
         row.bad(f"`{place}` is a {type(part).__name__}, required is a JSON object", cause="a part of `content` is not a JSON object")
         return None
     fields = present(part)
-    modality_of = {name: modality for modality in row.file.modalities for name in (f"{modality}_url", f"input_{modality}")}
+    modality_of = {name: modality for modality in row.file.modalities for name in (f"{modality}_url", f"input_{modality}", modality)}
     kind = fields.get(TYPE)
+    if kind == "input_text":  # of the Responses API
+        kind = TEXT
     if kind == TEXT:
         text = _inside(row, fields, (TEXT, TYPE), place)
         return None if text is None else _text(row, text, f"{place}.{TEXT}")
@@ -54,13 +56,15 @@ def _part(row: Row, part: Any, place: str, role: str) -> str | MediaRef | None:
         return None
     if role != USER:
         row.bad(f"`{place}` is media in a message of the {role}", "media belong to the user", f"media of the {role}")
-    value = _inside(row, fields, (kind, TYPE), place)
-    return None if value is None else _media(row, modality_of[kind], kind, value, f"{place}.{kind}")
+    modality = modality_of[kind]
+    key = f"{modality}_url" if kind == f"input_{modality}" and kind not in fields and f"{modality}_url" in fields else kind  # as above
+    value = _inside(row, fields, (key, TYPE), place)
+    return None if value is None else _media(row, modality, key, value, f"{place}.{key}")
 
 
 def _media(row: Row, modality: str, kind: str, value: Any, place: str) -> MediaRef | None:
-    if not isinstance(value, Mapping):
-        return row.media(modality, value, place)  # many write a URL without the object around it
+    if not isinstance(value, Mapping) or kind == modality:
+        return row.media(modality, value, place)  # many write a URL without the object around it; Qwen2-VL's {"type": "image", "image"}
     key, *_ = keys = ("data", "format") if kind.startswith("input_") else ("url", "detail")
     content = _inside(row, present(value), keys, place)
     if content is None:
@@ -100,6 +104,23 @@ FORMAT = Format(
                 ]
             },
             ("system: Be brief.", "user: What is it?[cat.png]", "assistant: A cat."),
+        ),
+        Example(
+            {
+                "messages": [
+                    {"role": "developer", "content": "Be brief."},
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_image", "image_url": "cat.png"},
+                            {"type": "image", "image": "dog.png"},
+                            {"type": "input_text", "text": "Which are they?"},
+                        ],
+                    },
+                    ANSWER,
+                ]
+            },
+            ("system: Be brief.", "user: [cat.png][dog.png]Which are they?", "assistant: A cat."),
         ),
         Example({"messages": [{"role": "user", "content": "Name a pet."}, ANSWER]}, ("user: Name a pet.", "assistant: A cat.")),
         Example(

@@ -114,10 +114,14 @@ class Row:
 
     def media(self, modality: str, value: Any, place: str) -> MediaRef | None:
         """The reference to an item: a file's name, a data URL, or in Parquet {bytes, path}; None, and a problem, if it is bad."""
-        if isinstance(value, Mapping) and not value.get("bytes") and self.file.is_parquet:
-            value = value.get("path")
-        elif self.file.is_parquet and (value is True or isinstance(value, Mapping)):
-            return MediaRef(modality, self.file.path, self.start, sys.intern(place))
+        if self.file.is_parquet and isinstance(value, bool | Mapping):
+            content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
+            if content:
+                return MediaRef(modality, self.file.path, self.start, sys.intern(place))
+            if path is None:
+                self.bad(f"`{place}` has no content", cause=f"{modality} without content")
+                return None
+            value = path
         if not self.is_text(value, place):
             return None
         if value.startswith("data:"):

@@ -37,7 +37,7 @@ def _joined(content: Any) -> Any:
         return content
     texts = []
     for part in content:
-        fields = present(part) if isinstance(part, Mapping) else {}
+        fields = {key: value for key, value in present(part).items() if key != "index"} if isinstance(part, Mapping) else {}
         if fields.get("type") in tuple(MEDIA) and len(fields) == 1:  # a tuple: what it is compared with may be anything
             texts.append(f"<{fields['type']}>")
         elif fields.get("type") == TEXT and isinstance(fields.get(TEXT), str) and len(fields) == 2:
@@ -73,7 +73,7 @@ FORMAT = Format(
         Example(
             {
                 "messages": [
-                    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+                    {"role": "user", "content": [{"type": "image", "index": 0, "text": None}, {"type": "text", "text": "What is it?"}]},
                     {"role": "assistant", "content": [{"type": "text", "text": "A cat."}]},
                 ],
                 "images": ["cat.png"],

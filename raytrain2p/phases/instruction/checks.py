@@ -13,7 +13,7 @@ from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
-from raytrain2p.models.pretrained import fingerprint
+from raytrain2p.models.pretrained import context_length, fingerprint
 
 
 def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
@@ -115,14 +115,13 @@ def checked_language_model(settings: InstructionSettings, directory: Path, modal
     return chat
 
 
-def context_length(directory: Path, wanted: int | None) -> int:
+def longest_record(directory: Path, wanted: int | None) -> int:
     """Longest record in tokens: the language model's context, or less if so set.
 
     Raises:
         InputError: more was set than the model has.
     """
-    config = AutoConfig.from_pretrained(directory)
-    context = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1_000_000)
+    context = context_length(directory)
     if wanted is not None and wanted > context:
         raise InputError(
             Problem(f"model.max_length={wanted}", f"the language model's context has {context} tokens", f"set {context} or less")

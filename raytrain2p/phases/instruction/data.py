@@ -41,8 +41,8 @@ from raytrain2p.phases.instruction.checks import (
     check_encoders,
     check_soft_tokens,
     checked_language_model,
-    context_length,
     encoder_specs,
+    longest_record,
 )
 from raytrain2p.phases.instruction.tokenize import kept_shares, tokenize
 
@@ -163,7 +163,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
         chat = checked_language_model(settings, directory, specs)
-        limit = context_length(directory, model.max_length)
+        limit = longest_record(directory, model.max_length)
     read = read_splits(settings, 2, findings)
     splits = read.splits
     used = {ref.modality for records in splits.values() for record in records for ref in record.media()}

@@ -24,7 +24,7 @@ from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.inputs import MediaTable, SourceShare
-from raytrain2p.phases.instruction.checks import check_encoders, context_length
+from raytrain2p.phases.instruction.checks import check_encoders, longest_record
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
@@ -327,10 +327,10 @@ def test_a_response_never_has_soft_tokens(chat: ChatFormat, tiny_llama: Path, te
 
 
 def test_the_context_is_the_models_or_less_if_so_set(tiny_llama: Path) -> None:
-    assert context_length(tiny_llama, None) == 256
-    assert context_length(tiny_llama, 100) == 100
+    assert longest_record(tiny_llama, None) == 256
+    assert longest_record(tiny_llama, 100) == 100
     with pytest.raises(InputError, match=r"model\.max_length=257\n.*context has 256 tokens"):
-        context_length(tiny_llama, 257)
+        longest_record(tiny_llama, 257)
 
 
 def test_an_aligner_of_another_encoder_is_refused_with_both_named(tiny_llama: Path, aligner: Path, tiny_vit: Path, tiny_bert: Path) -> None:
