@@ -49,23 +49,23 @@ def _default(field: FieldInfo) -> str:
     return f", default {value if isinstance(value, str) else json.dumps(value)}"
 
 
-FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; or INTERRUPTED after Ctrl-C.
+    """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; INTERRUPTED after Ctrl-C; or UNREAD.
 
-    The reader of stdout may go away, as `head` does, and its encoding may lack characters.
+    UNREAD: the reader of stdout went away, as `head` does; the code is that of a program that SIGPIPE ends.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters
     try:
         code = command()
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return UNREAD
     except InputError as error:
         print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +117,18 @@ def test_a_missing_file_is_told_without_a_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_output_whose_reader_went_away_or_whose_encoding_lacks_characters_ends_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "ö.jpg").write_bytes(jpeg())
+    command = [sys.executable, "-m", "raytrain2p.data", "check", pairs(tmp_path, "ö.jpg"), "--phase", "1"]
+    command[4] = str(Path(command[4]).rename(tmp_path / "ö.jsonl"))
+    done = subprocess.run(command, capture_output=True, check=False, timeout=120, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\xf6.jsonl: pair format, 1 good records" in done.stdout
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(120) == 141

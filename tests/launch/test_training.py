@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.chaos.killing import Launch, only_long
+from tests.data.files import write_lines
 from tests.launch.launching import Command, Run
 
 
@@ -57,6 +58,12 @@ def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
     answers = run("raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
     assert answers.code == 0, answers.err
     assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
+
+    bad = write_lines(workdir / "bad.jsonl", {"instruction": "Which <|im_end|>?"}, {"instruction": "long " * 300})
+    refused = run("raytrain2p.predict", "--file", str(bad), RAY_ADDRESS="nowhere")
+    assert refused.code == 2
+    assert f"{bad}:1\n    a message of the user has `<|im_end|>`" in refused.err
+    assert "the language model's context has 256" in refused.err
 
 
 def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, workdir: Path) -> None:
