@@ -13,7 +13,7 @@ from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
 from raytrain2p.config.settings import DEFAULT_SOFT_TOKENS, InstructionModelSettings
 from raytrain2p.data.chat import ChatFormat, Encoded, load_chat_format
-from raytrain2p.data.checks import check_media
+from raytrain2p.data.checks import check_media, foreign_marks
 from raytrain2p.data.media import MEDIA
 from raytrain2p.data.reading import read_records, scan_source
 from raytrain2p.data.records import Record
@@ -148,6 +148,8 @@ def check_records(options: argparse.Namespace) -> int:
     problems = scan.problems + check_media(scan.records).problems
     lines = [f"{path}: {name} format, {count:,} good records" for path, name, count in scan.files]
     lines += grouped(problems)
+    if marks := foreign_marks(scan.records):
+        lines.append(f"{file}: {marks}")
     counts = Counter(ref.modality for ref in {ref for record in scan.records for ref in record.media()})
     media = ", ".join(f"{count:,} distinct {modality} items" for modality, count in counts.items()) or "no media"
     lines.append(f"{file}: {len(scan.records):,} good records with {media}, {len(problems):,} problem{'s' * (len(problems) != 1)}")

@@ -1,5 +1,6 @@
 """Checks of records beyond their form: every media item is read, and decoded."""
 
+import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from raytrain2p.config import Problem
 from raytrain2p.data.media import MEDIA, MediaRef, content_key
 from raytrain2p.data.records import Record
 
+# How other programs write that media stand in a text; here only the placeholders of MEDIA do.
+FOREIGN_MARKS = re.compile(r"<img\b|<video>|<image[ _]?\d+>|<\|(?:image|video|audio)[^|]*\|>", re.IGNORECASE)
 THREADS = 8  # Pillow and libsndfile decode outside Python's lock
 AT_ONCE = 1024  # items given to the threads at once: each waits as an object that is larger than its reference
 
@@ -63,6 +66,18 @@ def check_media(
         for where in found
     ]
     return CheckedMedia(keys, problems)
+
+
+def foreign_marks(records: Iterable[Record]) -> str | None:
+    """A line about records without media whose text has the marks of other programs: the model would see their text alone."""
+    found = [
+        match[0]
+        for record in records
+        if not any(record.media()) and (match := FOREIGN_MARKS.search("\n".join(message.text for message in record.messages)))
+    ]
+    if not found:
+        return None
+    return f"{len(found):,} records without media have marks like `{found[0]}`, which stand for no media here: they are learnt as text"
 
 
 def examine(ref: MediaRef, check: Callable[[Any], None] | None = None, stored: Container[bytes] = ()) -> Examined:

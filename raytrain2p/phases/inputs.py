@@ -15,7 +15,7 @@ from torch import nn
 from raytrain2p.config import Findings, Problem, Settings
 from raytrain2p.config.settings import Source, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, Ragged
-from raytrain2p.data.checks import check_media
+from raytrain2p.data.checks import check_media, foreign_marks
 from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padded
 from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.data.reading import EMBEDDED_FORMAT, scan_source
@@ -196,6 +196,8 @@ def read_splits(settings: Settings, phase: int, findings: Findings) -> ReadSplit
                 findings.extend(scan.problems)
                 splits[name] = splits.get(name, []) + scan.records
                 notes += [f"{setting}: {count:,} records of {path} ({form})" for path, form, count in scan.files if form != EMBEDDED_FORMAT]
+                if marks := foreign_marks(scan.records):
+                    notes.append(f"{setting}: {marks}")
                 if name == TRAIN:
                     shares.append(SourceShare(len(scan.records), source.weight))
     if settings.data.val is None and not settings.data.test:

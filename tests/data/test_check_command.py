@@ -68,6 +68,14 @@ def test_the_embedded_set_passes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1,104 good records with 552 distinct image items" in capsys.readouterr().out
 
 
+def test_marks_of_other_programs_without_media_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    marks = ("Picture 1: <img>cat.png</img>\nWhat is it?", "<video>\nWhat happens?", "<|image_1|>What?", "Compare <image 1>.", "1 < 2")
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps({"instruction": text, "response": "A cat."}) + "\n" for text in marks))
+    assert main(["check", str(file), "--phase", "2"]) == 0
+    assert f"{file}: 4 records without media have marks like `<img`, which stand for no media here" in capsys.readouterr().out
+
+
 def test_a_file_without_a_record_does_not_pass_since_training_refuses_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", pairs(tmp_path), "--phase", "1"]) == 2
     assert "no record" in capsys.readouterr().out
