@@ -179,7 +179,7 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _values(array: pa.Array) -> list[Any]:
-    """Python's values of an Arrow array. Of bytes only whether there are any: True, or False if they are empty."""
+    """Python's values of an Arrow array. Of bytes only whether there are any: True or False; a struct of nulls is None."""
     kind = array.type
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pc.greater(pc.binary_length(array), 0).to_pylist()
