@@ -5,9 +5,10 @@ import difflib
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -29,15 +30,39 @@ ENCODERS = "model.encoders."  # `image: NAME` is short for `image: {name: NAME}`
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
-class NumberLoader(yaml.SafeLoader):
-    """YAML as people write numbers: YAML 1.1 reads `1e-3` as a string, because it has no dot."""
+class SettingsLoader(yaml.SafeLoader):
+    """YAML 1.2's core schema (https://yaml.org/spec/1.2.2/#103-core-schema), and no key twice.
+
+    PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `on` is true, `1e-3` is text, and `2026-11-31` an error.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+        if twice := next((key for key, count in Counter(keys).items() if count > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"has `{twice}` twice in one group", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: Any) -> int:
+        text = str(self.construct_scalar(node))
+        return int(text, 0 if text.startswith(("0x", "0o")) else 10)
 
 
-NumberLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+MERGE = "tag:yaml.org,2002:merge"
+for tag, pattern, first in (
+    (MERGE, r"<<", "<"),
+    ("tag:yaml.org,2002:null", r"null|Null|NULL|~|", [*"nN~", ""]),
+    ("tag:yaml.org,2002:bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("tag:yaml.org,2002:int", r"[-+]?\d+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    (
+        "tag:yaml.org,2002:float",
+        r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
+        "-+.0123456789",
+    ),
+):
+    SettingsLoader.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$"), list(first))
+SettingsLoader.add_constructor("tag:yaml.org,2002:int", SettingsLoader.construct_number)
 
 
 def load_settings(phase: int, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
@@ -121,10 +146,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: no such file, not YAML, or not a mapping.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=NumberLoader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise InputError(Problem(f"--config {path}", f"cannot be read: {error.strerror}", "give the path of a YAML file")) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(Problem(f"--config {path}", f"is not YAML: {' '.join(str(error).split())}")) from None
     if not isinstance(tree, dict):
         raise InputError(Problem(f"--config {path}", "contains no settings", "write `group:` lines with `  key: value` under them"))
@@ -144,8 +169,8 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             findings.add(Problem(override, "is not of the form key=value", "write for example training.max_steps=200"))
             continue
         try:
-            value = yaml.load(text, Loader=NumberLoader)  # noqa: S506 - a SafeLoader
-        except yaml.YAMLError:
+            value = yaml.load(text, Loader=SettingsLoader)  # noqa: S506 - a SafeLoader
+        except (yaml.YAMLError, ValueError, RecursionError):
             findings.add(Problem(override, "the value is not YAML", "quote it"))
             continue
         *groups, last = key.split(".")

@@ -215,7 +215,7 @@ def load_chat_format(
     """The format of a model directory, with the stop tokens of its tokenizer and its generation config."""
     from transformers import AutoTokenizer, GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     stops = [tokenizer.eos_token_id]
     try:
         named = GenerationConfig.from_pretrained(directory).eos_token_id

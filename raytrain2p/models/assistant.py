@@ -222,9 +222,11 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     """
     directory = model_directory(shape.language_model, "model.language_model")
     if empty:
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype=dtype, attn_implementation=attention
+        )
     else:
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention)
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
     base.generation_config = GenerationConfig()
     if shape.tuning == "full":
         base = base.float()

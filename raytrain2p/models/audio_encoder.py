@@ -42,12 +42,12 @@ class AudioEncoder(FrozenEncoder):
         return model.get_encoder() if model.config.is_encoder_decoder else model
 
     def load_preprocessing(self, directory: Path) -> None:
-        self.extractor = AutoFeatureExtractor.from_pretrained(directory)
+        self.extractor = AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False)
         self.check = length_check(self.extractor)
 
     @classmethod
     def item_check(cls, directory: Path) -> Callable[[Any], None]:
-        return length_check(AutoFeatureExtractor.from_pretrained(directory))
+        return length_check(AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False))
 
     def preprocess(self, items: Sequence[Any]) -> list[torch.Tensor]:
         """What the feature extractor makes of each: (bands, frames), or (samples,).

@@ -52,7 +52,7 @@ class EncoderSpec:
     def without_weights(self) -> nn.Module:
         """The encoder without memory for its weights, to count them."""
         with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.from_pretrained(self.directory()))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(self.directory(), trust_remote_code=False))
         return cast(nn.Module, ENCODERS[self.modality].encoder_of(model).requires_grad_(False))
 
     def probe(self) -> int:
@@ -78,7 +78,7 @@ class EncoderSpec:
         """
         directory = self.directory()
         try:
-            config = AutoConfig.from_pretrained(directory)
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(Problem(self.where, f"transformers cannot read its configuration: {first_line(error)}")) from None
         part = getattr(config, ENCODERS[self.modality].config_part, None) or config

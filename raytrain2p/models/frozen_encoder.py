@@ -42,7 +42,7 @@ class FrozenEncoder:
         self.options = {key: value for key, value in options.items() if value is not None}
         self.device = torch.device(device or default_device())
         try:
-            model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+            model = AutoModel.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(Problem(where, f"transformers cannot load it: {first_line(error)}")) from None
         self.model = self.encoder_of(model).eval().requires_grad_(False).to(self.device)

@@ -30,7 +30,7 @@ class ImageEncoder(FrozenEncoder):
         return getattr(model, "vision_model", model)  # of a CLIP or SigLIP, which also has a text encoder
 
     def load_preprocessing(self, directory: Path) -> None:
-        self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+        self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
         self.arguments: dict[str, Any] = {}
         if size := self.options.get("size"):
             square = {"height": size, "width": size}

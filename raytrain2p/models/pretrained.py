@@ -26,13 +26,25 @@ def model_directory(name: str, setting: str = "model") -> Path:
     if name in PACKAGED_MODELS:
         return packaged_directory(name)
     local = Path(name).expanduser()
-    if local.is_dir():
-        if not (local / "config.json").is_file():
-            raise InputError(
-                Problem(f"{setting}={name}", "the directory has no config.json", "give a directory written by save_pretrained()")
-            )
-        return local.absolute()
-    return _from_hub(name, setting)
+    directory = local.absolute() if local.is_dir() else _from_hub(name, setting)
+    if not (directory / "config.json").is_file():
+        raise InputError(Problem(f"{setting}={name}", "the directory has no config.json", "give a directory written by save_pretrained()"))
+    _refuse_foreign_code(directory, f"{setting}={name}")
+    return directory
+
+
+def _refuse_foreign_code(directory: Path, where: str) -> None:
+    """A model may bring Python files that its configuration names. They are never run: `trust_remote_code=False` everywhere."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except ValueError:
+        return  # transformers says what is wrong
+    if isinstance(config, dict) and "auto_map" in config:
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            what = "needs code of its own (`auto_map` in config.json), which is never run"
+            raise InputError(Problem(where, what, "take a model that this version of transformers has itself"))
 
 
 def _from_hub(name: str, setting: str) -> Path:
@@ -60,7 +72,7 @@ def context_length(directory: Path) -> int:
     """Tokens that a language model takes at most; a million if its configuration does not say."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1_000_000)
 
 

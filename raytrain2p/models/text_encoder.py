@@ -29,7 +29,7 @@ class TextEncoder(FrozenEncoder):
         return getattr(model, "text_model", model)
 
     def load_preprocessing(self, directory: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         self.limit = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
         self.layer, layers = self.options.get("layer"), self.model.config.num_hidden_layers
         if self.layer is not None and self.layer > layers:

@@ -224,6 +224,36 @@ def test_a_malformed_override_is_refused_with_an_example(override: str) -> None:
     assert "training.max_steps=200" in problem.fix
 
 
+@pytest.mark.parametrize(("text", "steps"), [("010", 10), ("0x10", 16), ("+7", 7)])
+def test_whole_numbers_are_what_they_look_like(text: str, steps: int) -> None:
+    """YAML 1.1 reads 010 as 8."""
+    assert load_settings(2, None, [f"training.max_steps={text}"]).training.max_steps == steps
+
+
+@pytest.mark.parametrize("text", ["1:30", "1_000", "yes", "9" * 5000])
+def test_what_yaml_1_1_would_convert_is_no_number(text: str) -> None:
+    assert only_problem(f"training.max_steps={text}").where == f"training.max_steps={text}"
+
+
+@pytest.mark.parametrize("name", ["2026-11-31", "on", "12:30", "no"])
+def test_text_that_looks_like_a_date_or_a_switch_stays_text(name: str) -> None:
+    assert load_settings(2, None, [f"tracking.experiment={name}"]).tracking.experiment == name
+
+
+def test_a_key_that_a_file_has_twice_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("data: {train: emoji:train}\ntraining:\n  max_steps: 1\ndata: {train: emoji:val}\n")
+    assert "has `data` twice in one group" in only_problem(config=config).what
+    config.write_text("base: &base {max_steps: 1}\ndata: {train: emoji:train}\ntraining:\n  <<: *base\n  max_steps: 2\n")
+    assert only_problem(config=config).where.startswith("base"), "a merged group may be overridden"
+
+
+def test_yaml_that_is_too_deep_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "deep.yaml"
+    config.write_text("data: " + "[" * 20_000)
+    assert only_problem(config=config).what.startswith("is not YAML")
+
+
 def test_an_override_that_is_not_yaml_is_refused() -> None:
     problem = only_problem("data.train=[a")
     assert problem.where == "data.train=[a"

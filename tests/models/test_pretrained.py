@@ -1,12 +1,16 @@
 """From a model setting to a directory, or to a message with a fix."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
+import raytrain2p
 from raytrain2p.config import InputError
+from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.packaged import PACKAGED_MODELS
 from raytrain2p.models.pretrained import fingerprint, model_directory
 
@@ -40,6 +44,33 @@ def test_an_unknown_name_is_refused_by_its_setting_with_the_packaged_names(name:
     assert f"model.language_model={name}" in str(caught.value)
     for packaged in PACKAGED_MODELS:
         assert packaged in str(caught.value)
+
+
+def test_code_that_a_model_brings_is_never_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers would ask on stdin whether to run it."""
+    marker = tmp_path / "ran"
+    (tmp_path / "configuration_own.py").write_text(
+        "import pathlib\nfrom transformers import PretrainedConfig\n"
+        f"pathlib.Path({str(marker)!r}).touch()\nclass OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}, "architectures": ["Own"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as caught:
+        model_directory(str(tmp_path), "model.language_model")
+    assert "needs code of its own (`auto_map` in config.json), which is never run" in str(caught.value)
+    with pytest.raises(InputError):
+        EncoderSpec("image", str(tmp_path)).width()
+    assert not marker.exists()
+    assert "trust_remote_code" not in capfd.readouterr().out
+
+
+def test_foreign_code_is_forbidden_wherever_a_model_is_loaded() -> None:
+    """Of a model that transformers has itself, its own code is ignored only if every call says so."""
+    calls = re.compile(r"Auto\w+\.from_(?:pretrained|config)\((?!\*\*)")
+    for path in Path(raytrain2p.__file__).parent.rglob("*.py"):
+        text = path.read_text()
+        for call in calls.finditer(text):
+            assert "trust_remote_code=False" in text[call.end() : call.end() + 200], f"{path.name}: {text[call.start() :][:80]}"
 
 
 def test_the_fingerprint_does_not_depend_on_the_path_of_a_model(tiny_vit: Path, tmp_path: Path) -> None:

@@ -95,9 +95,9 @@ def checked_language_model(settings: InstructionSettings, directory: Path, modal
     """
     model = settings.model
     try:
-        config = AutoConfig.from_pretrained(directory)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         soft_tokens = {modality: model.soft_tokens_of(modality) for modality in modalities}
         chat = load_chat_format(directory, soft_tokens, model.system_prompt, settings.data.loss_on)
         chat.encode([Message(USER, ("Is this a question?",)), Message(ASSISTANT, ("This is an answer.",))])

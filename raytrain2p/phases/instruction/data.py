@@ -140,7 +140,7 @@ class InstructionInputs(CheckedRecords):
 
     def widest(self) -> tuple[int, int]:
         """(positions, width of a position's activations over all layers), for the memory estimate."""
-        config = AutoConfig.from_pretrained(model_directory(self.settings.model.language_model))
+        config = AutoConfig.from_pretrained(model_directory(self.settings.model.language_model), trust_remote_code=False)
         per_layer = 10 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
         layers = 1 if self.settings.training.gradient_checkpointing else config.num_hidden_layers
         return int(self.tokens[TRAIN].lengths.max()), per_layer * layers
