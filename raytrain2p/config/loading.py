@@ -36,7 +36,7 @@ class SettingsLoader(yaml.SafeLoader):
     PyYAML reads YAML 1.1, where `010` is 8, `1:30` is 90, `on` is true, `1e-3` is text, and `2026-11-31` an error.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}  # type: ignore[misc]  # PyYAML has it on classes too
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
