@@ -1,7 +1,7 @@
 """The embedded sets, enough to run both phases: 1,244 emoji by three artists, and their names by three speakers.
 
 `emoji:SPLIT` has images, `speech:SPLIT` clips; see emoji/NOTICE.md and speech/NOTICE.md. Two more are made of them, for phase 2:
-`emoji_order:SPLIT` asks which of two images came first, `emoji_speech:SPLIT` whether a clip names an image.
+`emoji_order:SPLIT` asks of which group the first of two images is, `emoji_speech:SPLIT` whether a clip names an image.
 """
 
 import functools
@@ -85,13 +85,14 @@ def speech(split: str) -> Iterator[tuple[int, Record]]:
 
 
 def emoji_order(split: str) -> Iterator[tuple[int, Record]]:
-    """Each pair twice, with the images swapped: then the other answer is right."""
+    """Pairs of images of two groups, each twice, with the images swapped: then the other answer is right."""
     found = images(split)
     half = len(found) // 2
     for number in range(2 * half):
         first, second = found[number], found[(number + half) % (2 * half)]
-        names = " or ".join(sorted((first.name, second.name), key=lambda name: zlib.crc32(name.encode())))
-        yield number, asked((first.ref, second.ref, f"Which came first, {names}?"), first.name, "order")
+        if first.group != second.group:
+            groups = " or ".join(sorted((first.group, second.group)))
+            yield number, asked((first.ref, second.ref, f"Which came first, {groups}?"), first.group, "order")
 
 
 def emoji_speech(split: str) -> Iterator[tuple[int, Record]]:
