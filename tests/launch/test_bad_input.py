@@ -96,7 +96,7 @@ def test_every_bad_record_is_listed_by_line(refused: Refuse, tmp_path: Path, sha
     assert "does not decode" in output
 
 
-def test_a_response_without_tokens_and_a_record_longer_than_the_context_are_refused(refused: Refuse, tmp_path: Path, aligner: Path) -> None:
+def test_a_special_token_and_a_record_longer_than_the_context_are_refused(refused: Refuse, tmp_path: Path, aligner: Path) -> None:
     records = write(
         tmp_path / "long.jsonl",
         {"instruction": "Say nothing.", "response": "<|im_end|>"},
@@ -104,7 +104,7 @@ def test_a_response_without_tokens_and_a_record_longer_than_the_context_are_refu
     )
     output = refused(2, f"model.aligner={aligner}", f"data.val={records}")
     assert "long.jsonl:1" in output
-    assert "empty after tokenizing" in output
+    assert "`<|im_end|>`, which the tokenizer takes for a special token" in output
     assert "long.jsonl:2" in output
     assert "the limit is 256" in output
 

@@ -304,13 +304,13 @@ def test_sources_lose_the_records_that_are_left_out() -> None:
     assert kept_shares(shares, [0, 2, 3, 6]) == (SourceShare(2, 2.0), SourceShare(0, None), SourceShare(2, None))
 
 
-@pytest.mark.parametrize("response", [MARK, "<|im_end|>"])
-def test_a_response_that_is_empty_after_tokenizing_is_listed(chat: ChatFormat, response: str) -> None:
+@pytest.mark.parametrize(("response", "cause"), [(MARK, "empty after tokenizing"), ("<|im_end|>", "takes for a special token")])
+def test_a_response_that_teaches_nothing_is_listed(chat: ChatFormat, response: str, cause: str) -> None:
     records = [RECORDS[0], record(2, "colour?", response), record(3, "x" * 300, "green")]
     with pytest.raises(InputError) as caught:
         tokens_of(records, chat)
     assert [problem.where for problem in caught.value.problems] == ["data.jsonl:2", "data.jsonl:3"]
-    assert "empty after tokenizing" in caught.value.problems[0].what
+    assert cause in caught.value.problems[0].what
     assert "tokens long" in caught.value.problems[1].what
 
 
