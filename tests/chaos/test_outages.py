@@ -1,10 +1,7 @@
 """MLflow does not answer, the disk is full, read-only or gone, a checkpoint is damaged: nothing is lost, and it is reported."""
 
-import os
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from raytrain2p.tracking.checkpoints import damage
 from tests.chaos.conftest import Judged, Undisturbed
 from tests.chaos.killing import Launch, Stopwatch, keep_up, kill_driver, launch_in, only_long, verdict
 from tests.chaos.mlflow_server import Server
+from tests.disks import Disk
 from tests.launch.launching import Command, run_command
 from tests.sweep.test_run import SweepLaunch
 
@@ -72,62 +70,6 @@ def test_mlflow_that_does_not_answer_at_the_start_is_bad_input(tmp_path: Path, r
     assert not (launch.folder / "checkpoints").exists()
 
 
-class Disk:
-    """A disk of 4 MB that can fail and be repaired."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.kept = folder / "disk", folder / "kept"
-        self.folder.mkdir()
-        self.kept.mkdir()
-        mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", self.kept)
-        mount("--bind", self.kept, self.folder)
-
-    def fill(self) -> None:
-        """Fill it to the last byte, as another program would."""
-        with (self.folder / "filler").open("wb", buffering=0) as stream:
-            for size in (65536, 4096, 1):
-                with suppress(OSError):
-                    while True:
-                        stream.write(b"x" * size)
-
-    def make_read_only(self) -> None:
-        """Mount a read-only view of it on top: Linux refuses to make a mount read-only while files are open for writing."""
-        mount("--bind", self.folder, self.folder)
-        mount("-o", "remount,bind,ro", self.folder)
-
-    def take_away(self) -> None:
-        unmount(self.folder)
-
-    def fix(self) -> None:
-        """Restore it as it was."""
-        (self.kept / "filler").unlink(missing_ok=True)
-        self.remove(self.folder)
-        mount("--bind", self.kept, self.folder)
-
-    def remove(self, *folders: Path) -> None:
-        for folder in folders or (self.folder, self.kept):
-            while os.path.ismount(folder):
-                unmount(folder)
-
-
-def mount(*words: str | Path) -> None:
-    subprocess.run(["mount", *map(str, words)], capture_output=True, check=True)
-
-
-def unmount(folder: Path) -> None:
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    try:
-        disk = Disk(tmp_path)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs the right to mount a small tmpfs: {error}")
-    yield disk
-    disk.remove()
-
-
 @only_long
 @pytest.mark.parametrize(
     ("disaster", "restarts", "scenario"),
@@ -177,6 +119,23 @@ def test_a_failed_disk_ends_the_run_with_one_line_and_it_resumes_once_the_disk_i
     history = launch.client.get_metric_history(run.info.run_id, "train_loss")
     assert sorted(point.step for point in history) == launch.steps()
     judged(verdict(scenario, launch, undisturbed(1, MANY_STEPS), 1, seconds_to_resume(launch)))
+
+
+@only_long
+def test_a_full_disk_under_the_feature_store_is_bad_input_and_what_was_computed_stays(
+    tmp_path: Path, disk: Disk, ray_head: str, tiny_config: Path, undisturbed: Undisturbed, judged: Judged
+) -> None:
+    launch = launch_in(tmp_path / "launch", tiny_config, RAY_ADDRESS=ray_head, RAYTRAIN2P_FEATURES=str(disk.folder))
+    disk.fill()
+    launch.start()
+    assert launch.wait() == 2, launch.log
+    assert f"data.feature_store={disk.folder}" in launch.log
+    assert "no space left" in launch.log
+    assert "Traceback" not in launch.log
+    assert launch.mlflow_runs() == []
+    disk.fix()
+    waits = seconds_to_resume(launch)
+    judged(verdict("disk of the feature store full at the start", launch, undisturbed(), 1, waits))
 
 
 @only_long

