@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import re
 import types
 import typing
@@ -16,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, Source, cross_field_problems, flatten_tree
 
 # Settings of before, and what to set now.
@@ -27,6 +29,7 @@ RENAMED = {
     "model.text_encoder": "set model.encoders.text",
 }
 ENCODERS = "model.encoders."  # `image: NAME` is short for `image: {name: NAME}`
+STORE = re.compile(r"(sqlite|postgresql|mysql|mssql)(\+\w+)?://|https?://|file:|databricks|uc:")  # what MLflow keeps runs in
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -44,12 +47,39 @@ class SettingsLoader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(None, None, f"has `{twice}` twice in one group", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > MOST_NODES:
+            raise yaml.constructor.ConstructorError(None, None, f"has more than {MOST_NODES:,} values", node.start_mark)
+        return node
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and (bad := NO_TEXT.search(value)):
+            raise yaml.constructor.ConstructorError(None, None, f"has the character {bad[0]!a}, which no name can have", node.start_mark)
+        return value
+
     def construct_number(self, node: Any) -> int:
         text = str(self.construct_scalar(node))
         return int(text, 0 if text.startswith(("0x", "0o")) else 10)
 
 
+def _expanded(node: Any, known: dict[int, int]) -> int:
+    """Values below a node, those of aliases counted each time: a short file can stand for thousands of millions."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = MOST_NODES + 1  # of an alias inside its own anchor
+    inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+    count = 1 + sum(sum(_expanded(one, known) for one in (part if isinstance(part, tuple) else (part,))) for part in inner)
+    known[id(node)] = count
+    return count
+
+
 MERGE = "tag:yaml.org,2002:merge"
+NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")  # neither paths nor UTF-8 can have them
+MOST_NODES = 100_000
+LARGEST_FILE = 1 << 20  # bytes
+LONGEST_SHOWN = 200  # characters of a setting in a message
 for tag, pattern, first in (
     (MERGE, r"<<", "<"),
     ("tag:yaml.org,2002:null", r"null|Null|NULL|~|", [*"nN~", ""]),
@@ -121,8 +151,13 @@ def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequenc
     """
     kind = SETTINGS_OF_PHASE[phase]
     settings = checked(kind, tree, path, overrides, lambda: _cross_field_problems(kind, tree))
-    if "://" in settings.output.root:
-        raise InputError(Problem(f"output.root={settings.output.root}", "is not a directory", "give one on storage that all nodes share"))
+    with Findings() as findings:
+        if "://" in (root := settings.output.root):
+            findings.add(Problem(f"output.root={root}", "is not a directory", "give one on storage that all nodes share"))
+        if not STORE.match(uri := settings.tracking.uri):
+            fix = "write for example sqlite:///mlflow.db, or http://HOST:PORT of `mlflow server`"
+            findings.add(Problem(f"tracking.uri={masked(uri)}", "is not a URI of an MLflow store", fix))
+    findings.raise_any()
     return absolute_paths(settings)
 
 
@@ -146,6 +181,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         InputError: no such file, not YAML, or not a mapping.
     """
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_FILE):
+            raise OSError(errno.EFBIG, "it is not a file of at most 1 MiB")  # such as a pipe, which would block
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=SettingsLoader)  # noqa: S506 - a SafeLoader
     except OSError as error:
         raise InputError(Problem(f"--config {path}", f"cannot be read: {error.strerror}", "give the path of a YAML file")) from None
@@ -170,8 +207,11 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             continue
         try:
             value = yaml.load(text, Loader=SettingsLoader)  # noqa: S506 - a SafeLoader
+        except yaml.constructor.ConstructorError as error:
+            findings.add(Problem(_cut(override), f"the value {error.problem}"))
+            continue
         except (yaml.YAMLError, ValueError, RecursionError):
-            findings.add(Problem(override, "the value is not YAML", "quote it"))
+            findings.add(Problem(_cut(override), "the value is not YAML", "quote it"))
             continue
         *groups, last = key.split(".")
         node = tree
@@ -183,6 +223,10 @@ def merge_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> None:
             node = node[group]
         node[last] = value
     findings.raise_any()
+
+
+def _cut(where: str) -> str:
+    return where if len(where) <= LONGEST_SHOWN else f"{where[:LONGEST_SHOWN]}..."
 
 
 def nearest_key(kind: type[BaseModel], key: str) -> str | None:
@@ -236,7 +280,7 @@ def _problems(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequenc
 def _problem(kind: type[BaseModel], detail: Any, path: Path, overrides: Sequence[str]) -> Problem:
     key = _setting(kind, detail["loc"])
     origin = next((override for override in reversed(overrides) if override.partition("=")[0] == key), None)
-    where = origin or (f"{key} = {detail['input']!r} in {path}" if key else str(path))
+    where = _cut(origin or (f"{key} = {detail['input']!r}" if key else str(path))) + ("" if origin or not key else f" in {path}")
     if detail["type"] == "extra_forbidden":
         nearest = nearest_key(kind, key)
         hint = f"did you mean {nearest}?" if nearest else "`--help` lists every setting"

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,13 +76,21 @@ def _absolute_sources(sources: list[Source]) -> list[Source]:
     ]
 
 
+def is_kind(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """`Path.is_file` or `Path.is_dir`; False also for what cannot be a path: a name that is too long, or with a zero byte."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):
+        return False
+
+
 def _absolute_models(group: Group) -> Group:
     """A local directory becomes absolute; hub IDs and packaged names stay."""
     changed: dict[str, Any] = {}
     for key, value in group:
         if isinstance(value, SettingsGroup):
             changed[key] = _absolute_models(value)
-        elif NAMES_A_MODEL in type(group).model_fields[key].metadata and Path(value).expanduser().is_dir():
+        elif NAMES_A_MODEL in type(group).model_fields[key].metadata and is_kind(Path(value).expanduser(), Path.is_dir):
             changed[key] = str(Path(value).expanduser().absolute())
     return group.model_copy(update=changed)
 

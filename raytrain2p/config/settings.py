@@ -1,5 +1,6 @@
 """Every setting of a run: its name, type, default, meaning and metadata. Nothing here reads a file or imports a framework."""
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -8,12 +9,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from raytrain2p.config.metadata import FIXED, FREE, LIVE, SHARED, VARIES, Metadata, setting
 from raytrain2p.config.problems import InputError, Problem
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MOST = 2**31 - 1  # of what is counted: arrays of numbers, Ray and MLflow hold no more
+WIDEST = 32_768  # of a layer: wider ones would need the memory of the largest language models
+PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+ImageSide = Annotated[int, Field(gt=0, le=8192)]
+Width = Annotated[int, Field(gt=0, le=WIDEST)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_SOFT_TOKENS = 16
 NAMES_A_MODEL = "a hub ID, a packaged name, or a local directory, whose path is resolved when settings are loaded"
-ModelName = Annotated[str, NAMES_A_MODEL]
+Text = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[Text, NAMES_A_MODEL]
 
 # Metadata that most settings of a group share; the exceptions stand beside the field.
 _DATA = Metadata(resume=FREE, splits=True, trial=VARIES, sweep_resume=FIXED)
@@ -24,15 +31,15 @@ _ENCODER = _MODEL.but(splits=True)
 
 
 class SettingsGroup(BaseModel):
-    """Settings are frozen after loading, refuse unknown keys, and are never converted from one type to another."""
+    """Settings are frozen after loading, refuse unknown keys, are never converted from one type to another, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(SettingsGroup):
     """One source of records: a file, a pattern or an embedded set, and its share of each epoch relative to the others'."""
 
-    path: str
+    path: Text
     weight: PositiveFloat | None = None
 
 
@@ -75,13 +82,13 @@ class DataSettings(SettingsGroup):
     features: Literal["stored", "online"] = setting(
         "stored", "`stored`: frozen encoders run once and their output is kept; `online`: they run in each step", _DATA
     )
-    feature_store: str | None = setting(
+    feature_store: Text | None = setting(
         None, "directory of stored features, on storage that all nodes share (default: the user's cache directory)", _DATA.but(trial=SHARED)
     )
-    feature_workers: PositiveInt = setting(
+    feature_workers: Annotated[int, Field(gt=0, le=1024)] = setting(
         1, "encoder processes while features are computed (with GPUs: one GPU each)", _DATA.but(sweep_resume=FREE)
     )
-    loader_workers: Annotated[int, Field(ge=0)] = setting(0, "data loader processes per training worker", _DATA)
+    loader_workers: Annotated[int, Field(ge=0, le=128)] = setting(0, "data loader processes per training worker", _DATA)
 
     @model_validator(mode="after")
     def _weights_are_of_training(self) -> "DataSettings":
@@ -102,9 +109,7 @@ class TrainingSettings(SettingsGroup):
         None, "records per worker and forward pass (default: training.global_batch_size / launch.num_workers, one pass a step)", _TRAINING
     )
     learning_rate: PositiveFloat = setting(1e-3, "peak learning rate of AdamW", _TRAINING.but(resume=FIXED, trial=LIVE))
-    warmup_steps: Annotated[int, Field(ge=0)] = setting(
-        20, "steps of linear warm-up, before a cosine decay to zero", _TRAINING.but(resume=FIXED)
-    )
+    warmup_steps: Count = setting(20, "steps of linear warm-up, before a cosine decay to zero", _TRAINING.but(resume=FIXED))
     weight_decay: Annotated[float, Field(ge=0)] = setting(
         0.0, "decoupled weight decay, on matrices only", _TRAINING.but(resume=FIXED, trial=LIVE)
     )
@@ -159,8 +164,8 @@ class LaunchSettings(SettingsGroup):
     strategy: Literal["ddp", "fsdp"] = setting(
         "ddp", "replicate what trains (ddp) or shard it over the workers (fsdp)", _OF_ALL_TRIALS.but(resume=FIXED)
     )
-    max_failures: Annotated[int, Field(ge=0)] = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
-    object_store_mb: Annotated[int, Field(ge=80)] = setting(
+    max_failures: Count = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
+    object_store_mb: Annotated[int, Field(ge=80, le=MOST)] = setting(
         300, "object store of a Ray that is started here, in MB", _OF_ALL_TRIALS.but(sweep_resume=FREE)
     )
 
@@ -168,7 +173,7 @@ class LaunchSettings(SettingsGroup):
 class OutputSettings(SettingsGroup):
     """Where run directories go."""
 
-    root: str = setting(
+    root: Text = setting(
         "checkpoints", "run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps", _OF_ALL_TRIALS.but(resume=FIXED)
     )
 
@@ -176,8 +181,8 @@ class OutputSettings(SettingsGroup):
 class TrackingSettings(SettingsGroup):
     """Where MLflow keeps the run."""
 
-    uri: str = setting("sqlite:///mlflow.db", "MLflow tracking URI", _OF_ALL_TRIALS.but(resume=FIXED))
-    experiment: str | None = setting(None, "MLflow experiment (default: one per phase)", _OF_ALL_TRIALS.but(resume=FIXED))
+    uri: Text = setting("sqlite:///mlflow.db", "MLflow tracking URI", _OF_ALL_TRIALS.but(resume=FIXED))
+    experiment: Text | None = setting(None, "MLflow experiment (default: one per phase)", _OF_ALL_TRIALS.but(resume=FIXED))
     system_metrics: bool = setting(False, "also record CPU, memory and GPU use of each node", _OF_ALL_TRIALS)
 
 
@@ -190,7 +195,7 @@ class EvaluationSettings(SettingsGroup):
     )
     max_new_tokens: PositiveInt = setting(16, "longest generated answer, in tokens (phase 2)", _OF_ALL_TRIALS)
     shuffled: bool = setting(True, "measure again with the media shuffled: does the model use them at all? (phase 2)", _OF_ALL_TRIALS)
-    samples: Annotated[int, Field(ge=0)] = setting(20, "sample answers kept per test split (phase 2)", _OF_ALL_TRIALS)
+    samples: Count = setting(20, "sample answers kept per test split (phase 2)", _OF_ALL_TRIALS)
 
 
 class EncoderSettings(SettingsGroup):
@@ -207,7 +212,7 @@ class ImageEncoderSettings(EncoderSettings):
     """Of images."""
 
     name: ModelName = setting("efficientnet-lite0", "hub ID, local directory or packaged name of a vision encoder", _ENCODER)
-    size: PositiveInt | None = setting(None, "side in pixels that images are resized to (default: the encoder's own)", _ENCODER)
+    size: ImageSide | None = setting(None, "side in pixels that images are resized to (default: the encoder's own)", _ENCODER)
 
 
 class AudioEncoderSettings(EncoderSettings):
@@ -221,7 +226,7 @@ class TextEncoderSettings(EncoderSettings):
     """Of text."""
 
     name: ModelName = setting("all-minilm-l6-v2", "hub ID, local directory or packaged name of a text encoder", _ENCODER)
-    layer: Annotated[int, Field(ge=0)] | None = setting(None, "layer to take, 0 is the embeddings (default: the last)", _ENCODER)
+    layer: Count | None = setting(None, "layer to take, 0 is the embeddings (default: the last)", _ENCODER)
     pooled: bool | None = setting(None, "false: a vector for each token, not their mean alone (default: true)", _ENCODER)
 
 
@@ -255,8 +260,8 @@ class AlignmentModelSettings(SettingsGroup):
     """Phase 1: frozen encoders and the aligner that maps them into one space."""
 
     encoders: AlignedEncodersSettings = AlignedEncodersSettings()
-    dimension: PositiveInt = setting(256, "width of the shared space", _MODEL)
-    hidden: PositiveInt = setting(512, "width of the hidden layer of each branch", _MODEL)
+    dimension: Width = setting(256, "width of the shared space", _MODEL)
+    hidden: Width = setting(512, "width of the hidden layer of each branch", _MODEL)
     dropout: Fraction = setting(0.2, "dropout in the branches", _MODEL.but(trial=LIVE))
     loss: Literal["softmax", "sigmoid"] = setting("softmax", "contrastive loss: CLIP's softmax or SigLIP's sigmoid form", _MODEL)
 
@@ -264,7 +269,7 @@ class AlignmentModelSettings(SettingsGroup):
 class LoraSettings(SettingsGroup):
     """Low-rank adapters (arXiv:2106.09685), through peft."""
 
-    rank: PositiveInt = setting(16, "rank of the adapters", _MODEL)
+    rank: Width = setting(16, "rank of the adapters", _MODEL)
     alpha: PositiveInt = setting(32, "scale of the adapters: alpha / rank", _MODEL)
     dropout: Fraction = setting(
         0.0, "dropout on the adapters' input (on CPUs it halves the speed: masks are drawn for each)", _MODEL.but(trial=LIVE)
@@ -279,9 +284,9 @@ class InstructionModelSettings(SettingsGroup):
         "smollm2-135m-instruct", "hub ID, local directory or packaged name of a causal LM", _MODEL.but(splits=True)
     )
     encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
-    aligner: str = setting("latest", "path of an aligner.pt, a phase 1 run ID (or its start), or `latest`", _MODEL.but(splits=True))
+    aligner: Text = setting("latest", "path of an aligner.pt, a phase 1 run ID (or its start), or `latest`", _MODEL.but(splits=True))
     train_aligner: bool = setting(False, "train the aligner on, instead of keeping it as phase 1 left it", _MODEL)
-    soft_tokens: PositiveInt | dict[str, PositiveInt] = setting(
+    soft_tokens: Width | dict[str, Width] = setting(
         DEFAULT_SOFT_TOKENS,
         "soft tokens per image or clip, to which the encoder's output is averaged; by modality as `{image: 16, audio: 32}`",
         _MODEL.but(splits=True),
@@ -338,7 +343,7 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
         what = "is measured on validation records, but data.val is not set"
         problems.append(Problem(f"checkpoint.monitor={monitor}", what, "set data.val, or checkpoint.monitor=train_loss"))
     size, micro, workers = flat["training.global_batch_size"], flat["training.micro_batch_size"], flat["launch.num_workers"]
-    if all(type(number) is int and number > 0 for number in (size, workers, 1 if micro is None else micro)):
+    if all(type(number) is int and 0 < number <= MOST for number in (size, workers, 1 if micro is None else micro)):
         problems += _batch_problems(size, micro, workers, accumulates)
     return problems
 
@@ -362,7 +367,7 @@ def _batch_problems(size: int, micro: int | None, workers: int, accumulates: boo
         fix = "set training.micro_batch_size=null: one pass over training.global_batch_size / launch.num_workers records"
         problems.append(Problem(f"training.micro_batch_size={micro}", what, fix))
     elif size % workers == 0 and (part := size // workers) % micro:
-        divisors = [number for number in range(1, part + 1) if part % number == 0]
+        divisors = sorted({one for low in range(1, math.isqrt(part) + 1) if part % low == 0 for one in (low, part // low)})
         nearest = [*[number for number in divisors if number < micro][-1:], *[number for number in divisors if number > micro][:1]]
         problems.append(
             Problem(

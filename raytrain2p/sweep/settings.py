@@ -9,9 +9,10 @@ from pydantic import Field
 
 from raytrain2p.config.loading import Settings, settings_of
 from raytrain2p.config.metadata import FIXED, FREE, SHARED, Metadata, setting
-from raytrain2p.config.settings import PositiveFloat, PositiveInt, SettingsGroup
+from raytrain2p.config.settings import Count, PositiveFloat, PositiveInt, SettingsGroup, Text
 from raytrain2p.sweep.space import Axis, Values
 
+MOST_TRIALS = 10_000  # each is a run with a directory of its own, and the search holds all of them in memory
 _SEARCH = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED)  # no trial has these settings, only the sweep
 
 
@@ -20,7 +21,7 @@ class AshaSettings(SettingsGroup):
 
     time_attr: Literal["step", "epoch"] = setting("step", "what rungs are counted in", _SEARCH)
     grace_period: PositiveInt = setting(1, "first rung: no trial is stopped before it", _SEARCH)
-    reduction_factor: Annotated[float, Field(gt=1)] = setting(
+    reduction_factor: Annotated[float, Field(ge=1.1)] = setting(
         3, "the best 1/FACTOR of a rung continues to the next, FACTOR times as far", _SEARCH
     )
 
@@ -36,8 +37,8 @@ class SweepSettings(SettingsGroup):
     """How a sweep searches."""
 
     phase: Literal[1, 2] = setting(2, "phase to sweep", _SEARCH)
-    base: str | None = setting(None, "YAML file of the trials' settings (default: that of the phase)", _SEARCH)
-    num_trials: PositiveInt | None = setting(
+    base: Text | None = setting(None, "YAML file of the trials' settings (default: that of the phase)", _SEARCH)
+    num_trials: Annotated[int, Field(gt=0, le=MOST_TRIALS)] | None = setting(
         None, "trials; with search=grid, at most so many (null: every combination)", _SEARCH.but(sweep_resume=FREE)
     )
     max_concurrent: PositiveInt | None = setting(
@@ -54,9 +55,7 @@ class SweepSettings(SettingsGroup):
     scheduler: Literal["none", "asha", "pbt"] = setting("none", "how bad trials are dealt with before their end", _SEARCH)
     asha: AshaSettings = AshaSettings()
     pbt: PbtSettings = PbtSettings()
-    max_failures: Annotated[int, Field(ge=0)] = setting(
-        1, "restarts of a trial that fails; the others continue", _SEARCH.but(sweep_resume=FREE)
-    )
+    max_failures: Count = setting(1, "restarts of a trial that fails; the others continue", _SEARCH.but(sweep_resume=FREE))
     space: dict[str, dict[str, list[Any]]] = setting(..., "setting: {distribution: arguments}, for each setting that varies", _SEARCH)
 
 

@@ -1,10 +1,13 @@
 """The settings that vary in a sweep, and the distributions that their values come from."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 NUMBERS = (int, float)
+MOST_VALUES = 1000
+MOST_STEPS = 10**9
 Values = dict[str, Any]  # of settings, by dotted path
 # Distribution: its arguments
 DISTRIBUTIONS = {
@@ -58,9 +61,11 @@ class Axis:
         if self.distribution not in DISTRIBUTIONS:
             return f"there is no distribution {self.distribution}; required is one of {', '.join(DISTRIBUTIONS)}"
         if self.values is not None:
+            if len(self.arguments) > MOST_VALUES:
+                return f"has {len(self.arguments):,} values, at most {MOST_VALUES:,} are taken: the settings are checked with each"
             return None if self.arguments else f"has no values; {wanted}"
         count = 3 if self.distribution == "quniform" else 2
-        numeric = all(isinstance(one, NUMBERS) and not isinstance(one, bool) and math.isfinite(one) for one in self.arguments)
+        numeric = all(isinstance(one, NUMBERS) and not isinstance(one, bool) and abs(one) <= sys.float_info.max for one in self.arguments)
         if len(self.arguments) != count or not numeric:
             return wanted
         if self.distribution == "randint" and not all(isinstance(one, int) for one in self.arguments):
@@ -71,4 +76,6 @@ class Axis:
             return wanted
         if self.distribution == "quniform" and self.arguments[2] <= 0:
             return f"the step must be above 0; {wanted}"
+        if self.distribution == "quniform" and self.arguments[1] - self.arguments[0] > MOST_STEPS * self.arguments[2]:
+            return f"there are more than {MOST_STEPS:,} steps; {wanted}"
         return None

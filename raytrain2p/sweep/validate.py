@@ -7,7 +7,7 @@ from raytrain2p.config.loading import nearest_key
 from raytrain2p.config.metadata import LIVE, SHARED, known_keys, metadata_of, settings_where
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
-from raytrain2p.sweep.settings import Sweep
+from raytrain2p.sweep.settings import MOST_TRIALS, Sweep
 from raytrain2p.sweep.space import Axis
 
 
@@ -37,6 +37,10 @@ def space_problems(sweep: Sweep) -> list[Problem]:
         )
     if options.search != "grid" and grids:
         findings.add(Problem(f"sweep.search={options.search}", f"{', '.join(grids)} is a grid", "set sweep.search=grid, or write `choice`"))
+    grid = math.prod(len(axis.values) for axis in sweep.axes if axis.values)
+    if options.search == "grid" and options.num_trials is None and grid > MOST_TRIALS:
+        what = f"the grid has {grid:,} combinations, and at most {MOST_TRIALS:,} trials are run: each is a run with a directory of its own"
+        findings.add(Problem("sweep.space", what, "leave out values, set sweep.num_trials, or set sweep.search=random"))
     if options.search != "grid" and options.num_trials is None:
         findings.add(Problem("sweep.num_trials", "is missing", "set it: only search=grid ends without it"))
     return findings.problems

@@ -143,3 +143,29 @@ def test_a_trial_is_started_again_by_the_sweep_alone(tmp_path: Path) -> None:
     said = problems(tmp_path, "launch.max_failures=2")
     assert "launch.max_failures=2" in said
     assert "set launch.max_failures=0 and sweep.max_failures=2" in said
+
+
+def test_a_grid_of_a_thousand_million_combinations_is_refused_and_never_made(tmp_path: Path) -> None:
+    values = {"grid": list(range(1, 1001))}
+    space = {"training.warmup_steps": values, "model.lora.rank": values, "model.lora.alpha": values}
+    said = problems(tmp_path, search="grid", num_trials=None, space=space)
+    assert "the grid has 1,000,000,000 combinations, and at most 10,000 trials are run" in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "distribution", "expected"),
+    [
+        ("training.warmup_steps", {"choice": list(range(1001))}, "at most 1,000 are taken"),
+        ("training.warmup_steps", {"randint": [0, 10**30]}, "less than or equal to"),
+        ("training.learning_rate", {"uniform": [1, 10**400]}, "required: uniform"),
+        ("training.learning_rate", {"quniform": [0.1, 1, 1e-300]}, "more than 1,000,000,000 steps"),
+    ],
+)
+def test_a_distribution_beyond_all_measure_is_refused(tmp_path: Path, setting: str, distribution: dict[str, Any], expected: str) -> None:
+    assert expected in problems(tmp_path, space={setting: distribution})
+
+
+def test_rungs_that_never_end_and_too_many_trials_are_refused(tmp_path: Path) -> None:
+    said = problems(tmp_path, num_trials=10**30, asha={"reduction_factor": 1.0000001})
+    assert "sweep.num_trials" in said
+    assert "sweep.asha.reduction_factor" in said
