@@ -10,6 +10,7 @@ from pathlib import Path
 
 from raytrain2p.config import base_directory
 from raytrain2p.config.cli import exit_code
+from raytrain2p.config.paths import is_embedded
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.media import MEDIA
 from raytrain2p.data.reading import question_record, read_records
@@ -24,7 +25,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run", default="latest", help="phase 2 run ID or its start, a directory, a model.pt, or `latest` (default)")
     for modality in MEDIA:
         parser.add_argument(f"--{modality}", action="append", default=[], metavar="FILE", help="may be given several times")
-    parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2; answers are not needed")
+    parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2, or emoji:SPLIT; answers are not needed")
     parser.add_argument("--root", default="checkpoints", help="where run directories are (output.root of training)")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer in tokens (default 32)")
     parser.add_argument("--batch-size", type=int, default=32, help="records per forward pass (default 32)")
@@ -67,7 +68,8 @@ def read(options: argparse.Namespace) -> list[Record]:
         InputError: no such file, or bad records.
     """
     if options.file is not None:
-        records = read_records(str(Path(options.file).absolute()), INSTRUCTION.number, "--file", answered=False)
+        path = options.file if is_embedded(options.file) else str(Path(options.file).absolute())
+        records = read_records(path, INSTRUCTION.number, "--file", answered=False)
     else:
         records = [question_record(options.question, {modality: getattr(options, modality) for modality in MEDIA})]
     return records

@@ -69,3 +69,9 @@ def test_the_module_exits_with_the_code(tmp_path: Path) -> None:
 
 def test_the_installed_command_is_the_module() -> None:
     assert tomllib.loads(PROJECT.read_text())["project"]["scripts"] == {"raytrain2p": "raytrain2p.__main__:main"}
+
+
+def test_predict_takes_an_embedded_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+    assert main(["predict", "--file", "emoji:val"]) == 2
+    assert "--run=latest\n    there is no finished run" in capsys.readouterr().err, "the records were read"

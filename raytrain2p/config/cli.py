@@ -1,5 +1,6 @@
 """Shared by all commands: `--help` texts of settings, exit codes, and errors of the user without a traceback."""
 
+import errno
 import io
 import json
 import os
@@ -68,6 +69,11 @@ def exit_code(command: Callable[[], int]) -> int:
         return UNREAD
     except InputError as error:
         print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"raytrain2p: {printable(str(error.filename))}: no file system takes so long a name", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("raytrain2p: stopped", file=sys.stderr)

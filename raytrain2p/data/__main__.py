@@ -9,6 +9,7 @@ from typing import Literal
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import BAD_INPUT, exit_code, printable
+from raytrain2p.config.paths import is_kind
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
 from raytrain2p.config.settings import DEFAULT_SOFT_TOKENS, InstructionModelSettings
@@ -23,8 +24,8 @@ from raytrain2p.models.pretrained import model_directory
 
 
 def positive(text: str) -> int:
-    """A number of at least 1, for argparse."""
-    if (number := int(text)) < 1:
+    """A number from 1 to a million, for argparse."""
+    if not 1 <= (number := int(text)) <= 10**6:
         raise ValueError
     return number
 
@@ -87,7 +88,7 @@ def describe_records(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad records or media, no such language model, or --png is no place for a file.
     """
-    if options.png and (Path(options.png).is_dir() or not Path(options.png).absolute().parent.is_dir()):
+    if options.png and (is_kind(Path(options.png), Path.is_dir) or not is_kind(Path(options.png).absolute().parent, Path.is_dir)):
         raise InputError(Problem(f"--png {options.png}", "is a directory, or in one that does not exist", "give the path of a file"))
     records = read_records(options.file, options.phase, "FILE")
     checked = {file: check_media(read_records(file, options.phase, "--test")) for file in options.test}
@@ -103,7 +104,10 @@ def describe_records(options: argparse.Namespace) -> int:
         lengths, learnt = Lengths("tokens", [len(one.ids) for one in encoded]), sum(sum(one.supervised) for one in encoded)
     print(printable(describe(records, media.keys, lengths, learnt, test)))
     if options.png:
-        plot_lengths(lengths, Path(options.png), options.file)
+        try:
+            plot_lengths(lengths, Path(options.png), options.file)
+        except OSError as error:
+            raise InputError(Problem(f"--png {options.png}", f"cannot be written: {error.strerror}", "give another path")) from None
     return 0
 
 
@@ -127,14 +131,11 @@ def chat_format(options: argparse.Namespace, loss_on: Literal["all", "last"] = "
     """
     where, directory = f"--language-model={options.language_model}", model_directory(options.language_model, "--language-model")
     try:
-        chat = load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
+        return load_chat_format(directory, dict.fromkeys(MEDIA, options.soft_tokens), options.system_prompt, loss_on)
     except Exception as error:  # transformers and foreign files: anything
         raise InputError(
             Problem(where, f"has no usable tokenizer: {' '.join(str(error).split())[:300]}", "take a language model")
         ) from None
-    if not chat.stop_ids:
-        raise InputError(Problem(where, "its tokenizer has no end token", "take a language model"))
-    return chat
 
 
 def check_records(options: argparse.Namespace) -> int:

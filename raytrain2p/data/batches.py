@@ -95,14 +95,18 @@ class StepSampler:
         total = self.steps * self.global_batch_size
         if self.sources is None or not total:
             return random.permutation(len(self.lengths))[:total]
-        counts = np.array([count for count, _ in self.sources])
-        weights = np.array([weight if count else 0.0 for count, weight in self.sources])
-        weights /= weights.max()  # the sum of the largest numbers would be infinite
-        shares = np.diff(np.rint(np.cumsum(weights) / weights.sum() * total).astype(np.int64), prepend=0)
+        counts, shares = np.array([count for count, _ in self.sources]), drawn_records(self.sources, total)
         firsts = np.cumsum(counts) - counts
         # resize repeats a random order as often as it fits, and then its beginning
         parts = [first + np.resize(random.permutation(count), share) for first, count, share in zip(firsts, counts, shares, strict=True)]
         return random.permutation(np.concatenate(parts))
+
+
+def drawn_records(sources: Sequence[tuple[int, float]], total: int) -> np.ndarray:
+    """Of `total` records of an epoch, how many are of each source (records, weight)."""
+    weights = np.array([weight if count else 0.0 for count, weight in sources])
+    weights /= weights.max()  # the sum of the largest numbers would be infinite
+    return np.diff(np.rint(np.cumsum(weights) / weights.sum() * total).astype(np.int64), prepend=0)
 
 
 class Ragged:

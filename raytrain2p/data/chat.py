@@ -212,7 +212,11 @@ class ChatFormat:
 def load_chat_format(
     directory: Any, soft_tokens: Mapping[str, int], system_prompt: str | None, loss_on: Literal["all", "last"] = "all"
 ) -> ChatFormat:
-    """The format of a model directory, with the stop tokens of its tokenizer and its generation config."""
+    """The format of a model directory, with the stop tokens of its tokenizer and its generation config.
+
+    Raises:
+        ValueError: there is no token that could end an answer. transformers raises anything for foreign files.
+    """
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
@@ -223,4 +227,6 @@ def load_chat_format(
     except OSError:
         pass  # no generation_config.json: only the tokenizer's end token
     stop_ids = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+    if not stop_ids:
+        raise ValueError("its tokenizer has no end token")
     return ChatFormat(tokenizer, stop_ids, soft_tokens, system_prompt, loss_on)

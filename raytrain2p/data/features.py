@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.data.media import MediaRef, decode
+from raytrain2p.data.media import MEDIA, MediaRef, decode
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, replaced, write_file
 from raytrain2p.storage.locks import Lock
@@ -30,6 +30,7 @@ from raytrain2p.storage.locks import Lock
 ITEM = np.dtype([("key", "S32"), ("positions", "<u4")])
 SHARD_ITEMS = 256
 FREE_SPACE = "free space there, or set data.feature_store to a directory on another disk"
+ENCODE_VALUES = 1 << 26  # pixels or samples in memory at once, after which a pass begins with fewer items
 ENCODE_ITEMS = 32  # items per forward pass; larger ones are no faster on a CPU and need more memory
 
 Encoder = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
@@ -215,9 +216,13 @@ class ShardWriter:
             for text, modality, source, row, place in zip(*columns, strict=True)
         ]
         grids: list[np.ndarray] = []
-        for start in range(0, len(items), ENCODE_ITEMS):
-            decoded = [decode(item) if isinstance(item, MediaRef) else item for item in items[start : start + ENCODE_ITEMS]]
-            grids += [grid.cpu().numpy() for grid in self.encoder(decoded)]
+        decoded, values = list[Any](), 0
+        for place, item in enumerate(items, 1):
+            decoded.append(decode(item) if isinstance(item, MediaRef) else item)
+            values += MEDIA[item.modality].values(decoded[-1]) if isinstance(item, MediaRef) else 0
+            if len(decoded) == ENCODE_ITEMS or values > ENCODE_VALUES or place == len(items):
+                grids += [grid.cpu().numpy() for grid in self.encoder(decoded)]
+                decoded, values = [], 0
         if not all(np.isfinite(grid).all() for grid in grids):
             what = "the encoder's output for some item has NaN or values beyond float16 (65504), which the store holds"
             return _result(what=what, fix="set data.features=online, or take another encoder")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.paths import is_kind
 
 PIECE = 1 << 20  # bytes read at once
 BATCH = 256  # rows of a Parquet file decoded at once: images are on the way through
@@ -39,15 +40,16 @@ def source_files(source: str, setting: str) -> list[Path]:
     """
     where = f"{setting}={source}"
     path = Path(source)
-    if path.is_dir():
+    if is_kind(path, Path.is_dir):
         raise InputError(Problem(where, "is a directory", "give a file, or a pattern such as DIRECTORY/*.parquet"))
-    is_pattern = glob.has_magic(source) and not path.exists()
+    is_pattern = glob.has_magic(source) and not is_kind(path, Path.exists)
     files = sorted(filter(Path.is_file, map(Path, glob.glob(source, recursive=True)))) if is_pattern else [path]  # noqa: PTH207
     if not files:
         raise InputError(Problem(where, "no file matches the pattern", "quote the pattern, so that the shell leaves it as it is"))
     for file in files:
-        if not file.is_file():
-            raise InputError(Problem(where, "no such file", f"give a {', '.join(READERS)} file, a pattern, or emoji:SPLIT"))
+        if not is_kind(file, Path.is_file):
+            what = "is a pipe or a device" if is_kind(file, Path.exists) else "no such file"
+            raise InputError(Problem(where, what, f"give a {', '.join(READERS)} file, a pattern, or emoji:SPLIT"))
         if file.suffix not in READERS:
             raise InputError(Problem(f"{setting}={file}", f"files of kind `{file.suffix}` are not read", f"give {' or '.join(READERS)}"))
     return files
@@ -75,7 +77,7 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
             if content:
                 where = f"{path}:{number}"
                 try:
-                    value = json.loads(content.decode())
+                    value = json.loads(content.decode(), object_pairs_hook=without_repeats)
                 except (ValueError, RecursionError) as error:
                     value = _torn(where, error, "write one JSON object per line")
                 yield RawRow(where, start + line.index(content), value)
@@ -83,7 +85,26 @@ def _jsonl_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _torn(where: str, error: Exception, fix: str) -> Problem:
+    if isinstance(error, RepeatedKeyError):
+        return Problem(where, str(error), "keep one of the two: readers of JSON differ in which they take")
     return Problem(where, f"is not JSON: {error}", fix, cause="is not JSON")
+
+
+class RepeatedKeyError(ValueError):
+    """An object has a key twice."""
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `json`, which would keep the last of equal keys.
+
+    Raises:
+        RepeatedKeyError: there are some.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise RepeatedKeyError(f"has the key `{ascii(twice)[1:-1]}` twice in one object")
+    return found
 
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
@@ -116,7 +137,11 @@ class _JsonText:
     """The text of a JSON file: the piece not yet taken, which begins at byte `offset` of the file."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self.stream, self.decoder, self.json = stream, codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+        self.stream, self.decoder, self.json = (
+            stream,
+            codecs.getincrementaldecoder("utf-8")(),
+            json.JSONDecoder(object_pairs_hook=without_repeats),
+        )
         self.offset = len(BYTE_ORDER_MARK) if stream.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0
         stream.seek(self.offset)
         self.buffer, self.place, self.ended = "", 0, False

@@ -9,7 +9,10 @@ import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Mapping
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,20 @@ TEXT = "text"  # the modality of what needs no reference
 RATES = (1_000, 1_000_000)  # samples per second of sound that is meant to be heard
 UNKNOWN_SIZE = 0xFFFFFFFF  # in the header of a WAV that was written as a stream
 FIRST_READ = 1 << 16  # bytes that are read of a JSON record at first; more if it is longer
+# What Pillow decodes itself. Of the others it decodes nothing (BUFR, GRIB, HDF5, MPEG), or starts a program: EPS runs Ghostscript.
+IMAGE_FORMATS = (
+    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF", "ICNS", "ICO", "IM", "JPEG", "JPEG2000"),
+    *("MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM", "PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM", "XVTHUMB"),
+)
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # for messages
+MOST_PIXELS = 178_956_970  # of an image, and values (samples x channels) of a clip: beyond it a few kilobytes can stand for gigabytes
+MOST_BYTES = 1 << 30  # of a file
+# Images and clips with more pixels or values are decoded one at a time: 8 threads with 12 bytes a pixel are 2 GB. Reentrant.
+LARGE, LARGE_ITEM = 1 << 24, threading.RLock()
+STRIP = 1 << 22  # pixels
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MOST_PIXELS is an error, below it nothing is to be said
+LARGE_GROUP = 1 << 28  # bytes of a column in a row group of Parquet, from which on only a part of it is kept
+BATCH, KEPT_BATCHES, PIECE = 8, 8, 1 << 20  # rows read at once, how many of them are kept for threads that are behind, and bytes
 READING = threading.Lock()  # threads that need one row group read it once, not once each
 
 
@@ -49,6 +66,8 @@ class MediaRef:
             ValueError: the item is not at that place any more.
         """
         if self.row is None:
+            if (size := Path(self.source).stat().st_size) > MOST_BYTES:
+                raise ValueError(f"has {size:,} bytes, the most that is read is {MOST_BYTES:,}")
             return Path(self.source).read_bytes()
         if self.source.endswith(".parquet"):
             column, _, rest = self.place.partition(".")
@@ -102,6 +121,8 @@ def _parquet_cell(source: str, column: str, row: int) -> Any:
     group = next(number for number in reversed(range(len(starts))) if starts[number] <= row)
     try:
         with READING:
+            if _group_bytes(source, column, group) > LARGE_GROUP:
+                return _passing(source, column, group).cell(row - starts[group])
             cells = _parquet_column(source, column, group)
         return cells[row - starts[group]].as_py()
     except (IndexError, KeyError):
@@ -113,6 +134,53 @@ def _group_starts(source: str) -> tuple[int, ...]:
     metadata = pq.ParquetFile(source).metadata
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     return tuple(np.cumsum([0, *rows[:-1]]).tolist())
+
+
+@functools.lru_cache(maxsize=64)
+def _group_bytes(source: str, column: str, group: int) -> int:
+    metadata = pq.ParquetFile(source).metadata.row_group(group)
+    leaves = [metadata.column(number) for number in range(metadata.num_columns)]
+    return int(sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema.partition(".")[0] == column))
+
+
+class _PassingColumn:
+    """A column of a row group that is too large to keep: a few of its rows, from which to move on. To go back, it is read anew."""
+
+    def __init__(self, source: str, column: str, group: int) -> None:
+        self.source, self.column, self.group = source, column, group
+        self.first, self.last = 0, 0  # rows that are kept
+        self.kept: deque[Any] = deque()
+        self.batches: Iterator[Any] = iter(())
+        self.restart()
+
+    def restart(self) -> None:
+        file = pq.ParquetFile(self.source, pre_buffer=False, buffer_size=PIECE)
+        self.batches = file.iter_batches(BATCH, row_groups=[self.group], columns=[self.column])
+        self.first = self.last = 0
+        self.kept.clear()
+
+    def cell(self, row: int) -> Any:
+        if row < self.first:
+            self.restart()
+        while row >= self.last:
+            batch = next(self.batches, None)
+            if batch is None:
+                raise IndexError(row)
+            self.kept.append(batch.column(0))
+            self.last += len(batch)
+            if len(self.kept) > KEPT_BATCHES:
+                self.first += len(self.kept.popleft())
+        place = row - self.first
+        for cells in self.kept:
+            if place < len(cells):
+                return cells[place].as_py()
+            place -= len(cells)
+        raise IndexError(row)
+
+
+@functools.lru_cache(maxsize=2)
+def _passing(source: str, column: str, group: int) -> _PassingColumn:
+    return _PassingColumn(source, column, group)
 
 
 @functools.lru_cache(maxsize=2)
@@ -142,11 +210,13 @@ class MediaKind:
     Args:
         decode: encoded bytes to what its encoder takes; raises OSError, ValueError or SyntaxError.
         size: a decoded item's size in words, for statistics.
+        values: its pixels or samples.
         show: a decoded item as an image, for plots.
     """
 
     decode: Callable[[bytes], Any]
     size: Callable[[Any], str]
+    values: Callable[[Any], int]
     show: Callable[[Any], Image.Image]
 
 
@@ -154,24 +224,50 @@ def decode_image(encoded: bytes) -> Image.Image:
     """Decode in full, to RGB, turned as its Exif tag says; transparent parts become white, 16 bits become 8.
 
     Raises:
-        ValueError: not an image, or one whose values have no known range. Pillow raises anything for damaged ones.
+        ValueError: not an image, a too large one, or one whose values have no known range. Pillow raises anything for damaged ones.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded))
-        image.load()
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_formats())  # reads the header alone
     except UnidentifiedImageError:
-        raise ValueError("not an image that Pillow knows") from None  # Pillow's text has an address in memory
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-    image = ImageOps.exif_transpose(image)
+        raise ValueError(f"not an image in a format that is read ({', '.join(COMMON_FORMATS)}, ...)") from None  # Pillow's has an address
+    except Image.DecompressionBombError:
+        raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that are read") from None
+    with _one_at_a_time(image.width * image.height, "pixels"):
+        return _rgb(image)
+
+
+def _one_at_a_time(values: int, unit: str) -> AbstractContextManager[object]:
+    if values > MOST_PIXELS:
+        raise ValueError(f"has {values:,} {unit}, the most that are read are {MOST_PIXELS:,}")
+    return LARGE_ITEM if values > LARGE else nullcontext()
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in IMAGE_FORMATS if name in Image.OPEN)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("I", "F"):
         raise ValueError("its values have 32 bits, and their range is not known: write it with 8 or 16")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
+        image = _on_white(image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In strips: copies of a whole large image would need gigabytes."""
+    result, rows = Image.new("RGB", image.size), max(1, STRIP // image.width)
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        layer = image.crop(box).convert("RGBA")
+        result.paste(Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB"), box)
+    return result
 
 
 @dataclass(frozen=True)
@@ -190,14 +286,15 @@ def decode_audio(encoded: bytes) -> Clip:
     """Decode WAV, FLAC, Ogg (Vorbis, Opus) or MP3; several channels are averaged. An MP3 that is cut off is a shorter one.
 
     Raises:
-        ValueError: not sound, truncated, empty, at an impossible rate, or with values that are not finite.
+        ValueError: not sound, too long, truncated, empty, at an impossible rate, or with values that are not finite.
     """
     import soundfile
 
     if encoded[:4] == b"RIFF" and len(encoded) - 8 < (size := int.from_bytes(encoded[4:8], "little")) < UNKNOWN_SIZE:
         raise ValueError(f"truncated: has {len(encoded):,} of {size + 8:,} bytes")  # libsndfile takes what is there
     try:
-        samples, rate = soundfile.read(io.BytesIO(encoded), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(encoded)) as file, _one_at_a_time(file.frames * file.channels, "values (samples x channels)"):
+            samples, rate = file.read(dtype="float32", always_2d=True).mean(axis=1), file.samplerate
     except soundfile.LibsndfileError as error:
         raise ValueError(error.error_string) from None  # without the prefix, which has an address in memory
     if not RATES[0] <= rate <= RATES[1]:
@@ -206,7 +303,7 @@ def decode_audio(encoded: bytes) -> Clip:
         raise ValueError("the clip has no samples")
     if not np.isfinite(samples).all():
         raise ValueError("the clip has samples that are not finite")
-    return Clip(samples.mean(axis=1), rate)
+    return Clip(samples, rate)
 
 
 def draw_wave(clip: Clip, width: int = 96, height: int = 96) -> Image.Image:
@@ -218,8 +315,10 @@ def draw_wave(clip: Clip, width: int = 96, height: int = 96) -> Image.Image:
 
 
 MEDIA: dict[str, MediaKind] = {
-    "image": MediaKind(decode_image, lambda image: f"{image.width} x {image.height}", lambda image: image),
-    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", draw_wave),
+    "image": MediaKind(
+        decode_image, lambda image: f"{image.width} x {image.height}", lambda image: image.width * image.height, lambda image: image
+    ),
+    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", lambda clip: len(clip.samples), draw_wave),
 }
 
 

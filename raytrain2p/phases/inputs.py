@@ -14,7 +14,7 @@ from torch import nn
 
 from raytrain2p.config import Findings, Problem, Settings
 from raytrain2p.config.settings import Source, TrainingSettings
-from raytrain2p.data.batches import MicroBatch, Ragged
+from raytrain2p.data.batches import MicroBatch, Ragged, drawn_records
 from raytrain2p.data.checks import check_media, foreign_marks
 from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padded
 from raytrain2p.data.media import MediaRef, decode
@@ -218,6 +218,18 @@ def check_global_batch(settings: Settings, records: int, findings: Findings) -> 
         )
 
 
+def check_shares(settings: Settings, shares: Sequence[SourceShare], findings: Findings) -> None:
+    """A weight may be so small that no record of its source is ever drawn: each epoch takes the same number."""
+    steps = sum(share.records for share in shares) // settings.training.global_batch_size
+    if not steps or len(shares) < len(settings.data.train) or all(share.weight is None for share in shares):
+        return
+    drawn = drawn_records([(share.records, share.weight or 1.0) for share in shares], steps * settings.training.global_batch_size)
+    for source, share, count in zip(settings.data.train, shares, drawn, strict=True):
+        if share.records and not count:
+            what = f"its weight {source.weight or 1.0:g} is so small beside the others that no record of it is ever drawn"
+            findings.add(Problem(f"data.train={source.path}", what, "raise it, or leave the source out"))
+
+
 def described(sources: Iterable[Source]) -> str:
     """Sources as a user wrote them, for messages."""
     return ", ".join(source.path for source in sources)
@@ -271,7 +283,8 @@ class MediaTable:
         if isinstance(self.source, FeatureTable):
             return self.source.gather(items) if len(items) else padded([])
         assert preprocess is not None, "call phase.online first"
-        return preprocess([decode(self.source[item]) for item in items]) if len(items) else []
+        # one by one: an image may be large until it is resized
+        return [tensor for item in items for tensor in preprocess([decode(self.source[item])])]
 
 
 def media_table(

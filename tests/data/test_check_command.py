@@ -140,3 +140,9 @@ def test_output_whose_reader_went_away_or_whose_encoding_lacks_characters_ends_w
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(120) == 141
+
+
+def test_a_plot_that_cannot_be_written_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "good.jpg").write_bytes(jpeg())
+    assert main(["stats", pairs(tmp_path, "good.jpg"), "--phase", "1", "--png", "/proc/plot.png"]) == 2
+    assert "--png /proc/plot.png\n    cannot be written" in capsys.readouterr().err

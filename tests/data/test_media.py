@@ -2,17 +2,24 @@
 
 import base64
 import io
+import resource
+import struct
+import time
+import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import soundfile
+from PIL import EpsImagePlugin, Image, ImageFile
 
 from raytrain2p.data import media
 from raytrain2p.data.checks import check_media, examine
-from raytrain2p.data.media import MEDIA, MediaRef, content_key, decode, decode_audio, decode_image, item_bytes
+from raytrain2p.data.media import IMAGE_FORMATS, MEDIA, MediaRef, content_key, decode, decode_audio, decode_image, item_bytes
 from raytrain2p.data.reading import read_records
 from raytrain2p.data.records import USER, Message, Record
 
@@ -72,7 +79,7 @@ def test_torn_media_and_other_files_have_a_cause_and_whole_ones_none(tmp_path: P
     whole = encoded("red", "JPEG", size=64)
     assert examine(saved(tmp_path / "whole.jpg", whole)).fault is None
     assert "truncated" in (examine(saved(tmp_path / "torn.jpg", whole[:-40])).fault or "")
-    assert examine(saved(tmp_path / "text.jpg", b"no image at all")).fault == "does not decode: not an image that Pillow knows"
+    assert "not an image in a format that is read (PNG, JPEG" in (examine(saved(tmp_path / "text.jpg", b"no image at all")).fault or "")
     assert examine(saved(tmp_path / "empty.jpg", b"")).fault
     assert examine(MediaRef("image", str(tmp_path / "absent.jpg"))).fault == "cannot be read: No such file or directory"
     assert examine(saved(tmp_path / "whole.wav", sound(), "audio")).fault is None
@@ -182,3 +189,110 @@ def test_an_item_that_cannot_be_read_hides_no_other(tmp_path: Path) -> None:
     assert [problem.where for problem in checked.problems] == [f"{path}:1", f"{path}:2"]
     assert "red.png cannot be read: No such file or directory" in checked.problems[0].what
     assert [ref.modality for ref in checked.keys] == ["audio"]
+
+
+def grey_png(width: int, height: int) -> bytes:
+    """An image of any size in a few kilobytes: black, one bit a pixel."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    compressor = zlib.compressobj(9)
+    row = bytes(1 + (width + 7) // 8)
+    pixels = b"".join([*(compressor.compress(row) for _ in range(height)), compressor.flush()])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", b"\xc5\xd0\xd3\xc6" + bytes(60)])
+def test_postscript_never_reaches_ghostscript(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "gs"
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # looked up anew
+    with pytest.raises(ValueError, match=r"not an image in a format that is read \(PNG"):
+        decode_image(content)
+    assert not (tmp_path / "started").exists()
+
+
+def test_every_format_that_is_read_is_decoded_by_pillow_itself() -> None:
+    """Stubs hand an image to a program that an application registers, EPS to Ghostscript, WMF to Windows."""
+    Image.init()
+    for name in IMAGE_FORMATS:
+        reader = Image.OPEN[name][0]
+        assert not isinstance(reader, type) or not issubclass(reader, (ImageFile.StubImageFile, EpsImagePlugin.EpsImageFile)), name
+
+
+@pytest.mark.parametrize(("width", "height"), [(40_000, 40_000), (13_400, 13_400), (2**31 - 1, 2**31 - 1)])
+def test_an_image_that_would_need_gigabytes_is_refused_by_its_header(width: int, height: int) -> None:
+    small = grey_png(8, 8)
+    header = small[:16] + struct.pack(">II", width, height) + small[24:29]
+    content = header + struct.pack(">I", zlib.crc32(header[12:])) + small[33:]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "178,956,970" in (examine_bytes(content) or "")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "kilobytes"
+
+
+def examine_bytes(content: bytes) -> str | None:
+    with NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        return examine(MediaRef("image", file.name)).fault
+
+
+def test_large_images_are_decoded_one_at_a_time_and_small_ones_beside_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight threads, each with an image of 178 megapixels, took 10 GB."""
+    monkeypatch.setattr(media, "LARGE", 100)
+    real, active, most = Image.Image.convert, Counter[bool](), Counter[bool]()
+
+    def slow(image: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+        large = image.width * image.height > 100
+        active[large] += 1
+        most[large] = max(most[large], active[large])
+        time.sleep(0.02)
+        active[large] -= 1
+        return real(image, *arguments, **options)
+
+    monkeypatch.setattr(Image.Image, "convert", slow)
+    refs = [saved(tmp_path / f"{number}.png", grey_png(side, side)) for number, side in enumerate([5, 20] * 8)]
+    assert not check_media([Record("here", (Message(USER, tuple(refs)),))]).problems
+    assert most[True] == 1
+    assert most[False] > 1
+
+
+def test_a_large_transparent_image_is_put_on_white_in_strips_and_looks_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 23, 4), np.uint8), "RGBA")
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    whole = decode_image(buffer.getvalue())
+    monkeypatch.setattr(media, "STRIP", 100)
+    assert decode_image(buffer.getvalue()) == whole
+    assert whole == Image.alpha_composite(Image.new("RGBA", noise.size, "white"), noise).convert("RGB")
+
+
+def test_sound_of_absurd_length_is_refused_by_its_header() -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.zeros(48_000, np.int16), 48_000, format="FLAC")
+    content = bytearray(buffer.getvalue())
+    content[21] |= 0x0F  # the upper bits of the number of samples: 64 thousand million
+    with pytest.raises(ValueError, match=r"values \(samples x channels\), the most that are read are 178,956,970"):
+        decode_audio(bytes(content))
+
+
+def test_a_file_that_is_larger_than_memory_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "sparse.png").open("wb") as file:
+        file.truncate(1 << 40)
+    assert "has 1,099,511,627,776 bytes, the most that is read is" in (examine(MediaRef("image", str(tmp_path / "sparse.png"))).fault or "")
+
+
+def test_a_large_row_group_is_read_in_passing_from_any_place_by_any_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row group of 1 GB took 3.6 GB of memory."""
+    monkeypatch.setattr(media, "LARGE_GROUP", 0)
+    path = write_parquet(tmp_path / "a.parquet", *({"image": {"bytes": bytes([number]), "path": None}} for number in range(250)), group=200)
+    refs = [MediaRef("image", str(path), number, "image") for number in range(250)]
+    kept = media._passing(str(path), "image", 0)
+    with ThreadPoolExecutor(8) as pool:
+        assert [content[0] for content in pool.map(MediaRef.read, refs)] == list(range(250))
+    assert sum(map(len, kept.kept)) <= media.BATCH * media.KEPT_BATCHES
+    assert [refs[number].read()[0] for number in (199, 3, 249, 100, 0)] == [199, 3, 249, 100, 0]

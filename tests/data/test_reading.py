@@ -397,3 +397,19 @@ def test_an_unknown_split_of_the_embedded_set_names_the_valid_ones() -> None:
     (problem,) = caught.value.problems
     assert problem.where == "data.test=emoji:test"
     assert all(split in problem.fix for split in EMBEDDED["emoji"].splits)
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_a_key_that_comes_twice_is_a_bad_record(tmp_path: Path, image: str, name: str) -> None:
+    """Python's reader of JSON takes the last one, others the first."""
+    rows = [f'{{"text": "a", "image": "{image}"}}', f'{{"text": "a", "image": "{image}", "text": "b"}}']
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("jsonl") else f"[{', '.join(rows)}]")
+    scan = scan_source(str(tmp_path / name), 1)
+    assert len(scan.records) == 1
+    assert [problem.what for problem in scan.problems] == ["has the key `text` twice in one object"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "x/" * 3000 + "a.jsonl", "a\0.jsonl", "x" * 300 + "*.jsonl"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(InputError):
+        scan_source(name, 1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import Problem
+from raytrain2p.config.paths import is_kind
 from raytrain2p.data.media import MEDIA, MediaRef, item_bytes
 
 LONGEST_SHOWN = 200  # characters of a value in a message
@@ -30,15 +31,8 @@ class RecordFile:
         key = (modality, name)
         if key not in self.media_files:
             path = self.folder / name
-            self.media_files[key] = MediaRef(modality, str(path)) if _is_file(path) else None
+            self.media_files[key] = MediaRef(modality, str(path)) if is_kind(path, Path.is_file) else None
         return self.media_files[key]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long for a file name, or not a name at all
-        return False
 
 
 class Row:

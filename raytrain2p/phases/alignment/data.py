@@ -26,6 +26,7 @@ from raytrain2p.phases.inputs import (
     SourceShare,
     check_global_batch,
     check_modalities,
+    check_shares,
     media_table,
     read_media_keys,
     read_splits,
@@ -130,6 +131,7 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
     check_trained(read.splits.get(TRAIN, []), specs, findings)
     media_keys = read_media_keys(read.splits.values(), specs, stores, findings)
     check_global_batch(settings, len(read.splits.get(TRAIN, [])), findings)
+    check_shares(settings, read.shares, findings)
     findings.raise_any()
     inputs = AlignmentInputs(read.splits, read.shares, media_keys, (), read.notes, settings)
     items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in specs}
