@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from raytrain2p.config.metadata import FIXED, FREE, LIVE, SHARED, VARIES, Metadata, setting
 from raytrain2p.config.problems import InputError, Problem
 
 MOST = 2**31 - 1  # of what is counted: arrays of numbers, Ray and MLflow hold no more
 WIDEST = 32_768  # of a layer: wider ones would need the memory of the largest language models
+LONGEST_NAME, LONGEST_PATH = 255, 4000
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
 ImageSide = Annotated[int, Field(gt=0, le=8192)]
@@ -19,7 +20,15 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_SOFT_TOKENS = 16
 NAMES_A_MODEL = "a hub ID, a packaged name, or a local directory, whose path is resolved when settings are loaded"
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _named(text: str) -> str:
+    if len(text) > LONGEST_PATH or any(len(part.encode(errors="replace")) > LONGEST_NAME for part in text.split("/")):
+        raise ValueError(f"has more than {LONGEST_PATH} characters, or more than {LONGEST_NAME} bytes in one name: no file system takes it")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_named)]  # of a path or a name
 ModelName = Annotated[Text, NAMES_A_MODEL]
 
 # Metadata that most settings of a group share; the exceptions stand beside the field.

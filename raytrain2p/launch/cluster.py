@@ -13,7 +13,7 @@ import ray
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.quiet import muted_stderr
-from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus
+from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory
 
 SECONDS_TO_ANSWER = 5.0
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
@@ -47,16 +47,20 @@ def existing_address() -> str | None:
     """The address of a running cluster, if there is one: RAY_ADDRESS (`local`: none), or a cluster of `ray start` on this machine.
 
     Raises:
-        InputError: the cluster of RAY_ADDRESS does not answer.
+        InputError: the cluster of RAY_ADDRESS does not answer, or it is `auto` and there is none on this machine.
     """
-    if address := os.environ.get("RAY_ADDRESS"):
+    if (address := os.environ.get("RAY_ADDRESS")) and address != "auto":
         if address == "local":
             return None
         if not answers(address):
             raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray cluster answers there", "start the cluster, or unset RAY_ADDRESS"))
         return address
-    address = find_bootstrap_address(None)  # still recorded after the cluster was killed
-    return str(address) if address and answers(address) else None
+    found = find_bootstrap_address(None)  # still recorded after the cluster was killed
+    if found and answers(found):
+        return str(found)
+    if address == "auto":
+        raise InputError(Problem("RAY_ADDRESS=auto", "no Ray cluster runs on this machine", "start one, or unset RAY_ADDRESS"))
+    return None
 
 
 def answers(address: str) -> bool:
@@ -119,7 +123,13 @@ def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
 
 def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
     """The same for a cluster that would be started here, before it is; an existing one is checked in `connected`."""
-    return [] if existing_address() is not None else check_capacity(launch, local_capacity())
+    if existing_address() is not None:
+        return []
+    problems, memory = check_capacity(launch, local_capacity()), get_system_memory() // 1024**2
+    if launch.object_store_mb > memory:
+        what = f"is more than the {memory:,} MB of memory that this machine has"
+        problems.append(Problem(f"launch.object_store_mb={launch.object_store_mb}", what, "set it lower; the default is enough for most"))
+    return problems
 
 
 @contextmanager
@@ -144,13 +154,13 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     try:
         with muted_stderr(verbose):
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: the object store leaves too little memory
         reason = " ".join(str(error).split())[:300]
         raise InputError(
             Problem(
                 f"Ray at {address}",
                 f"cannot be used: {reason}",
-                "check RAY_ADDRESS and RAY_AUTH_MODE, or stop the cluster that does not answer",
+                "check RAY_ADDRESS, RAY_AUTH_MODE and launch.object_store_mb, or stop the cluster that does not answer",
             )
         ) from None
     try:

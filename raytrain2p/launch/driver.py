@@ -15,6 +15,7 @@ from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.settings import InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.monitor import PreparedSplits, train
+from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
@@ -78,6 +79,7 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
     if run is not None:
         with findings:
             check_resumable(run, settings, inputs.digests if inputs is not None else None)
+    findings.extend(place_problems(settings, is_new=run is None, jobs=inputs.jobs if inputs is not None else ()))
     findings.raise_any()
     assert inputs is not None
     for note in inputs.notes:
@@ -130,6 +132,8 @@ def run_to_resume(settings: Settings, launch_id: str, phase: int) -> Run | None:
     Raises:
         InputError: it is a run of the other phase.
     """
+    if place_problem("output.root", settings.output.root):
+        return None  # `check` reports it
     run = recorded_run(settings.output.root, launch_id)
     if run is not None and run.phase != PHASES[phase].name:
         what = f"belongs to {run.phase} run {run.run_id}; required is one of phase {phase}"

@@ -25,6 +25,9 @@ from ray._private.services import find_bootstrap_address  # isort: skip
 # `ray.cluster_resources` needs a Ray that runs: too many workers are refused before one is started.
 from ray._private.utils import get_num_cpus  # isort: skip
 
+# The memory that `ray.init` would count, for the same reason.
+from ray._common.utils import get_system_memory  # isort: skip
+
 CHECKED_VERSION = "2.60.0"
 
 __all__ = [
@@ -35,4 +38,5 @@ __all__ = [
     "TrainController",
     "find_bootstrap_address",
     "get_num_cpus",
+    "get_system_memory",
 ]

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModel
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.models.audio_encoder import AudioEncoder
-from raytrain2p.models.frozen_encoder import FrozenEncoder, first_line
+from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.image_encoder import ImageEncoder
-from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.pretrained import first_line, model_directory
 from raytrain2p.models.text_encoder import TextEncoder
 
 ENCODERS: dict[str, type[FrozenEncoder]] = {encoder.modality: encoder for encoder in (ImageEncoder, AudioEncoder, TextEncoder)}
@@ -63,12 +63,17 @@ class EncoderSpec:
         """
         try:
             encoder = self.build()
-            return len(encoder([encoder.sample])[0])
+            features = encoder([encoder.sample])[0]
         except InputError:
             raise
         except Exception as error:  # a foreign model's own code: it may raise anything
             what = f"does not encode {self.modality}: {type(error).__name__}: {first_line(error)}"
             raise InputError(Problem(self.where, what, "take another encoder")) from None
+        if encoder.missing and not features.isfinite().all():
+            what = f"its output depends on weights that are not in its files, among these {len(encoder.missing):,}: "
+            what += ", ".join(encoder.missing[:5])
+            raise InputError(Problem(self.where, what, "download it again, or take another encoder"))
+        return len(features)
 
     def width(self) -> int:
         """D, from the model's configuration alone.
@@ -79,7 +84,7 @@ class EncoderSpec:
         directory = self.directory()
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RecursionError) as error:
             raise InputError(Problem(self.where, f"transformers cannot read its configuration: {first_line(error)}")) from None
         part = getattr(config, ENCODERS[self.modality].config_part, None) or config
         sizes = getattr(part, "hidden_sizes", None)  # convolutional networks list one width per stage

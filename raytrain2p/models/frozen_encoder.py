@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.models.pretrained import fingerprint
+from raytrain2p.models.pretrained import fingerprint, first_line, load_pretrained
 
 FEATURE_DTYPE = torch.float16  # of stored and online features, so that both give equal results
 
@@ -41,10 +41,8 @@ class FrozenEncoder:
         self.where = where
         self.options = {key: value for key, value in options.items() if value is not None}
         self.device = torch.device(device or default_device())
-        try:
-            model = AutoModel.from_pretrained(directory, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(Problem(where, f"transformers cannot load it: {first_line(error)}")) from None
+        model, self.missing = load_pretrained(AutoModel, directory, where, dtype=torch.float32)
+        spoil(model, self.missing)
         self.model = self.encoder_of(model).eval().requires_grad_(False).to(self.device)
         try:
             self.load_preprocessing(directory)
@@ -109,5 +107,13 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+@torch.no_grad()
+def spoil(model: torch.nn.Module, names: Sequence[str]) -> None:
+    """Weights that were not in the files become NaN in place of random numbers: what depends on them shows in the output.
+
+    Many encoders lack a part that is not used here, such as the pooler of a ViT.
+    """
+    weights = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name in names:
+        if name in weights and weights[name].is_floating_point():
+            weights[name].fill_(torch.nan)

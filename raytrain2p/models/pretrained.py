@@ -4,8 +4,10 @@ import functools
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from raytrain2p.config import InputError, Problem, cache_directory
+from raytrain2p.config.paths import is_kind
 from raytrain2p.models.packaged import PACKAGED_MODELS, packaged_directory
 from raytrain2p.storage.files import write_file
 
@@ -24,9 +26,12 @@ def model_directory(name: str, setting: str = "model") -> Path:
         InputError: it is none of the three, or cannot be downloaded.
     """
     if name in PACKAGED_MODELS:
-        return packaged_directory(name)
+        try:
+            return packaged_directory(name)
+        except OSError as error:
+            raise InputError(cache_problem(error)) from None
     local = Path(name).expanduser()
-    directory = local.absolute() if local.is_dir() else _from_hub(name, setting)
+    directory = local.absolute() if is_kind(local, Path.is_dir) else _from_hub(name, setting)
     if not (directory / "config.json").is_file():
         raise InputError(Problem(f"{setting}={name}", "the directory has no config.json", "give a directory written by save_pretrained()"))
     _refuse_foreign_code(directory, f"{setting}={name}")
@@ -37,7 +42,7 @@ def _refuse_foreign_code(directory: Path, where: str) -> None:
     """A model may bring Python files that its configuration names. They are never run: `trust_remote_code=False` everywhere."""
     try:
         config = json.loads((directory / "config.json").read_text())
-    except ValueError:
+    except (ValueError, RecursionError):
         return  # transformers says what is wrong
     if isinstance(config, dict) and "auto_map" in config:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -68,6 +73,36 @@ def _from_hub(name: str, setting: str) -> Path:
     return path
 
 
+def load_pretrained(kind: Any, directory: Path, where: str, **options: Any) -> tuple[Any, list[str]]:
+    """A model, and the names of its weights that the directory lacks.
+
+    With `device_map="meta"` only the heads of the files are read: all is checked, and no weight takes memory.
+
+    Args:
+        kind: AutoModel or the like.
+        where: the setting and its value, for messages.
+
+    Raises:
+        InputError: the weights are cut off, not there, or of other shapes than config.json says.
+    """
+    fix = "download it again, or take another model"
+    try:
+        model, found = kind.from_pretrained(
+            directory, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # foreign code and foreign files: anything
+        raise InputError(Problem(where, f"transformers cannot load it: {first_line(error)}", fix)) from None
+    if mismatched := sorted(found["mismatched_keys"], key=lambda one: str(one[0])):
+        (name, stored, configured), more = mismatched[0], len(mismatched) - 1
+        what = f"its weight {name} is {tuple(stored)}, by its config.json it would be {tuple(configured)}"
+        raise InputError(Problem(where, what + (f", and {more:,} more like it" if more else ""), fix))
+    return model, sorted(found["missing_keys"])
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def context_length(directory: Path) -> int:
     """Tokens that a language model takes at most; a million if its configuration does not say."""
     from transformers import AutoConfig
@@ -93,6 +128,11 @@ def fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_problem(error: OSError) -> Problem:
+    """The cache of models and fingerprints cannot be written to."""
+    return Problem(f"RAYTRAIN2P_CACHE={cache_directory()}", f"cannot be written to: {error.strerror}", "set it to a directory that can be")
+
+
 def _file_sha256(path: Path) -> str:
     """Cached by size and modification time: hashing tens of gigabytes at each start would take minutes."""
     stat = path.stat()
@@ -104,6 +144,9 @@ def _file_sha256(path: Path) -> str:
         pass
     with path.open("rb") as stream:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    write_file(cached, found)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_file(cached, found)
+    except OSError as error:
+        raise InputError(cache_problem(error)) from None
     return found

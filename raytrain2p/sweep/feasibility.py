@@ -8,6 +8,7 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_aligner
+from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import check_resumable
 from raytrain2p.phases.inputs import PhaseInputs, check_global_batch
@@ -47,6 +48,8 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
             with suppress(InputError):  # reported already
                 check_global_batch(sweep.settings({axis.setting: value}), next(iter(inputs_by_key.values())).records, findings)
     findings.extend(rung_problems(sweep, inputs_by_key))
+    jobs = [job for inputs in inputs_by_key.values() for job in inputs.jobs]
+    findings.extend(place_problems(sweep.base, is_new=True, jobs=jobs))
     findings.raise_any()
     return sweep, inputs_by_key
 

@@ -1,15 +1,27 @@
 """Bad input is reported by the driver, all problems at once, with exit code 2, and writes nothing."""
 
+import errno
 import json
+import os
+import shutil
+import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from raytrain2p import train
+from raytrain2p.config import InputError
+from raytrain2p.data.features import FeatureStore
 from raytrain2p.launch.cluster import existing_address
+from raytrain2p.models import frozen_encoder, pretrained
+from tests.conftest import byte_tokenizer
 from tests.launch.launching import Command
 
 Refuse = Callable[..., str]
@@ -158,3 +170,159 @@ def test_a_dry_run_starts_nothing_and_prints_the_sizes(
         assert part in output, part
     assert not (tmp_path / "checkpoints").exists()
     assert not ray.is_initialized()
+
+
+def place(tmp_path: Path, kind: str) -> str:
+    """A directory that cannot be made or written to, whoever the user is."""
+    (tmp_path / "file").write_text("")
+    return {"file": f"{tmp_path}/file", "below a file": f"{tmp_path}/file/below", "virtual": "/proc/nowhere", "long": "x" * 300}[kind]
+
+
+@pytest.mark.parametrize("kind", ["file", "below a file", "virtual", "long"])
+@pytest.mark.parametrize("setting", ["output.root", "data.feature_store", "tracking.uri", "RAYTRAIN2P_CACHE"])
+def test_a_place_that_cannot_be_written_to_is_refused(
+    refused: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, kind: str
+) -> None:
+    folder = place(tmp_path, kind)
+    monkeypatch.setattr(pretrained, "fingerprint", pretrained.fingerprint.__wrapped__)  # not remembered from another test
+    monkeypatch.setattr(frozen_encoder, "fingerprint", pretrained.fingerprint)
+    if setting == "RAYTRAIN2P_CACHE":
+        monkeypatch.setenv(setting, folder)
+        output = refused(1)
+    else:
+        output = refused(1, f"{setting}={f'sqlite:///{folder}/mlflow.db' if setting == 'tracking.uri' else folder}")
+    assert "1 problem;" in output
+    assert setting in output
+    assert folder[:100] in output
+
+
+def test_a_read_only_feature_store_is_refused_only_if_something_must_be_encoded(
+    refused: Refuse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "features").mkdir()
+    real = tempfile.TemporaryFile
+
+    def read_only(dir: Path) -> Any:
+        if dir.name == "features":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))  # root may write anywhere else
+        return real(dir=dir)
+
+    monkeypatch.setattr("raytrain2p.launch.places.tempfile.TemporaryFile", read_only)
+    assert "Read-only file system" in refused(1)
+    monkeypatch.setattr(FeatureStore, "missing", lambda self, items: [])
+    assert "features" not in refused(1, "launch.cpus_per_worker=4096")
+
+
+def test_a_pipe_or_a_device_in_place_of_records_is_refused_and_never_read(refused: Refuse, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
+    output = refused(1, "data.train=pipe.jsonl", "data.val=device.jsonl")
+    assert output.count("is a pipe or a device") == 2
+
+
+def test_a_name_that_no_file_system_takes_is_refused(refused: Refuse) -> None:
+    for setting in ("data.train", "output.root", "model.encoders.image", "tracking.experiment"):
+        assert "more than 255 bytes in one name" in refused(1, f"{setting}={'x' * 300}")
+    assert "no file system takes so long a name" in refused(1, "--resume", "x" * 300)
+
+
+def test_an_object_store_larger_than_memory_is_refused_before_ray_starts(refused: Refuse) -> None:
+    assert "MB of memory that this machine has" in refused(1, "launch.object_store_mb=1000000000")
+
+
+def test_a_source_that_is_never_drawn_is_refused(refused: Refuse, shapes: Path) -> None:
+    sources = f"[{{path: {shapes}/phase1.jsonl}}, {{path: {shapes}/phase1.jsonl, weight: 1.0e-9}}]"
+    assert "its weight 1e-09 is so small beside the others that no record of it is ever drawn" in refused(1, f"data.train={sources}")
+
+
+def test_ray_address_auto_is_the_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("raytrain2p.launch.cluster.find_bootstrap_address", lambda folder: address)
+        assert existing_address() == address
+    with pytest.raises(InputError, match="no Ray cluster runs on this machine"):
+        existing_address()
+
+
+@pytest.fixture
+def spoilt(tmp_path: Path) -> Callable[[Path, str], Path]:
+    """A copy of a model with something wrong in its files."""
+
+    def copied(model: Path, what: str) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(model, folder)
+        weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+        tensors = load_file(weights)
+        if what == "cut off":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        elif what == "not there":
+            weights.unlink()
+        elif what == "another shape":
+            (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+        elif what == "a layer less":
+            (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+        elif what == "a shard less":
+            names = sorted(tensors)
+            save_file({name: tensors[name] for name in names[1:]}, folder / "model-1.safetensors", {"format": "pt"})
+            weights.unlink()
+            index = {name: f"model-{int(name != names[0])}.safetensors" for name in names}
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        elif what == "deep":
+            (folder / "config.json").write_text("[" * 100_000)
+        return folder
+
+    return copied
+
+
+SPOILT = {
+    "cut off": "cannot load it",
+    "not there": "cannot load it: Error no file named model.safetensors",
+    "another shape": "by its config.json it would be",
+    "a layer less": "weights",
+    "a shard less": "cannot load it: No such file or directory",
+    "deep": "recursion",
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_a_language_model_with_spoilt_files_is_refused(
+    refused: Refuse, aligner: Path, spoilt: Callable[[Path, str], Path], tiny_llama: Path, what: str
+) -> None:
+    folder = spoilt(tiny_llama, what)
+    output = refused(2, f"model.aligner={aligner}", f"model.language_model={folder}")
+    assert f"model.language_model={folder}" in output
+    assert SPOILT[what] in output
+    assert "1 problem;" in output
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_an_encoder_with_spoilt_files_is_refused(refused: Refuse, spoilt: Callable[[Path, str], Path], tiny_vit: Path, what: str) -> None:
+    folder = spoilt(tiny_vit, what)
+    output = refused(1, f"model.encoders.image={folder}")
+    assert f"model.encoders.image.name={folder}" in output
+    assert SPOILT[what] in output
+    assert "1 problem;" in output
+
+
+def test_flash_attention_without_its_package_is_refused(refused: Refuse, aligner: Path) -> None:
+    output = refused(2, f"model.aligner={aligner}", "model.attention=flash_attention_2")
+    assert "the package flash-attn is not installed" in output
+
+
+@pytest.mark.parametrize("targets", ["[nothing]", "[]", "[q_proj, nothing]", "'['", "[input_layernorm]"])
+def test_adapters_that_fit_no_module_are_refused_with_the_names_that_would(refused: Refuse, aligner: Path, targets: str) -> None:
+    output = refused(2, f"model.aligner={aligner}", f"model.lora.target_modules={targets}")
+    assert "model.lora.target_modules=" in output
+    assert "linear modules of this language model: down_proj, gate_proj" in output
+
+
+def test_adapters_that_peft_refuses_for_an_architecture_are_refused(refused: Refuse, aligner: Path, tmp_path: Path) -> None:
+    tokenizer, folder = byte_tokenizer(), tmp_path / "mamba2"
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1}
+    Mamba2ForCausalLM(Mamba2Config(vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, **shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    output = refused(2, f"model.aligner={aligner}", f"model.language_model={folder}")
+    assert "peft refuses it" in output
+    assert "out_proj" in output

@@ -35,7 +35,7 @@ def test_the_installed_version_of_ray_is_the_one_that_was_checked() -> None:
 def test_each_private_name_comes_from_ray(name: str) -> None:
     found = getattr(ray_private, name)
     assert callable(found)
-    assert found.__module__.startswith(("ray._private", "ray.train.v2._internal"))
+    assert found.__module__.startswith(("ray._private", "ray._common", "ray.train.v2._internal"))
 
 
 @pytest.mark.parametrize("kind", OVERRIDDEN, ids=lambda kind: kind.__name__)

@@ -1,19 +1,23 @@
 """Checks of the models that phase 2 puts together: aligner, encoders, language model."""
 
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.config.settings import LoraSettings
 from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.artifacts import check_fingerprint, load_artifact
+from raytrain2p.models.assistant import with_adapters
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
-from raytrain2p.models.pretrained import context_length, fingerprint
+from raytrain2p.models.pretrained import context_length, fingerprint, first_line, load_pretrained
 
 
 def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
@@ -110,9 +114,54 @@ def checked_language_model(settings: InstructionSettings, directory: Path, modal
                 "take another model; if its template refuses system messages, set model.system_prompt=null",
             )
         ) from None
-    if not chat.stop_ids:
-        raise InputError(Problem(f"model.language_model={model.language_model}", "its tokenizer has no end token", "take another model"))
     return chat
+
+
+def check_weights(settings: InstructionSettings, directory: Path) -> None:
+    """The language model must have all its weights, and take its adapters and its attention kernel.
+
+    Only the heads of the weights' files are read.
+
+    Raises:
+        InputError: it does not.
+    """
+    model, findings = settings.model, Findings()
+    if model.attention == "flash_attention_2":
+        fix = "set model.attention=auto"
+        if importlib.util.find_spec("flash_attn") is None:
+            findings.add(Problem("model.attention=flash_attention_2", "the package flash-attn is not installed", f"install it, or {fix}"))
+        if not settings.launch.use_gpu:
+            findings.add(Problem("model.attention=flash_attention_2", "needs GPUs, and launch.use_gpu is false", fix))
+    with findings:
+        where = f"model.language_model={model.language_model}"
+        empty, missing = load_pretrained(AutoModelForCausalLM, directory, where, device_map="meta")
+        if missing:
+            what = f"lacks {len(missing):,} of its weights, such as {missing[0]}"
+            raise InputError(Problem(where, what, "download it again, or take another model"))
+        if model.tuning == "lora":
+            check_adapters(model.lora, empty)
+    findings.raise_any()
+
+
+def check_adapters(lora: LoraSettings, empty: Any) -> None:
+    """Adapters must have modules that peft takes for this language model, which is without memory for its weights.
+
+    Raises:
+        InputError: a target is not there, or peft refuses it.
+    """
+    targets = lora.target_modules
+    where, names = f"model.lora.target_modules={targets}", [name for name, _ in empty.named_modules()]
+    linear = {name.rpartition(".")[2] for name, module in empty.named_modules() if isinstance(module, torch.nn.Linear)}
+    fix = f"linear modules of this language model: {', '.join(sorted(linear)) or 'none'}"
+    absent = [one for one in targets if not any(f".{name}".endswith(f".{one}") for name in names)] if isinstance(targets, list) else []
+    if absent or not targets:
+        what = f"no module is named {', '.join(absent)}" if absent else "names no module"
+        raise InputError(Problem(where, what, fix))
+    try:
+        with torch.device("meta"):
+            with_adapters(empty, lora.model_dump())
+    except Exception as error:  # peft raises many kinds
+        raise InputError(Problem(where, f"peft refuses it: {first_line(error)}", fix)) from None
 
 
 def longest_record(directory: Path, wanted: int | None) -> int:

@@ -32,6 +32,7 @@ from raytrain2p.phases.inputs import (
     SourceShare,
     check_global_batch,
     check_modalities,
+    check_shares,
     media_table,
     read_media_keys,
     read_splits,
@@ -40,6 +41,7 @@ from raytrain2p.phases.instruction.checks import (
     check_encoder,
     check_encoders,
     check_soft_tokens,
+    check_weights,
     checked_language_model,
     encoder_specs,
     longest_record,
@@ -164,6 +166,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
         directory = model_directory(model.language_model, "model.language_model")
         chat = checked_language_model(settings, directory, specs)
         limit = longest_record(directory, model.max_length)
+        check_weights(settings, directory)
     read = read_splits(settings, 2, findings)
     splits = read.splits
     used = {ref.modality for records in splits.values() for record in records for ref in record.media()}
@@ -187,6 +190,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
                 if name == TRAIN:
                     shares = kept_shares(shares, fitting.kept)
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
+    check_shares(settings, shares, findings)
     findings.raise_any()
     items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in stores}
     if settings.data.features == "stored":
