@@ -243,7 +243,8 @@ def test_a_run_of_the_other_phase_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path, FIRST, "20260101_120000")
-    assert "has no run.json" in no_run(tmp_path, FIRST, "alignment")
+    with pytest.raises(InputError, match=r"has no run\.json: an older version made it"):
+        find_run(str(tmp_path), ["alignment"], FIRST, "--resume")
 
 
 def test_run_directories_are_listed_by_time_without_other_directories(tmp_path: Path) -> None:
