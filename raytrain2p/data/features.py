@@ -77,10 +77,10 @@ def read_items(path: Path) -> np.ndarray:
     failure leaves it.
 
     Raises:
-        ValueError, OSError: it is not.
+        Exception: it is not.
     """
     listed = np.frombuffer(path.read_bytes(), ITEM)
-    features = np.load(path.with_suffix(".npy"), mmap_mode="r")  # raises for a header that is none, and for a file that is cut off
+    features = np.lib.format.open_memmap(path.with_suffix(".npy"), mode="r")  # raises for another header, and for a file cut off
     if features.ndim != 2 or features.dtype.kind != "f" or not len(listed) or len(features) != listed["positions"].sum():
         raise ValueError(f"features of shape {features.shape} do not fit a list of {len(listed)} items")
     if not features[-1].any():
@@ -111,7 +111,7 @@ class FeatureStore:
             shard = str(items.with_suffix(".npy"))
             try:
                 listed = read_items(items)
-            except (ValueError, OSError) as error:
+            except Exception as error:  # numpy raises many kinds for a damaged header
                 self.damaged.append(f"features are computed again: {shard} is damaged ({' '.join(str(error).split())[:100]}); remove it")
                 continue
             ends = np.cumsum(listed["positions"], dtype=np.int64)

@@ -73,7 +73,10 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report
 
 def is_run_directory(path: Path) -> bool:
     """Whether a path is that of a run's directory, be it damaged, wherever it is."""
-    return RunDirectory(path).record.exists() or (path.is_dir() and RUN_DIRECTORY.fullmatch(path.absolute().name) is not None)
+    try:
+        return RunDirectory(path).record.exists() or (path.is_dir() and RUN_DIRECTORY.fullmatch(path.absolute().name) is not None)
+    except OSError:  # too long for a path, for example
+        return False
 
 
 def find_runs(root: str, wanted: Sequence[str], report: Callable[[str], None] = print_line) -> list[Run]:

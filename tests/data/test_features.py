@@ -160,3 +160,32 @@ def test_the_writer_encodes_media_and_texts_in_their_order(store: FeatureStore, 
     assert sizes == [ENCODE_ITEMS, 1]
     table = store.table([key("image"), key("131"), key("100")])
     assert table.gather(range(3)).values[:, 1, 2].tolist() == [7, 131, 100]
+
+
+@pytest.mark.parametrize("part", [".items", ".npy"])
+@pytest.mark.parametrize("damage", ["empty", "zeros", "truncated", "zeros at the end", "foreign", "missing"])
+def test_a_damaged_shard_is_named_and_its_items_are_missing(store: FeatureStore, part: str, damage: str) -> None:
+    fill(store, {"a": 1})
+    fill(store, {"b": 2})
+    shard = Path(FeatureStore(store.directory.parent, "f" * 64).places()[key("b")][0])
+    path = shard.with_suffix(part)
+    content = path.read_bytes()
+    if damage == "missing":
+        if part == ".items":
+            return  # such a shard is ignored: its writer was killed
+        path.unlink()
+    else:
+        size = len(content)
+        spoilt = {
+            "empty": b"",
+            "zeros": bytes(size),
+            "truncated": content[:-3],
+            "zeros at the end": content[:-8] + bytes(8),
+            "foreign": b"something else",
+        }
+        path.write_bytes(spoilt[damage])
+    assert store.missing([key("a"), key("b")]) == [key("b")]
+    (line,) = store.damaged
+    assert f"features are computed again: {shard} is damaged" in line
+    fill(store, {"b": 3})
+    assert store.table([key("b")]).gather([0]).values[0, 0, 0] == 3
