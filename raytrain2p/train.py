@@ -53,7 +53,7 @@ def train(options: argparse.Namespace) -> int:
         settings, options.launch_id = resumed(settings, options)
 
     # Imported here: `--help` and wrong settings need none of them.
-    from raytrain2p.launch.driver import check, launch
+    from raytrain2p.launch.driver import check, launch, run_to_resume
     from raytrain2p.launch.dry_run import dry_run
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
@@ -62,7 +62,8 @@ def train(options: argparse.Namespace) -> int:
 
     console = Console()
     if options.dry_run:
-        print(dry_run(*check(settings, options.phase, console)))
+        run = run_to_resume(settings, options.launch_id, options.phase) if options.launch_id else None
+        print(dry_run(*check(settings, options.phase, console, run)))
         return 0
     try:
         outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
@@ -90,9 +91,9 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     if options.launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "each of them names the run to resume", "give one of them"))
     run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
-    config = run.files.config
-    if options.config is None and config.is_file():
-        settings = load_settings(options.phase, config, options.overrides)
+    run.files.check()
+    if options.config is None and run.files.read_config() is not None:
+        settings = load_settings(options.phase, run.files.config, options.overrides)
     check_password(settings.tracking.uri)
     check_in_place(run, settings.output.root, f"--resume {options.resume}")
     return settings, run.launch_id

@@ -41,7 +41,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
         InputError: there is none, or it cannot be resumed with these settings.
     """
     from raytrain2p.config.phases import SWEEPS
-    from raytrain2p.sweep.results import check_unchanged
+    from raytrain2p.sweep.results import TrialRecords, check_unchanged
     from raytrain2p.tracking.find import check_in_place, find_run
     from raytrain2p.tracking.mlflow_store import check_password
 
@@ -49,6 +49,8 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
         what = "a sweep is resumed with its own settings"
         raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
     run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
+    run.files.check()
+    TrialRecords(run.path, sweep.base.output.root).trials()
     if (before := run.files.read_config()) is not None:
         sweep = load_sweep(run.files.config, options.overrides)
         check_unchanged(run, sweep, before)

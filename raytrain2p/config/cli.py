@@ -80,6 +80,11 @@ def exit_code(command: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
+def report(line: str) -> None:
+    """Print a line for the user beside a command's output."""
+    print(printable(f"raytrain2p: {line}"), file=sys.stderr)
+
+
 # All but tab and newline; two ranges change the direction of text, and half characters cannot be printed.
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 

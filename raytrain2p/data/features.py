@@ -76,6 +76,19 @@ def _mapped(shard: str) -> np.ndarray:
     return np.load(shard, mmap_mode="r")
 
 
+def read_items(path: Path) -> np.ndarray:
+    """The list of items of a shard, if the shard is whole: as large as its items need.
+
+    Raises:
+        Exception: it is not.
+    """
+    listed = np.frombuffer(path.read_bytes(), ITEM)
+    features = np.lib.format.open_memmap(path.with_suffix(".npy"), mode="r")  # raises for another header, and for a file cut off
+    if features.ndim != 2 or features.dtype.kind != "f" or not len(listed) or len(features) != listed["positions"].sum():
+        raise ValueError(f"features of shape {features.shape} do not fit a list of {len(listed)} items")
+    return listed
+
+
 class FeatureStore:
     """The features of one encoder.
 
@@ -88,17 +101,23 @@ class FeatureStore:
         self.directory = Path(root) / fingerprint[:32]
         self._places: dict[bytes, tuple[str, int, int]] = {}  # content key to shard, first position, number of positions
         self._read: set[str] = set()  # shards whose items are in it
+        self.damaged: list[str] = []  # a line for the user about each damaged shard, whose items count as not stored
 
     def places(self) -> Mapping[bytes, tuple[str, int, int]]:
         """The place of each stored item. Only shards that are new since the last call are read."""
         for items in sorted(self.directory.glob("*.items")):
             if items.name in self._read:
                 continue
-            listed, shard = np.frombuffer(items.read_bytes(), ITEM), str(items.with_suffix(".npy"))
+            self._read.add(items.name)
+            shard = str(items.with_suffix(".npy"))
+            try:
+                listed = read_items(items)
+            except Exception as error:  # numpy raises many kinds for a damaged header
+                self.damaged.append(f"features are computed again: {shard} is damaged ({' '.join(str(error).split())[:100]}); remove it")
+                continue
             ends = np.cumsum(listed["positions"], dtype=np.int64)
             for key, start, count in zip(listed["key"], (ends - listed["positions"]).tolist(), listed["positions"].tolist(), strict=True):
                 self._places[bytes(key).ljust(32, b"\0")] = (shard, start, count)  # numpy strips zero bytes at the end
-            self._read.add(items.name)
         return self._places
 
     def table(self, keys: Iterable[bytes]) -> FeatureTable:

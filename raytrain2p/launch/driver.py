@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ray
 
-from raytrain2p.config import Findings, InputError, Problem, Settings
+from raytrain2p.config import Findings, InputError, Problem, Settings, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.settings import InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
@@ -96,7 +96,7 @@ def resolve_aligner(settings: Settings, console: Console, run: Run | None = None
         return settings
     wanted = settings.model.aligner
     if run is not None and wanted == "latest" and (config := run.files.read_config()):
-        wanted = config["model"]["aligner"]
+        wanted = str(flatten_tree(config).get("model.aligner", wanted))
     path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings))
     console.say(f"aligner: {path}")
     return with_aligner(settings, path)
@@ -177,6 +177,8 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
     cpus = 1 if settings.launch.use_gpu else max(1, int(free // workers))
     for job in inputs.jobs:
         computed = 0
+        for line in job.store.damaged:
+            console.say(line)
         if job.store.missing(job.items):
             say_if_waiting(cpus * workers, console)
             with console.progress_bar(f"encoding {job.modality}") as progress:

@@ -1,6 +1,6 @@
 """Resuming a run: whether its settings and inputs allow it, and whether it is finished already."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 
 from pydantic import ValidationError
 
@@ -8,7 +8,7 @@ from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tr
 from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, described, planned_steps
-from raytrain2p.storage.files import read_json
+from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
@@ -22,8 +22,9 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
         digests: of the inputs; None if they could not be read.
 
     Raises:
-        InputError: every setting that differs and must not, and other inputs; or the run is of an older version.
+        InputError: every setting that differs and must not, and other inputs; or the run is damaged, or of an older version.
     """
+    run.files.check()
     config = run.files.read_config()
     if config is None:
         return  # it ended before it wrote its settings, and so before it trained
@@ -60,7 +61,8 @@ def _changed_records(run: Run, digests: InputDigests) -> str | None:
 
 def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | None:
     """The outcome of a finished run, unless these settings ask for more steps."""
-    outcome, status = read_json(run.files.result), run.files.read_status()
+    outcome = read_as(run.files.result, Outcome, "remove it: the run is then evaluated again")
+    status = run.files.read_status()
     config = run.files.read_config()
     if outcome is None or config is None or status["status"] != "FINISHED":
         return None
@@ -71,4 +73,4 @@ def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | No
     planned, trained = (planned_steps(one.training, records) for one in (settings, before))
     if planned > trained:
         return None
-    return Outcome(**outcome)
+    return Outcome(**{field.name: outcome[field.name] for field in fields(Outcome)})

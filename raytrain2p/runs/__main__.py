@@ -4,8 +4,8 @@ import argparse
 import importlib
 import sys
 
-from raytrain2p.config import load_settings
-from raytrain2p.config.cli import FAILED, exit_code
+from raytrain2p.config import InputError, Problem, load_settings
+from raytrain2p.config.cli import FAILED, exit_code, printable
 
 # Verb: module whose `update` does it, and what it does
 VERBS = {
@@ -32,7 +32,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (MLflow is away, or still lacks something) or 2 (bad input); 130 after Ctrl-C."""
+    """Run the command and return its exit code: 0, 1 (MLflow still lacks something, or a run is damaged) or 2 (bad input); 130 after
+    Ctrl-C."""
     options = parse(arguments)
     return exit_code(lambda: update(options.verb, options.words))
 
@@ -44,18 +45,29 @@ def update(verb: str, words: list[str]) -> int:
         words: runs, and settings as `key=value`.
 
     Raises:
-        InputError: a setting is wrong, or a name fits no run.
+        InputError: a setting is wrong, a name fits no run, or there are no runs at all.
     """
     overrides = [word for word in words if "=" in word]
     settings = load_settings(1, None, overrides)
     from raytrain2p.tracking.find import find_runs
+    from raytrain2p.tracking.run import has_launches
 
-    runs = find_runs(settings.output.root, [word for word in words if "=" not in word])
+    root, damaged = settings.output.root, list[str]()
+    runs = find_runs(root, [word for word in words if "=" not in word], damaged.append)
+    if not runs and not damaged and not (verb == "reconcile" and has_launches(root)):
+        raise InputError(Problem(f"output.root={root}", "has no runs", f"name another: python -m raytrain2p.runs {verb} output.root=DIR"))
+    for line in damaged:
+        say(line)
     given = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
     module, _ = VERBS[verb]  # imported here: `--help` does not wait for MLflow
-    complete: int = importlib.import_module(module).update(runs, settings, given)
-    print(f"{complete} of {len(runs)} runs are complete in MLflow")
-    return 0 if complete == len(runs) else FAILED
+    complete: int = importlib.import_module(module).update(runs, settings, given, say)
+    every = len(runs) + len(damaged)
+    print(f"{complete} of {every} runs are complete in MLflow")
+    return 0 if complete == every else FAILED
+
+
+def say(line: str) -> None:
+    print(printable(line))
 
 
 if __name__ == "__main__":

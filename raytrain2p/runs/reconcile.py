@@ -4,23 +4,25 @@ from collections.abc import Callable, Sequence
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import one_line
-from raytrain2p.runs.sync import sync
+from raytrain2p.runs.sync import sync, update_each
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
+from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs, store_exists
 from raytrain2p.tracking.run import LAUNCH_TAG, ROOT_TAG, Run, launch_lock, recorded_run
 
 
-def update(runs: Sequence[Run], settings: Settings, uri: str | None) -> int:
+def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Callable[[str], None]) -> int:
     """Reconcile the runs, and those that MLflow alone has. Returns how many of `runs` are complete in MLflow, or under way.
 
     Args:
         uri: tracking URI, if the user gave one.
+        report: called with lines for the user.
     """
     root = settings.output.root
-    complete = sum([reconcile(run, root, uri, print) for run in runs])
+    complete = update_each(reconcile, runs, root, uri, report)
     if store_exists(settings.tracking.uri):
-        reconcile_unborn(root, settings.tracking.uri, print)
+        reconcile_unborn(root, settings.tracking.uri, report)
     return complete
 
 
@@ -44,7 +46,12 @@ def reconcile_unborn(root: str, uri: str, report: Callable[[str], None]) -> None
         client = client_of(uri)
         for found in running_runs(client, ROOT_TAG, root):
             launch_id = found.data.tags.get(LAUNCH_TAG, "")
-            if recorded_run(root, launch_id) is None and not launch_lock(root, launch_id).is_held():
+            try:
+                unborn = recorded_run(root, launch_id) is None
+            except DamagedFileError as error:
+                report(f"{found.info.run_name} {found.info.run_id[:8]}  left alone, its launch's record is damaged: {error.line}")
+                continue
+            if unborn and not launch_lock(root, launch_id).is_held():
                 client.set_terminated(found.info.run_id, "FAILED")
                 report(f"{found.info.run_name} {found.info.run_id[:8]}  orphaned before it had a directory: FAILED")
     except STORE_ERRORS as error:

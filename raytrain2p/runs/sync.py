@@ -5,19 +5,34 @@ from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Settings
 from raytrain2p.config.secrets import one_line
+from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, check_password
 from raytrain2p.tracking.mlflow_sync import MlflowSync, RunDirectoryError, reporting_run_disk_errors
 from raytrain2p.tracking.run import Run
 
+Verb = Callable[[Run, str, str | None, Callable[[str], None]], bool]
 
-def update(runs: Sequence[Run], settings: Settings, uri: str | None) -> int:
+
+def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Callable[[str], None]) -> int:
     """Send the runs. Returns how many of them are complete in MLflow, or under way.
 
     Args:
         uri: tracking URI, if the user gave one.
+        report: called with lines for the user.
     """
-    return sum([sync(run, settings.output.root, uri, print) for run in runs])
+    return update_each(sync, runs, settings.output.root, uri, report)
+
+
+def update_each(verb: Verb, runs: Sequence[Run], root: str, uri: str | None, report: Callable[[str], None]) -> int:
+    """Apply a verb to each run; a damaged one is reported and does not hinder the others. Returns for how many it returned True."""
+    complete = 0
+    for run in runs:
+        try:
+            complete += verb(run, root, uri, report)
+        except DamagedFileError as error:
+            report(f"{run.phase} {run.run_id[:8]}  damaged: {error.line}")
+    return complete
 
 
 def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:
@@ -41,6 +56,8 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
                 holder = stack.enter_context(run.files.lock.held(5.0))  # another `sync` may have it
             if holder is None:
                 mlflow_sync.send()
+    except DamagedFileError:
+        raise
     except InputError as error:
         report(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].fix}")
         return False
@@ -50,8 +67,10 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
     except STORE_ERRORS as error:
         report(f"{name}  MLflow is away: {one_line(error)}")
         return False
+    for line in mlflow_sync.damage:
+        report(f"{name}  damaged: {line}")
     report(f"{name}  sent, {run.files.read_status()['status']}")
-    return mlflow_sync.complete()
+    return mlflow_sync.complete() and not mlflow_sync.damage
 
 
 def tracking_uri(run: Run, given: str | None) -> str:

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 # What file systems answer that cannot sync a directory: network and FUSE mounts among them.
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+# What a path answers at which there is no file that this process may read. Other errors are the disk's.
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -40,11 +42,34 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The value that `write_json` wrote; None if the file does not exist."""
+    """The value that `write_json` wrote; None if the file does not exist.
+
+    Raises:
+        ValueError: it cannot have written that, or it cannot be read. The text is what is wrong, in a few words.
+        OSError: the disk has failed.
+    """
     try:
-        return json.loads(path.read_text())
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno not in NOT_A_FILE:
+            raise
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+    if not content.strip(b"\0"):
+        raise ValueError("has zero bytes alone, as after a power failure" if content else "is empty")
+    try:
+        value = json.loads(content.decode())
+        json.dumps(value, ensure_ascii=False).encode()  # half characters can be neither printed nor written again
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"is not UTF-8 text ({error.reason})") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not JSON: {error}") from None
+    if value is None:
+        raise ValueError("is `null`")
+    return value
 
 
 def link_file(source: Path, path: Path) -> None:

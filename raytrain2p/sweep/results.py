@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raytrain2p.config import InputError, Problem, flatten_tree
+from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.metadata import FREE, belongs_to, settings_where
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.config.settings import SettingsGroup
-from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.sweep.space import Values
+from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.run import Run, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
@@ -69,6 +70,7 @@ class TrialResult:
     reason: str = ""
     lineage: tuple[Inheritance, ...] = ()
     values: Values = field(default_factory=dict)  # the current ones, after any inheritance
+    damage: str = ""  # a line about a damaged file of its run: the trial counts as failed
 
     def best(self, mode: str) -> tuple[int, float] | None:
         """Step and value of the best report."""
@@ -106,11 +108,26 @@ class TrialRecords:
         write_json(self.folder / f"{trial.number:03d}.json", asdict(trial))
 
     def trials(self) -> list[Trial]:
-        """In the order of their numbers."""
-        return sorted((Trial(**read_json(path)) for path in self.folder.glob("*.json")), key=lambda trial: trial.number)
+        """In the order of their numbers.
+
+        Raises:
+            InputError: every damaged record.
+        """
+        findings, found = Findings(), list[Trial]()
+        for path in self.folder.glob("[0-9]*.json"):
+            with findings:
+                found.append(self._read(path))
+        findings.raise_any()
+        return sorted(found, key=lambda trial: trial.number)
 
     def trial(self, number: int) -> Trial:
-        return Trial(**read_json(self.folder / f"{number:03d}.json"))
+        return self._read(self.folder / f"{number:03d}.json")
+
+    def _read(self, path: Path) -> Trial:
+        record = read_as(path, Trial)
+        if f"{record['number']:03d}" != path.stem:
+            raise damaged(path, f"is the record of trial {record['number']}")
+        return Trial(record["number"], record["values"], record["launch_id"])
 
     def give_up(self, number: int, reason: str) -> None:
         """Record that a trial failed and is not tried again. (A run with the status FAILED may be tried again.)"""
@@ -123,8 +140,11 @@ class TrialRecords:
         """The results so far, from the trial's run directory."""
         if trial.number in self.over:
             return self.over[trial.number]
-        run = recorded_run(self.root, trial.launch_id)
-        result = read_trial_result(trial, run) if run is not None and run.path.is_dir() else TrialResult(trial, values=trial.values)
+        try:
+            run = recorded_run(self.root, trial.launch_id)
+            result = read_trial_result(trial, run) if run is not None and run.path.is_dir() else TrialResult(trial, values=trial.values)
+        except DamagedFileError as error:
+            result = TrialResult(trial, FAILED, values=trial.values, damage=error.line)
         if (self.folder / f"{trial.number:03d}.failed").is_file() and result.state not in OVER:
             result = replace(result, state=FAILED)
         if result.state in OVER:
@@ -157,11 +177,20 @@ def state_of(status: str, reason: str) -> str:
 
 
 def read_lineage(directory: Path) -> Iterator[Inheritance]:
-    """The inheritances of a trial, the oldest first."""
+    """The inheritances of a trial, the oldest first.
+
+    Raises:
+        DamagedFileError: a line is damaged.
+    """
     path = RunDirectory(directory).lineage
     if path.is_file():
-        for line in path.read_text().splitlines():
-            yield Inheritance(**json.loads(line))
+        for line in path.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                raise damaged(path, "has a line that is not JSON") from None
+            check_shape(path, row, Inheritance)
+            yield Inheritance(**{key: row[key] for key in Inheritance.__dataclass_fields__})
 
 
 def add_inheritance(directory: Path, inheritance: Inheritance) -> None:

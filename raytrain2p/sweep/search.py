@@ -6,6 +6,7 @@ The records of the trials (`TrialRecords`) are the truth. A driver that starts m
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
+from raytrain2p.config.cli import report as print_line
 from raytrain2p.sweep.results import FAILED, FINISHED, OVER, Trial, TrialResult
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Axis, Values
@@ -131,27 +133,34 @@ class Search:
         return params
 
 
-def open_journal(path: Path) -> JournalStorage:
+def open_journal(path: Path, report: Callable[[str], None] = print_line) -> JournalStorage:
     """The storage of a study. The caller holds the sweep's launch lock: no other process writes to it.
 
-    A lock file is thus one that a killed driver left: Optuna would wait 30 s for it. A journal with a torn line is started again:
+    A lock file is thus one that a killed driver left: Optuna would wait 30 s for it. A damaged journal is started again:
     all that it held is in the records too.
+
+    Args:
+        report: called with a line for the user about a damaged journal.
     """
     Path(f"{path}.lock").unlink(missing_ok=True)
-    if path.is_file() and not is_intact(path):
-        path.unlink()
-    return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
+    if path.exists() and not is_intact(path):
+        report(f"{path} is damaged: the study is made again from the records of the trials")
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return _storage(path)
 
 
 def is_intact(journal: Path) -> bool:
-    """Whether each line is whole: a disk that is full cuts one off."""
+    """Whether each line is whole, and Optuna can read them: a disk that is full cuts one off."""
     try:
-        text = journal.read_text()
-        for line in text.splitlines():
-            json.loads(line)
-    except ValueError:
+        content = journal.read_bytes()
+        _storage(journal)
+    except Exception:  # whatever Optuna raises for a foreign line
         return False
-    return not text or text.endswith("\n")
+    return not content or content.endswith(b"\n")
+
+
+def _storage(path: Path) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(str(path), JournalFileOpenLock(str(path))))
 
 
 def fixed_values(sweep: Sweep) -> list[Values]:

@@ -59,10 +59,13 @@ class SweepTuner:
         """
         self.finalizer.settle_known()
         known = self.records.results()
+        for result in known:
+            if result.damage:
+                self.console.say(f"trial {result.trial.number} is damaged and counts as failed: {result.damage}")
         unfinished = [replace(result.trial, values=result.values) for result in known if result.state not in OVER]
         if known:
             self.console.say(f"resuming: {len(known) - len(unfinished)} trials are over, {len(unfinished)} were begun")
-        search = Search(self.sweep, open_journal(self.job.parent.files.study), known)
+        search = Search(self.sweep, open_journal(self.job.parent.files.study, self.console.say), known)
         queue = TrialQueue(unfinished, len(known), search, self._begin, self.records.result)
         table = LiveTable(self.records, self.sweep, self.job.channel, self.console)
         with table, StopSignals() as signals:

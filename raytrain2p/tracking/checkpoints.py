@@ -88,7 +88,7 @@ def resumable_checkpoint(directory: Path) -> tuple[Path | None, list[str]]:
     """
     complaints: list[str] = []
     for path in [directory / LAST, *sorted(directory.glob(BEST))]:
-        if path.is_file():
+        if path.exists():
             if (reason := damage(path)) is None:
                 return path, complaints
             complaints.append(f"{path} is damaged ({reason})")
@@ -101,7 +101,9 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if (bad := archive.testzip()) is not None:  # compares checksums, which torch.load does not
                 return f"checksum of {bad} is wrong"
-        torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            return "it is another file: it has no weights to resume from"
     except Exception as error:  # a truncated file raises many kinds of errors
         return " ".join(f"{type(error).__name__}: {error}".split())[:120]
     return None

@@ -1,19 +1,19 @@
 """Finding runs and their artifacts: by path, by run ID or its start, or the latest; and which of them are alive."""
 
-import re
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS, Phase
-from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_lock, recorded_run
-from raytrain2p.tracking.run_directory import RUN_ID_LENGTH, RunDirectory
+from raytrain2p.config.cli import report as print_line
+from raytrain2p.config.phases import SWEEPS, Phase
+from raytrain2p.tracking.damage import DamagedFileError, damaged
+from raytrain2p.tracking.run import RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, recorded_run
+from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, RunDirectory
 
-RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
-RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 SILENCE = 120.0  # seconds after which a run on another machine counts as dead, where locks do not reach across machines
 
 
@@ -28,7 +28,26 @@ def is_trial(directory: Path) -> bool:
     return SWEEP_TAG in RunDirectory(directory).tags()
 
 
-def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
+def read_run(directory: Path) -> Run:
+    """The run of a directory, wherever that is now.
+
+    Raises:
+        DamagedFileError: its run.json is damaged, or missing.
+    """
+    files = RunDirectory(directory)
+    record = files.read_record()
+    if record is None:
+        what = "has no run.json: an older version made it, or its launch was killed before it recorded the run"
+        raise damaged(directory, what, "choose another run; this directory may be removed")
+    return replace(Run.from_record(record, files.record), directory=str(directory))
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether no file is in a run directory: its launch was killed in the moment before it recorded the run, and finds it again."""
+    return directory.is_dir() and not any(path.is_file() for path in directory.rglob("*"))
+
+
+def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report: Callable[[str], None] = print_line) -> Run:
     """A run by its directory, its run ID, the start of one, or `latest`: the newest that is not a trial of a sweep.
 
     Args:
@@ -36,19 +55,15 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run
         phases: names of the phases that it may belong to.
         wanted: as the user gave it.
         setting: where `wanted` came from, for messages.
+        report: called with a line for each damaged run that `latest` passes over.
 
     Raises:
-        InputError: no run fits, or several do.
+        InputError: no run fits, or several do, or the one that fits is damaged.
     """
     phases = tuple(phases)
     path = Path(wanted).expanduser()
-    directory = path.absolute() if RunDirectory(path).record.is_file() else _one(run_directories(root, phases), wanted, root, setting)
-    record = RunDirectory(directory).read_record()
-    if record is None:
-        raise InputError(
-            Problem(f"{setting} {wanted}", f"{directory} has no run.json: this version did not write it", "choose another run")
-        )
-    run = replace(Run.from_record(record), directory=str(directory))  # it may have been moved
+    named = path.absolute() if is_run_directory(path) else None
+    run = read_run(named) if named else _one(run_directories(root, phases), wanted, root, setting, report)
     if run.phase not in phases:
         raise InputError(
             Problem(f"{setting} {wanted}", f"is a run of {run.phase}; required is one of {' or '.join(phases)}", "choose another run")
@@ -56,16 +71,37 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run
     return run
 
 
-def find_runs(root: str, wanted: Sequence[str]) -> list[Run]:
+def is_run_directory(path: Path) -> bool:
+    """Whether a path is that of a run's directory, be it damaged, wherever it is."""
+    try:
+        return RunDirectory(path).record.exists() or (path.is_dir() and RUN_DIRECTORY.fullmatch(path.absolute().name) is not None)
+    except OSError:  # too long for a path, for example
+        return False
+
+
+def find_runs(root: str, wanted: Sequence[str], report: Callable[[str], None] = print_line) -> list[Run]:
     """The runs and sweeps named, or all, the oldest first.
+
+    Args:
+        report: called with a line for each damaged one, which is left out.
 
     Raises:
         InputError: a name fits no run, or several.
     """
-    if wanted:
-        return [find_run(root, RUN_FOLDERS, name, "RUN") for name in wanted]
-    records = [RunDirectory(directory).read_record() for directory in run_directories(root, RUN_FOLDERS)]
-    return [Run.from_record(record) for record in records if record is not None]
+    everything = (directory for directory in run_directories(root, RUN_FOLDERS) if not is_empty(directory))
+    named = [partial(find_run, root, RUN_FOLDERS, name, "RUN", report) for name in wanted]
+    return list(_undamaged(named or [partial(read_run, directory) for directory in everything], report))
+
+
+def _undamaged(readers: Iterable[Callable[[], Run]], report: Callable[[str], None]) -> Iterator[Run]:
+    """What the readers return; for a damaged run a line is reported instead."""
+    for read in readers:
+        try:
+            run = read()
+        except DamagedFileError as error:
+            report(error.line)
+        else:
+            yield run
 
 
 def is_alive(run: Run, root: str) -> bool:
@@ -74,8 +110,8 @@ def is_alive(run: Run, root: str) -> bool:
     if launch_lock(root, run.launch_id).is_held() or lock.is_held():
         return True
     if (sweep := run.files.tags().get(SWEEP_TAG)) is not None:
-        records = [RunDirectory(directory).read_record() for directory in Path(root, SWEEPS).glob(f"{sweep}_*")]
-        if any(launch_lock(root, record["launch_id"]).is_held() for record in records if record is not None):
+        parents = [directory for directory in run_directories(root, [SWEEPS]) if directory.name.startswith(sweep)]
+        if any(launch_lock(root, read_run(directory).launch_id).is_held() for directory in parents):
             return True
     elsewhere = run.files.read_status()["host"] not in ("", socket.gethostname())
     return elsewhere and lock.path.is_file() and time.time() - lock.path.stat().st_mtime < SILENCE
@@ -93,12 +129,14 @@ def check_in_place(run: Run, root: str, setting: str) -> None:
         raise InputError(Problem(setting, f"{run.path} is recorded as {where}: it was moved", "move it back"))
 
 
-def _one(runs: list[Path], wanted: str, root: str, setting: str) -> Path:
-    fitting = (
-        [run for run in runs if not is_trial(run)][-1:] if wanted == "latest" else [run for run in runs if run.name.startswith(wanted)]
-    )
+def _one(runs: list[Path], wanted: str, root: str, setting: str, report: Callable[[str], None]) -> Run:
+    if wanted == "latest":
+        newest_first = _undamaged([partial(read_run, directory) for directory in reversed(runs)], report)
+        if (newest := next((run for run in newest_first if not is_trial(run.path)), None)) is not None:
+            return newest
+    fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) == 1:
-        return fitting[0]
+        return read_run(fitting[0])
     what = _several(fitting, root) if fitting else f"there is no such run in {root}"
     raise InputError(Problem(f"{setting} {wanted}", what, "give a directory, a run ID or more of it, or `latest`"))
 
@@ -107,7 +145,14 @@ def _several(runs: list[Path], folder: str | Path) -> str:
     return f"fits {len(runs)} runs in {folder}: {', '.join(RunDirectory(run).run_id for run in runs)}"
 
 
-def find_artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Callable[[Path], bool] = lambda path: True) -> Path:
+def find_artifact(
+    root: str,
+    phase: Phase,
+    wanted: str,
+    setting: str,
+    fits: Callable[[Path], bool] = lambda path: True,
+    report: Callable[[str], None] = print_line,
+) -> Path:
     """The path of an artifact.
 
     Args:
@@ -116,6 +161,7 @@ def find_artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Call
             is not a trial of a sweep).
         setting: where `wanted` came from, for messages.
         fits: which ones `latest` prefers. If none fits, it is the newest of all: the caller finds out why it does not fit.
+        report: called with a line for each damaged run that `latest` passes over.
 
     Raises:
         InputError: no artifact fits, or several do.
@@ -127,7 +173,7 @@ def find_artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Call
         return inside.absolute()
     runs, folder = run_directories(root, [phase.name]), Path(root) / phase.name
     if wanted == "latest":
-        return _latest_artifact(runs, folder, phase, setting, fits)
+        return _latest_artifact(runs, folder, phase, setting, fits, report)
     fitting = [run for run in runs if run.name.startswith(wanted)]
     if len(fitting) != 1:
         what = _several(fitting, folder) if fitting else f"is neither a file nor the start of a run ID in {folder}"
@@ -140,9 +186,18 @@ def find_artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Call
     return found
 
 
-def _latest_artifact(runs: list[Path], folder: Path, phase: Phase, setting: str, fits: Callable[[Path], bool]) -> Path:
+def _latest_artifact(
+    runs: list[Path], folder: Path, phase: Phase, setting: str, fits: Callable[[Path], bool], report: Callable[[str], None]
+) -> Path:
     finished = [run for run in runs if RunDirectory(run).artifact(phase).is_file()]
-    newest_first = [RunDirectory(run).artifact(phase) for run in reversed(finished) if not is_trial(run)]
+    newest_first = []
+    for run in reversed(finished):
+        try:
+            trial = is_trial(run)
+        except DamagedFileError as error:
+            report(f"{setting}=latest passes over a damaged run: {error.line}")
+        else:
+            newest_first += [] if trial else [RunDirectory(run).artifact(phase)]
     if not newest_first:
         raise InputError(
             Problem(

@@ -7,16 +7,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 
 @dataclass(frozen=True)
 class MetricPoint:
     """One value of one metric at one step; `time` in seconds since 1970."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     value: float
-    step: int
-    time: float
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    time: Annotated[float, Field(ge=0, le=1e11)]
+
+
+POINT = TypeAdapter(MetricPoint)
 
 
 class MetricsFile:
@@ -32,7 +38,8 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         self.path, self.appending = path, threading.Lock()
         trim_torn_line(path)
-        self.written = {(point.name, point.step) for point in read_points(path) if point.step >= resumed_step}
+        self.damaged_lines: list[bytes] = []
+        self.written = {(point.name, point.step) for point in read_points(path, self.damaged_lines) if point.step >= resumed_step}
 
     def append(self, points: Sequence[MetricPoint]) -> None:
         """Write the points that the file does not have yet. They are on disk when this returns.
@@ -71,12 +78,27 @@ def trim_torn_line(path: Path) -> None:
         stream.truncate(end + tail.rfind(b"\n") + 1)
 
 
-def read_points(path: Path) -> Iterator[MetricPoint]:
-    """The complete lines of a metrics.jsonl, which another process may be writing to; none if it does not exist."""
+def point_of(line: bytes) -> MetricPoint | None:
+    """The point of a line; None if the line is damaged: by a power failure, for example, which leaves zeros or half of it."""
+    try:
+        return POINT.validate_json(line, strict=True)
+    except ValidationError:
+        return None
+
+
+def read_points(path: Path, damaged: list[bytes] | None = None) -> Iterator[MetricPoint]:
+    """The complete lines of a metrics.jsonl, which another process may be writing to; none if it does not exist.
+
+    Args:
+        damaged: gets the damaged lines, which are left out.
+    """
     if not path.is_file():
         return
     with path.open("rb") as stream:
         for line in stream:
-            if line.endswith(b"\n") and line.strip():
-                row = json.loads(line)
-                yield MetricPoint(row["name"], row["value"], row["step"], row["time"])
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            if (point := point_of(line)) is not None:
+                yield point
+            elif damaged is not None:
+                damaged.append(line[:100])

@@ -4,7 +4,6 @@ Training writes to the directory alone. A thread sends what it finds there; whil
 left at the end is sent later by `python -m raytrain2p.runs sync`.
 """
 
-import json
 import threading
 import time
 from collections import defaultdict
@@ -12,22 +11,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from raytrain2p.config import flatten_tree
 from raytrain2p.config.secrets import one_line
 from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
-from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.storage.files import write_json
+from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
+from raytrain2p.tracking.metrics_file import point_of
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_directory import RunStatus
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
 TRIES_AT_THE_END = 5  # a second apart, or more where a request times out
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
+
+
+Bytes = Annotated[int, Field(ge=0)]
+
+
+class SyncState(TypedDict, total=False):
+    """The state file, see `MlflowSync`."""
+
+    sent: Bytes
+    sending: Bytes | None
+    described: float | None
+    status: RunStatus | None
 
 
 class RunDirectoryError(OSError):
@@ -52,13 +68,21 @@ class MlflowSync:
     """Sends a run directory to MLflow.
 
     The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
-    of it as `sending`. After a kill or a time-out in between, MLflow is asked which points of the batch it has.
+    of it as `sending`. After a kill or a time-out in between, MLflow is asked which points up to there it has; so it is for the whole
+    file if that state is lost, or if the file is shorter than what was sent.
+
+    `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
     """
 
     def __init__(self, run: Run, uri: str) -> None:
         self.run, self.files, self.uri = run, run.files, uri
         self.state_path, self.metrics_file = self.files.sync_state, self.files.metrics
-        self.state: dict[str, Any] = {"sent": 0, "sending": None, "described": None, "status": None} | (read_json(self.state_path) or {})
+        self.damage: list[str] = []
+        self.state: dict[str, Any] = {"sent": 0, "sending": self._size(), "described": None, "status": None}
+        try:
+            self.state |= read_as(self.state_path, SyncState, "MLflow was asked what it has") or {}
+        except DamagedFileError as error:
+            self.damage.append(error.line)
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -80,6 +104,9 @@ class MlflowSync:
         with reporting_run_disk_errors(self.state_path):
             if not is_reachable(self.run.path):
                 raise FileNotFoundError(self.run.path)
+        if (lost := -self._left()) > 0:
+            self.damage.append(f"{self.metrics_file} has lost {lost:,} bytes that were sent: MLflow has points that are not here any more")
+            self._note(sent=0, sending=self._size())
         self._send_description()
         while self._send_points():
             pass
@@ -95,7 +122,12 @@ class MlflowSync:
 
     def _left(self) -> int:
         """Bytes of metrics.jsonl that are not sent; negative if the file has lost some that were."""
-        return (self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0) - int(self.state["sent"])
+        return self._size() - int(self.state["sent"])
+
+    def _size(self) -> int:
+        if self.metrics_file.is_dir():
+            raise damaged(self.metrics_file, "is a directory")
+        return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
 
     def _lines_left(self) -> bool:
         """Whether a complete line is not sent, or sent lines are gone. An incomplete last line does not count."""
@@ -111,7 +143,7 @@ class MlflowSync:
             write_json(self.state_path, self.state)
 
     def _note_sent(self, end: int) -> None:
-        self._note(sent=end, sending=None)
+        self._note(sent=end, sending=self.state["sending"] if (self.state["sending"] or 0) > end else None)
 
     def _send_description(self) -> None:
         """Every setting as a parameter, and the tags. MLflow cannot change a parameter: a setting that a resumed run changed
@@ -147,11 +179,13 @@ class MlflowSync:
         if not lines:
             return False
         end = start + sum(map(len, lines))
-        rows = [json.loads(line) for line in lines]
-        metrics = [Metric(row["name"], row["value"], round(row["time"] * 1000), row["step"]) for row in rows]
-        if self.state["sending"] is not None:
+        points = [point for line in lines if (point := point_of(line)) is not None]
+        if len(points) < len(lines):
+            self.damage.append(f"{self.metrics_file} has damaged lines, which are left out: {len(lines) - len(points)}")
+        metrics = [Metric(point.name, point.value, round(point.time * 1000), point.step) for point in points]
+        if (self.state["sending"] or 0) > start:
             metrics = self._unknown(metrics)
-        self._note(sending=end)
+        self._note(sending=max(end, self.state["sending"] or 0))
         if metrics:
             self.client.log_batch(self.run.run_id, metrics=metrics)
         self._note_sent(end)
@@ -213,6 +247,8 @@ class MlflowSyncThread:
                 if closing:
                     time.sleep(1)
                 continue
+            while self.mlflow_sync.damage:
+                self.report(self.mlflow_sync.damage.pop())
             if reported:
                 self.report("MLflow is back, and has everything so far")
             wait, failed, reported = SEND_SECONDS, 0, False

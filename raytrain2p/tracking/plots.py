@@ -1,7 +1,6 @@
 """Plots of a run."""
 
 import io
-import json
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,23 +14,19 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from raytrain2p.storage.files import write_file
+from raytrain2p.tracking.metrics_file import read_points
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 SMOOTHING = 0.9
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """metrics.jsonl as (steps, values) by metric name, without an incomplete last line."""
+    """metrics.jsonl as (steps, values) by metric name."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    with path.open() as stream:
-        for line in stream:
-            try:
-                point = json.loads(line)
-            except ValueError:
-                continue
-            steps, values = found.setdefault(point["name"], ([], []))
-            steps.append(point["step"])
-            values.append(point["value"])
+    for point in read_points(path):
+        steps, values = found.setdefault(point.name, ([], []))
+        steps.append(point.step)
+        values.append(point.value)
     return {name: (np.array(steps), np.array(values)) for name, (steps, values) in found.items()}
 
 

@@ -8,22 +8,26 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from raytrain2p.config import Settings
-from raytrain2p.config.phases import SWEEPS
+from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
 from raytrain2p.config.secrets import masked
 from raytrain2p.storage.errors import StorageError, is_reachable
-from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.storage.files import write_json
 from raytrain2p.storage.locks import Lock
+from raytrain2p.tracking.damage import check_shape, read_as
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name
 from raytrain2p.tracking.run_directory import RunDirectory
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
+RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 SECONDS_TO_CREATE = 60.0  # the driver has just reached the store: if it is away now, it may be back in a moment
 
 Answer = TypeVar("Answer")
@@ -38,17 +42,25 @@ class Run:
         tracking_uri: without its password, for people.
     """
 
-    run_id: str
-    directory: str
-    experiment: str
-    timestamp: str
-    launch_id: str
-    phase: str
-    tracking_uri: str
+    run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    directory: Annotated[str, Field(pattern=r"^/[^\x00]*$")]
+    experiment: Annotated[str, Field(min_length=1)]
+    timestamp: Annotated[str, Field(pattern=r"^\d{8}_\d{6}$")]
+    launch_id: Annotated[str, Field(pattern=r"^[^/\x00]{1,200}$")]
+    phase: Annotated[str, Field(pattern=f"^({'|'.join(RUN_FOLDERS)})$")]
+    tracking_uri: Annotated[str, Field(min_length=1)]
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> "Run":
-        """The run of a launch's record or of a run.json, which holds more."""
+    def from_record(cls, record: dict[str, Any], path: Path) -> "Run":
+        """The run of a launch's record or of a run.json, which holds more.
+
+        Args:
+            path: of the file that it was read from.
+
+        Raises:
+            DamagedFileError: it is not the record of a run.
+        """
+        check_shape(path, record, cls)
         return cls(**{field: record[field] for field in cls.__dataclass_fields__})
 
     @property
@@ -69,9 +81,22 @@ class Run:
         self.files.write_record(record | {"tags": record.get("tags", {}) | tags, "described": time.time()})
 
 
+class Intent(TypedDict):
+    """The record of a launch before it has a run."""
+
+    launch_id: str
+    timestamp: Annotated[str, Field(pattern=r"^\d{8}_\d{6}$")]
+    since: Annotated[float, Field(ge=0, le=1e11)]
+
+
 def launch_record(root: str, launch_id: str) -> Path:
     """The file in which a launch records its run."""
     return Path(root) / ".launches" / f"{launch_id}.json"
+
+
+def has_launches(root: str) -> bool:
+    """Whether a launch has been begun under a root, be it that none came as far as a run."""
+    return launch_record(root, "any").parent.is_dir()
 
 
 def launch_lock(root: str, launch_id: str) -> Lock:
@@ -89,9 +114,18 @@ def disk_gone(root: str, launch_id: str) -> StorageError | None:
 
 
 def recorded_run(root: str, launch_id: str) -> Run | None:
-    """The run that a launch recorded, if it came that far."""
-    record = read_json(launch_record(root, launch_id))
-    return Run.from_record(record) if record and "run_id" in record else None
+    """The run that a launch recorded, if it came that far.
+
+    Raises:
+        DamagedFileError: its record is damaged.
+    """
+    path = launch_record(root, launch_id)
+    record = read_as(path, dict[str, Any])
+    if record is None or "run_id" not in record:
+        if record is not None:
+            check_shape(path, record, Intent)
+        return None
+    return Run.from_record(record, path)
 
 
 def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str, tags: dict[str, str] | None = None) -> Run:
@@ -130,7 +164,7 @@ def _create_run(settings: Settings, phase: str, default_experiment: str, launch_
     """The run in MLflow, its directory and its two records, in this order: each can be made again after a kill."""
     root, uri = settings.output.root, settings.tracking.uri
     record = launch_record(root, launch_id)
-    intent = read_json(record)
+    intent = read_as(record, Intent)
     if intent is None:
         intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
         write_json(record, intent)

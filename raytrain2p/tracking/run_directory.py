@@ -2,28 +2,43 @@
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any
 
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
+
+from raytrain2p.config import Findings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
-from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
+from raytrain2p.tracking.damage import damaged, read_as
 
 RUN_ID_LENGTH = 32  # the name of a run directory begins with the MLflow run ID
+RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
 BEST, LAST = "best-*.ckpt", "last.ckpt"  # in the folder of checkpoints
 
 
 class RunStatus(TypedDict):
     """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), and which process wrote it."""
 
-    status: str
-    at: float
+    status: Annotated[str, Field(pattern="^(RUNNING|FINISHED|FAILED|KILLED)$")]
+    at: Annotated[float, Field(ge=0, le=1e11)]
     host: str
     pid: int
+
+
+class RecordShape(TypedDict, total=False):
+    """What is read of run.json beside the fields of `Run`."""
+
+    run_id: str
+    tags: dict[str, str]
+    described: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +100,14 @@ class RunDirectory:
             yield path, None
 
     def read_record(self) -> dict[str, Any] | None:
-        record: dict[str, Any] | None = read_json(self.record)
+        """run.json; None if there is none.
+
+        Raises:
+            DamagedFileError: it is damaged, or that of another run.
+        """
+        record: dict[str, Any] | None = read_as(self.record, RecordShape)
+        if record and RUN_DIRECTORY.fullmatch(self.path.name) and record.get("run_id", self.run_id) != self.run_id:
+            raise damaged(self.record, f"is that of run {record['run_id']}")
         return record
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -98,7 +120,7 @@ class RunDirectory:
 
     def read_config(self) -> dict[str, Any] | None:
         """Every setting as nested groups; None if the run ended before it wrote them."""
-        config: dict[str, Any] | None = read_json(self.config)
+        config: dict[str, Any] | None = read_as(self.config, dict[str, Any])
         return config
 
     def write_config(self, config: dict[str, Any]) -> None:
@@ -116,8 +138,20 @@ class RunDirectory:
 
     def read_status(self) -> RunStatus:
         """The last status; RUNNING at time 0 if none was written."""
-        status: RunStatus | None = read_json(self.status)
+        status: RunStatus | None = read_as(self.status, RunStatus)
         return status or {"status": "RUNNING", "at": 0.0, "host": "", "pid": 0}
+
+    def check(self) -> None:
+        """Read what a resume reads.
+
+        Raises:
+            InputError: every damaged file.
+        """
+        findings = Findings()
+        for read in (self.read_record, self.read_config, self.read_status):
+            with findings:
+                read()
+        findings.raise_any()
 
     def write_status(self, status: str) -> None:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""

@@ -77,6 +77,8 @@ def open_run_writer(run: Run, uri: str, describe: dict[str, Any], report: Callab
         for line in changes:
             report(f"changed since the run began: {line}")
         writer = RunWriter(run, MlflowSyncThread(MlflowSync(run, uri), report))
+        if lines := writer.metrics_file.damaged_lines:
+            report(f"{run.files.metrics} has damaged lines, which are left out: {len(lines)}")
         try:
             yield writer
         finally:

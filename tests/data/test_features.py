@@ -196,3 +196,31 @@ def test_output_that_float16_cannot_hold_is_not_stored(store: FeatureStore) -> N
     result = ShardWriter(lambda: lambda items: [torch.full((2, 3), torch.inf) for _ in items], str(store.directory))(texts("a"))
     assert "65504" in result["what"][0]
     assert store.missing([key("a")]) == [key("a")]
+
+
+@pytest.mark.parametrize("part", [".items", ".npy"])
+@pytest.mark.parametrize("damage", ["empty", "zeros", "truncated", "foreign", "missing"])
+def test_a_damaged_shard_is_named_and_its_items_are_missing(store: FeatureStore, part: str, damage: str) -> None:
+    fill(store, {"a": 1})
+    fill(store, {"b": 2})
+    shard = Path(FeatureStore(store.directory.parent, "f" * 64).places()[key("b")][0])
+    path = shard.with_suffix(part)
+    content = path.read_bytes()
+    if damage == "missing":
+        if part == ".items":
+            return  # such a shard is ignored: its writer was killed
+        path.unlink()
+    else:
+        size = len(content)
+        spoilt = {
+            "empty": b"",
+            "zeros": bytes(size),
+            "truncated": content[:-3],
+            "foreign": b"something else",
+        }
+        path.write_bytes(spoilt[damage])
+    assert store.missing([key("a"), key("b")]) == [key("b")]
+    (line,) = store.damaged
+    assert f"features are computed again: {shard} is damaged" in line
+    fill(store, {"b": 3})
+    assert store.table([key("b")]).gather([0]).values[0, 0, 0] == 3

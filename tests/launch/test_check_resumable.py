@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from raytrain2p import train
 from raytrain2p.config import InputError, load_settings
-from raytrain2p.launch.resume import check_resumable
+from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.inputs import InputDigests
-from raytrain2p.tracking.run import Run
+from raytrain2p.storage.files import write_json
+from raytrain2p.tracking.run import Run, launch_record
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
 
 DIGESTS = InputDigests(60, "a" * 64)
@@ -77,3 +79,43 @@ def test_a_run_without_a_digest_is_compared_by_the_number_of_records(run: Run) -
     (run.path / "run.json").write_text(json.dumps(recorded))
     check_resumable(run, load_settings(2, None, TRAINING), InputDigests(60, "b" * 64))
     assert "has 61 records" in refused(run, digests=InputDigests(61, "b" * 64))
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.json", "status.json"])
+def test_a_damaged_run_is_refused_with_its_file(run: Run, name: str) -> None:
+    (run.path / name).write_bytes(bytes(10))
+    assert f"{run.path / name}\n    has zero bytes alone" in refused(run)
+
+
+def test_a_damaged_result_is_refused_with_how_to_make_it_again(run: Run) -> None:
+    run.files.write_status("FINISHED")
+    settings = load_settings(2, None, TRAINING)
+    for content in ("", "[]", '{"run_id": 1}', '{"run_id": "a", "directory": "b"}'):
+        run.files.result.write_text(content)
+        with pytest.raises(InputError, match="remove it: the run is then evaluated again"):
+            finished_outcome(run, settings, 60)
+    run.files.result.unlink()
+    assert finished_outcome(run, settings, 60) is None
+
+
+@pytest.mark.parametrize("option", ["--resume", "--launch-id"])
+def test_the_command_refuses_a_damaged_run_in_a_dry_run(
+    tmp_path: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    folder = tmp_path / "checkpoints" / "alignment" / f"{'0' * 32}_20260101_000000"
+    folder.mkdir(parents=True)
+    run = Run("0" * 32, str(folder), "experiment", "20260101_000000", "launch", "alignment", "sqlite:///mlflow.db")
+    settings = load_settings(1, tiny_config / "phase1.yaml")
+    describe_run(run, resolved_config(settings, {}), "command", asdict(DIGESTS))
+    record = launch_record(str(tmp_path / "checkpoints"), "launch")
+    record.parent.mkdir()
+    write_json(record, asdict(run))
+    wanted = run.run_id[:8] if option == "--resume" else "launch"
+    for path in (record, run.files.config):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:40])
+        assert train.main(["--phase", "1", option, wanted, "--dry-run", "--config", str(tiny_config / "phase1.yaml")]) == 2
+        assert f"{path}\n    is not JSON" in capsys.readouterr().err
+        path.write_bytes(whole)

@@ -99,3 +99,30 @@ def test_partial_files_of_killed_processes_are_removed_and_others_kept(tmp_path:
         path.write_bytes(b"")
     remove_partial_files(tmp_path)
     assert [path for path in kept + left if path.exists()] == kept
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "is empty"),
+        (bytes(100), "has zero bytes alone, as after a power failure"),
+        (b'{"a": 1', "is not JSON"),
+        (b"null", "is `null`"),
+        (b"\xff\xfe{}", "is not UTF-8 text"),
+        (b'["\\ud800"]', "is not UTF-8 text"),
+        (b"[" * 100_000, "is nested too deeply"),
+    ],
+)
+def test_what_is_no_json_is_said_in_a_few_words(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=what):
+        read_json(tmp_path / "a.json")
+
+
+def test_a_directory_in_place_of_a_json_file_is_said_and_so_is_a_file_in_place_of_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be read: Not a directory"):
+        read_json(tmp_path / "file" / "a.json")

@@ -210,3 +210,32 @@ def test_plots_show_each_trial_under_its_own_number_with_the_choices_own_values(
 def test_nothing_is_drawn_where_nothing_was_reported(trial_records: TrialRecords, tmp_path: Path) -> None:
     draw_sweep(tmp_path / "sweep", trial_records.results()[2:], load_sweep(None).axes, "min", "val/loss")
     assert not (tmp_path / "sweep" / "plots").exists()
+
+
+def test_a_damaged_trial_counts_as_failed_and_the_others_are_read(trial_records: TrialRecords, tmp_path: Path) -> None:
+    for number, name in ((0, "status.json"), (1, "run.json")):
+        (tmp_path / "phase2" / f"{number:032x}_20260101_000000" / name).write_bytes(bytes(30))
+    launch_record(str(tmp_path), "sweep-3").write_text("[]")
+    results = trial_records.results()
+    assert [result.state for result in results] == ["failed", "failed", "failed", "failed", "waiting"]
+    assert [bool(result.damage) for result in results] == [True, True, False, True, False]
+    assert "status.json has zero bytes alone" in results[0].damage
+    assert "sweep-3.json has a list where an object is required" in results[3].damage
+
+
+def test_every_damaged_record_of_a_trial_is_named(trial_records: TrialRecords, tmp_path: Path) -> None:
+    folder = trial_records.folder
+    (folder / "000.json").write_text("")
+    (folder / "002.json").write_text(json.dumps({"number": "2", "values": []}))
+    (folder / "003.json").write_bytes((folder / "001.json").read_bytes())
+    with pytest.raises(InputError, match="3 problems") as caught:
+        trial_records.results()
+    for part in ("000.json\n    is empty", "lacks launch_id", "`number`: Input should be", "003.json\n    is the record of trial 1"):
+        assert part in str(caught.value), part
+
+
+def test_a_damaged_lineage_is_named(trial_records: TrialRecords, tmp_path: Path) -> None:
+    lineage = tmp_path / "phase2" / f"{3:032x}_20260101_000000" / "lineage.jsonl"
+    for content in (b"\0\0\n", b"[1]\n", b'{"at_step": 1}\n', b"\xff\n"):
+        lineage.write_bytes(content)
+        assert str(lineage) in records_in(tmp_path).results()[3].damage

@@ -342,3 +342,20 @@ def test_rungs_and_exchanges_after_the_end_are_refused(tmp_path: Path) -> None:
         assert len(rung_problems(pbt, inputs)) == count
         late = sweep_of(tmp_path, scheduler="asha", asha={"grace_period": interval})
         assert len(rung_problems(late, inputs)) == count
+
+
+@pytest.mark.parametrize(
+    "content", [b"", bytes(100), b"[1]\n", b'{"a": 1}\n', b'{"op_code": 99, "worker_id": "x"}\n', b"\xff\n", b"[" * 99_999]
+)
+def test_a_damaged_journal_is_made_again_and_said(tmp_path: Path, content: bytes) -> None:
+    journal, said = tmp_path / "study.jsonl", list[str]()
+    journal.write_bytes(content)
+    assert Search(sweep_of(tmp_path), open_journal(journal, said.append), []).propose(0) is not None
+    assert len(said) == bool(content)
+
+
+def test_a_directory_in_place_of_a_journal_is_made_a_journal(tmp_path: Path) -> None:
+    (tmp_path / "study.jsonl").mkdir()
+    said: list[str] = []
+    assert Search(sweep_of(tmp_path), open_journal(tmp_path / "study.jsonl", said.append), []).propose(0) is not None
+    assert "is damaged" in said[0]

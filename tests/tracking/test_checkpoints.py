@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from raytrain2p.storage.errors import StorageError, storage_error
 from raytrain2p.tracking.checkpoints import (
@@ -148,3 +149,18 @@ def test_a_directory_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> N
     (tmp_path / "run").write_bytes(b"no directory")
     with pytest.raises(StorageError):
         write_checkpoint({}, tmp_path / "run" / "checkpoints" / "last.ckpt", None)
+
+
+def test_a_directory_or_another_file_in_place_of_last_is_reported_and_the_best_is_taken(tmp_path: Path) -> None:
+    best_and_last(tmp_path)
+    best = tmp_path / "best-epoch=00-train_loss=1.0000.ckpt"
+    (tmp_path / LAST).unlink()
+    (tmp_path / LAST).mkdir()
+    path, (complaint,) = resumable_checkpoint(tmp_path)
+    assert path == best
+    assert complaint.startswith(f"{tmp_path / LAST} is damaged")
+    (tmp_path / LAST).rmdir()
+    torch.save({"tensors": torch.ones(1)}, tmp_path / LAST)
+    path, (complaint,) = resumable_checkpoint(tmp_path)
+    assert path == best
+    assert "has no weights to resume from" in complaint

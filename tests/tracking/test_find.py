@@ -243,7 +243,8 @@ def test_a_run_of_the_other_phase_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     make_run(tmp_path, FIRST, "20260101_120000")
-    assert "has no run.json" in no_run(tmp_path, FIRST, "alignment")
+    with pytest.raises(InputError, match=r"has no run\.json: an older version made it"):
+        find_run(str(tmp_path), ["alignment"], FIRST, "--resume")
 
 
 def test_run_directories_are_listed_by_time_without_other_directories(tmp_path: Path) -> None:
@@ -276,3 +277,22 @@ def test_a_moved_run_directory_is_found_where_it_is(settings: Settings, tmp_path
     shutil.copytree(run.path, moved)
     (found,) = find_runs(settings.output.root, [str(moved)])
     assert found.path == moved
+
+
+def test_latest_passes_over_a_damaged_run_and_says_so(tmp_path: Path) -> None:
+    older = noted_run(tmp_path, FIRST, "20260101_120000", "alignment")
+    newer = noted_run(tmp_path, SECOND, "20260102_120000", "alignment")
+    for run in (older, newer):
+        (run.path / "aligner.pt").write_bytes(b"tensors")
+    newer.files.record.write_bytes(b"")
+    said: list[str] = []
+    assert find_run(str(tmp_path), BOTH, "latest", "--resume", said.append) == older
+    assert find_artifact(str(tmp_path), ALIGNMENT, "latest", "model.aligner", report=said.append) == older.path / "aligner.pt"
+    assert len(said) == 2
+    assert all(f"{newer.files.record} is empty" in line for line in said)
+    with pytest.raises(InputError, match=r"run\.json\n    is empty"):
+        find_run(str(tmp_path), BOTH, SECOND, "--resume", said.append)
+
+
+def test_a_name_that_is_too_long_for_a_path_is_no_run(tmp_path: Path) -> None:
+    assert "there is no such run" in no_run(tmp_path, "a" * 5000)

@@ -147,3 +147,14 @@ def test_after_a_full_disk_the_next_point_is_on_a_line_of_its_own(small_disk: Pa
     whole = len(places(path))
     metrics_file.append(points(1000))
     assert places(path) == [("train_loss", step) for step in [*range(1, whole + 1), 1000]]
+
+
+def test_damaged_lines_are_left_out_and_counted(path: Path) -> None:
+    MetricsFile(path).append(points(1, 2))
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + bytes(50) + b"\n" + second[:20] + b"\n[1]\n" + second)
+    again = MetricsFile(path)
+    assert len(again.damaged_lines) == 3
+    again.append(points(2, 3))
+    assert places(path) == [("train_loss", 1), ("train_loss", 2), ("train_loss", 3)]
+    assert read_metrics(path)["train_loss"][0].tolist() == [1, 2, 3]

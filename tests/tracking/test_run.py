@@ -52,7 +52,7 @@ def is_the_only_one(settings: Settings, run: Run) -> None:
     assert found.data.tags[TIMESTAMP_TAG] == run.timestamp
     assert directories(settings) == [run.path]
     assert run.checkpoints.is_dir()
-    assert Run.from_record(read_json(run.path / "run.json")) == run
+    assert Run.from_record(read_json(run.path / "run.json"), run.path) == run
     assert recorded_run(settings.output.root, run.launch_id) == run
 
 

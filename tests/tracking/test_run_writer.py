@@ -103,7 +103,7 @@ def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     lines = dict(line.split(": ", 1) for line in (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines())
     assert lines == {"run_id": run.run_id, "directory": run.directory, "experiment": run.experiment, "timestamp": run.timestamp}
     noted = read_json(run.path / "run.json")
-    assert Run.from_record(noted) == run
+    assert Run.from_record(noted, run.files.record) == run
     assert noted["train_records"] == 60
     assert noted["tags"] == {
         LAUNCH_TAG: "launch-1",
