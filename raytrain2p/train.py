@@ -92,7 +92,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
     config = run.files.config
     if options.config is None and config.is_file():
-        settings = load_settings(options.phase, config, options.overrides)
+        settings = load_settings(options.phase, config, [*run.files.moved_settings(), *options.overrides])
     check_password(settings.tracking.uri)
     check_in_place(run, settings.output.root, f"--resume {options.resume}")
     return settings, run.launch_id

@@ -50,7 +50,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
         raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
     run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
     if (before := run.files.read_config()) is not None:
-        sweep = load_sweep(run.files.config, options.overrides)
+        sweep = load_sweep(run.files.config, [*run.files.moved_settings(), *options.overrides])
         check_unchanged(run, sweep, before)
     check_password(sweep.base.tracking.uri)
     check_in_place(run, sweep.base.output.root, f"--resume {options.resume}")

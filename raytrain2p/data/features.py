@@ -136,6 +136,7 @@ class FeatureStore:
         """
         if not self.missing(items):
             return 0
+        self.directory.mkdir(parents=True, exist_ok=True)
         with Lock(self.directory / "lock").held(math.inf):
             missing = self.missing(items)
             if missing:

@@ -118,6 +118,7 @@ def packaged_directory(name: str, fetch: Callable[[PackagedModel, Path], Path] |
     final = cache_directory() / "models" / f"{name}-{model.sha256[:12]}-{CONVERSION}"
     if final.is_dir():
         return final
+    final.parent.mkdir(parents=True, exist_ok=True)
     with Lock(final.with_name(f"{final.name}.lock")).held(math.inf):
         if final.is_dir():
             return final

@@ -5,11 +5,13 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
+from raytrain2p.config import flatten_tree
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.storage.locks import Lock
 
@@ -91,15 +93,33 @@ class RunDirectory:
     def write_record(self, record: dict[str, Any]) -> None:
         write_json(self.record, record)
 
+    def sequence(self) -> int:
+        """The run's place in the order in which the root's runs were made; 0 if an older version made it, or its record is damaged."""
+        with suppress(OSError, ValueError):
+            record = self.read_record()
+            number = record.get("sequence") if isinstance(record, dict) else None
+            return number if isinstance(number, int) else 0
+        return 0
+
     def tags(self) -> dict[str, str]:
         """Tags of the MLflow run, as recorded here; none if there is no record."""
         tags: dict[str, str] = (self.read_record() or {}).get("tags", {})
         return tags
 
     def read_config(self) -> dict[str, Any] | None:
-        """Every setting as nested groups; None if the run ended before it wrote them."""
+        """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
+        those of where it is now."""
         config: dict[str, Any] | None = read_json(self.config)
-        return config
+        before = (config or {}).get("output", {}).get("root")
+        if before is None or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
+            return config
+        moved: dict[str, Any] = _moved(config, before, str(self.path.parent.parent))
+        return moved
+
+    def moved_settings(self) -> list[str]:
+        """`key=value` for each setting of config.json that differs now because the output root was moved."""
+        before, now = flatten_tree(read_json(self.config)), flatten_tree(self.read_config() or {})
+        return [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_json(self.config, config)
@@ -123,6 +143,22 @@ class RunDirectory:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
         row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.status, row)
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    """Settings in which paths at or under one directory are replaced by those under another."""
+    if isinstance(value, dict):
+        return {key: _moved(inner, before, now) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, before, now) for inner in value]
+    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
+        return now + value.removeprefix(before)
+    return value
+
+
+def next_sequence(root: str) -> int:
+    """The number of a new run under an output root: clocks may be wrong, or change to winter time, but this is larger than any."""
+    return 1 + max((RunDirectory(folder).sequence() for folder in Path(root).glob(f"[!.]*/{'?' * RUN_ID_LENGTH}_*")), default=0)
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:
