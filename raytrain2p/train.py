@@ -93,7 +93,7 @@ def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, 
     run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
     run.files.check()
     if options.config is None and run.files.read_config() is not None:
-        settings = load_settings(options.phase, run.files.config, options.overrides)
+        settings = load_settings(options.phase, run.files.config, [*run.files.moved_settings(), *options.overrides])
     check_password(settings.tracking.uri)
     check_in_place(run, settings.output.root, f"--resume {options.resume}")
     return settings, run.launch_id

@@ -52,7 +52,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
     run.files.check()
     TrialRecords(run.path, sweep.base.output.root).trials()
     if (before := run.files.read_config()) is not None:
-        sweep = load_sweep(run.files.config, options.overrides)
+        sweep = load_sweep(run.files.config, [*run.files.moved_settings(), *options.overrides])
         check_unchanged(run, sweep, before)
     check_password(sweep.base.tracking.uri)
     check_in_place(run, sweep.base.output.root, f"--resume {options.resume}")

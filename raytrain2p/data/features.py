@@ -163,11 +163,13 @@ class FeatureStore:
         if not self.missing(items):
             return 0
         try:
-            with reporting_disk_errors(self.directory / "lock", 1_000), Lock(self.directory / "lock").held(math.inf):
-                remove_partial_files(self.directory)
-                missing = self.missing(items)
-                if missing:
-                    self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
+            with reporting_disk_errors(self.directory / "lock", 1_000):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                with Lock(self.directory / "lock").held(math.inf):
+                    remove_partial_files(self.directory)
+                    missing = self.missing(items)
+                    if missing:
+                        self._encode({key: items[key] for key in missing}, build_encoder, workers, cpus, gpus, progress)
         except StorageError as error:
             raise InputError(self._problem(str(error), FREE_SPACE)) from None
         return len(missing)

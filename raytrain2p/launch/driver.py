@@ -22,9 +22,9 @@ from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
-from raytrain2p.tracking.find import find_artifact
-from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
-from raytrain2p.tracking.run import Run, launch_lock, recorded_run
+from raytrain2p.tracking.find import check_original, find_artifact
+from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
+from raytrain2p.tracking.run import Run, check_launch_is_free, launch_lock, recorded_run
 from raytrain2p.worker.job import Outcome
 
 
@@ -43,19 +43,33 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
     if not verbose:
         quiet()
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
-    run = run_to_resume(settings, launch_id, phase)
-    settings, inputs = check(settings, phase, console, run)
-    if run is not None and (outcome := finished_outcome(run, settings, inputs.records)) is not None:
-        console.say(f"run {run.run_id} is finished already")
+    asked, run = settings, run_to_resume(settings, launch_id, phase)
+    settings, inputs = check(asked, phase, console, run)
+    if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome
     with connected(settings.launch, verbose) as capacity:
-        check_store(settings, phase, capacity, run)
+        check_store(settings, phase, capacity, run, launch_id)
         with only_launch(settings, launch_id):
+            before, run = run, run_to_resume(asked, launch_id, phase)  # again: another process may have made it, or trained it, meanwhile
+            if run != before:
+                settings, inputs = check(asked, phase, console, run)
+            elif run is not None:
+                check_resumable(run, settings, inputs.digests)
+            if (outcome := finished(run, settings, inputs, console)) is not None:
+                return outcome
             with muted_stderr(verbose):
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)
             say_workers(settings.launch, threads, console)
             return train(settings, prepared(inputs), phase, launch_id, threads, console, own_cluster=capacity.started_here)
+
+
+def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: Console) -> Outcome | None:
+    """The outcome of a launch whose run is finished, if these settings do not ask for more steps."""
+    outcome = finished_outcome(run, settings, inputs.records) if run is not None else None
+    if run is not None and outcome is not None:
+        console.say(f"run {run.run_id} is finished already")
+    return outcome
 
 
 def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, PhaseInputs]:
@@ -130,7 +144,7 @@ def run_to_resume(settings: Settings, launch_id: str, phase: int) -> Run | None:
     """The run that the launch has already, if it has one.
 
     Raises:
-        InputError: it is a run of the other phase.
+        InputError: it is a run of the other phase, or a copy of one that is still where it was.
     """
     if place_problem("output.root", settings.output.root):
         return None  # `check` reports it
@@ -138,11 +152,14 @@ def run_to_resume(settings: Settings, launch_id: str, phase: int) -> Run | None:
     if run is not None and run.phase != PHASES[phase].name:
         what = f"belongs to {run.phase} run {run.run_id}; required is one of phase {phase}"
         raise InputError(Problem(f"--launch-id {launch_id}", what, "take another name"))
+    if run is not None:
+        check_original(run, f"--launch-id {launch_id}")
     return run
 
 
-def check_store(settings: Settings, phase: int, capacity: Capacity, run: Run | None) -> None:
-    """Check that every machine reaches the MLflow store, and, for a new run, that it answers. A resume does not need MLflow.
+def check_store(settings: Settings, phase: int, capacity: Capacity, run: Run | None, launch_id: str) -> None:
+    """Check that every machine reaches the MLflow store, and, for a new run, that it answers and has no run of this launch from
+    another output root. A resume does not need a server to answer.
 
     Raises:
         InputError: it does not.
@@ -151,6 +168,9 @@ def check_store(settings: Settings, phase: int, capacity: Capacity, run: Run | N
         raise InputError(problems)
     if run is None:
         prepare_store(settings, PHASES[phase].experiment)
+        check_launch_is_free(settings, PHASES[phase].name, launch_id)
+    elif not store_exists(settings.tracking.uri):
+        raise InputError(missing_store(settings.tracking.uri))
 
 
 @contextmanager
@@ -160,7 +180,9 @@ def only_launch(settings: Settings, launch_id: str) -> Iterator[None]:
     Raises:
         InputError: another one has.
     """
-    with launch_lock(settings.output.root, launch_id).held(1.0) as holder:
+    lock = launch_lock(settings.output.root, launch_id)
+    lock.path.parent.mkdir(parents=True, exist_ok=True)
+    with lock.held(1.0) as holder:
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
         yield

@@ -154,7 +154,7 @@ def record_end(job: TrainJob, status: str, console: Console) -> None:
     except OSError:  # its disk has failed
         run = None
     if run is None or not is_reachable(run.path):
-        end_unrecorded(uri, job.launch_id, status)
+        end_unrecorded(uri, job.settings.output.root, job.launch_id, status)
         return
     if run.files.read_status()["status"] == status and MlflowSync(run, uri).complete():
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 from raytrain2p.config import Problem, Settings
 from raytrain2p.config.paths import is_kind
 from raytrain2p.phases.inputs import EncoderJob
-from raytrain2p.tracking.mlflow_store import local_folder
+from raytrain2p.tracking.mlflow_store import local_path
 
 
 def place_problem(setting: str, path: str | Path) -> Problem | None:
@@ -37,7 +37,7 @@ def place_problems(settings: Settings, is_new: bool, jobs: Iterable[EncoderJob] 
     if not is_kind(Path(store), Path.is_dir) or any(job.store.missing(job.items) for job in jobs):
         places["data.feature_store"] = store
     uri = settings.tracking.uri
-    if is_new and uri.startswith("sqlite:") and (folder := local_folder(uri)) is not None:
-        places["directory of tracking.uri"] = folder
+    if is_new and uri.startswith("sqlite:") and (database := local_path(uri)) is not None:
+        places["directory of tracking.uri"] = database.parent
     found = [place_problem(setting, path) for setting, path in places.items()]
     return [problem for problem in found if problem is not None]

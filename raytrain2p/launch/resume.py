@@ -9,6 +9,7 @@ from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_w
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, described, planned_steps
 from raytrain2p.tracking.damage import read_as
+from raytrain2p.tracking.mlflow_store import store_exists
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
@@ -38,7 +39,7 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
         for key in dict.fromkeys([*after, *before])
         for value in [value_at(after, key, None)]
         for began in [value_at(before, key, value)]
-        if belongs_to(key, fixed) and began != value
+        if belongs_to(key, fixed) and began != value and not (key == "tracking.uri" and not store_exists(str(began)))
     ]
     if digests is not None and (what := _changed_records(run, digests)):
         fix = "give the records that it began with, or begin a new run"
@@ -73,4 +74,5 @@ def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | No
     planned, trained = (planned_steps(one.training, records) for one in (settings, before))
     if planned > trained:
         return None
-    return Outcome(**{field.name: outcome[field.name] for field in fields(Outcome)})
+    here = {key: value.replace(outcome["directory"], run.directory) for key, value in outcome.items() if isinstance(value, str)}
+    return Outcome(**{field.name: (outcome | here)[field.name] for field in fields(Outcome)})

@@ -9,7 +9,7 @@ from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs, store_exists
-from raytrain2p.tracking.run import LAUNCH_TAG, ROOT_TAG, Run, launch_lock, recorded_run
+from raytrain2p.tracking.run import COMMAND_TAG, LAUNCH_TAG, ROOT_TAG, Run, launch_lock, original_of, recorded_run
 
 
 def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Callable[[str], None]) -> int:
@@ -28,7 +28,7 @@ def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Cal
 
 def reconcile(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:
     """As `sync`, after an orphaned run was set FAILED."""
-    if run.files.read_status()["status"] == "RUNNING" and not is_alive(run, root):
+    if original_of(run) is None and run.files.read_status()["status"] == "RUNNING" and not is_alive(run, root):
         name = f"{run.phase} {run.run_id[:8]}"
         try:
             with reporting_disk_errors(run.files.status, 1_000):
@@ -46,6 +46,8 @@ def reconcile_unborn(root: str, uri: str, report: Callable[[str], None]) -> None
         client = client_of(uri)
         for found in running_runs(client, ROOT_TAG, root):
             launch_id = found.data.tags.get(LAUNCH_TAG, "")
+            if COMMAND_TAG in found.data.tags:
+                continue  # it had a directory, which is elsewhere now: only what is found there decides
             try:
                 unborn = recorded_run(root, launch_id) is None
             except DamagedFileError as error:

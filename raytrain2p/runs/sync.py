@@ -7,9 +7,9 @@ from raytrain2p.config import InputError, Settings
 from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
-from raytrain2p.tracking.mlflow_store import STORE_ERRORS, check_password
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, UnusableStoreError, check_password
 from raytrain2p.tracking.mlflow_sync import MlflowSync, RunDirectoryError, reporting_run_disk_errors
-from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run import Run, original_of, record_move
 
 Verb = Callable[[Run, str, str | None, Callable[[str], None]], bool]
 
@@ -44,24 +44,34 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
         report: called with a line about each run for which something was done, or failed.
     """
     name = f"{run.phase} {run.run_id[:8]}"
+    if (original := original_of(run)) is not None:
+        report(f"{name}  {run.directory} is a copy; the run itself is {original}. Nothing was sent from the copy")
+        return True
     if is_alive(run, root):
         report(f"{name}  under way; it sends by itself")
         return True
     try:
+        with reporting_run_disk_errors(run.files.record):
+            moved = record_move(run)
         mlflow_sync = MlflowSync(run, tracking_uri(run, uri))
-        if mlflow_sync.complete():
+        if mlflow_sync.complete() and not moved:
             return True
         with ExitStack() as stack:
             with reporting_run_disk_errors(run.files.lock.path):
                 holder = stack.enter_context(run.files.lock.held(5.0))  # another `sync` may have it
             if holder is None:
                 mlflow_sync.send()
+                if mlflow_sync.is_behind():
+                    report(f"{name}  {run.directory} is behind: MLflow has FINISHED from another copy of it, which stays")
     except DamagedFileError:
         raise
     except InputError as error:
         report(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].fix}")
         return False
     except RunDirectoryError as error:
+        report(f"{name}  {error}")
+        return False
+    except UnusableStoreError as error:
         report(f"{name}  {error}")
         return False
     except STORE_ERRORS as error:

@@ -22,7 +22,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     When the block ends, the new content and its name are on disk. If the block raises, the file stays as it was.
     The directory must exist.
     """
-    with _aside(path) as aside, aside.open("wb") as stream:
+    with written_aside(path) as aside, aside.open("wb") as stream:
         yield stream
 
 
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 def link_file(source: Path, path: Path) -> None:
     """Give a file a second name, atomically: a hard link, or a copy where the file system has none."""
-    with _aside(path) as aside:
+    with written_aside(path) as aside:
         aside.unlink(missing_ok=True)  # left by a killed process that had this process ID
         try:
             os.link(source, aside)
@@ -89,7 +89,7 @@ def remove_partial_files(folder: Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Iterator[Path]:
     """A path beside `path`; the file that the block writes there takes its place."""
     aside = path.with_name(f".{path.name}.aside-{os.getpid()}")
     try:

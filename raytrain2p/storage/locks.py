@@ -22,8 +22,7 @@ class Lock:
     @contextmanager
     def held(self, seconds: float = 0.0) -> Iterator[str | None]:
         """Try for that long (`math.inf`: forever). Yields None if this process has the lock, else the holder, such as
-        `pid 4711 on node3`."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        `pid 4711 on node3`. The directory must exist: where a run's is gone, none is made in its place."""
         with self.path.open("a+") as stream:
             deadline = time.monotonic() + seconds
             while not _locked(stream.fileno()):

@@ -50,7 +50,9 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             raise InputError(problems)
         experiment = PHASES[options.phase].experiment
         prepare_store(sweep.base, experiment)
-        holder = stack.enter_context(launch_lock(root, launch_id).held(1.0))
+        lock = launch_lock(root, launch_id)
+        lock.path.parent.mkdir(parents=True, exist_ok=True)
+        holder = stack.enter_context(lock.held(1.0))
         if holder is not None:
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
@@ -62,7 +64,7 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
             gone = disk_gone(root, launch_id)
             if gone is None and not is_disk_failure(error):
                 raise
-            end_unrecorded(sweep.base.tracking.uri, launch_id, "FAILED")
+            end_unrecorded(sweep.base.tracking.uri, root, launch_id, "FAILED")
             raise SweepFailedError(one_line(gone or error, 1000)) from error
 
 

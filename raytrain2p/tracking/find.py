@@ -11,16 +11,17 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import report as print_line
 from raytrain2p.config.phases import SWEEPS, Phase
 from raytrain2p.tracking.damage import DamagedFileError, damaged
-from raytrain2p.tracking.run import RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, recorded_run
+from raytrain2p.tracking.run import RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, RunDirectory
 
 SILENCE = 120.0  # seconds after which a run on another machine counts as dead, where locks do not reach across machines
 
 
 def run_directories(root: str, phases: Iterable[str]) -> list[Path]:
-    """All run directories of these phases, the oldest first."""
+    """All run directories of these phases, the oldest first; those that an older version made, which did not number them, before the
+    others, by the local time in their names. A damaged one may be the latest."""
     found = [folder for phase in phases for folder in (Path(root) / phase).glob("*_*_*") if RUN_DIRECTORY.fullmatch(folder.name)]
-    return sorted(found, key=lambda folder: (folder.name[RUN_ID_LENGTH:], folder.stat().st_mtime_ns))
+    return sorted(found, key=lambda folder: (RunDirectory(folder).sequence(), folder.name[RUN_ID_LENGTH:], folder.stat().st_mtime_ns))
 
 
 def is_trial(directory: Path) -> bool:
@@ -118,15 +119,28 @@ def is_alive(run: Run, root: str) -> bool:
 
 
 def check_in_place(run: Run, root: str, setting: str) -> None:
-    """Check that a run is where its launch recorded it: resuming a moved one would make a second directory.
+    """Check that a run is in its root, where its launch has its record, and is not a copy: resuming it would make a second directory
+    of one MLflow run. The whole root may have been moved.
 
     Raises:
         InputError: it is not.
     """
     recorded = recorded_run(root, run.launch_id)
-    if recorded is None or recorded.path != run.path:
+    if recorded is None or recorded.path.resolve() != run.path.resolve():
         where = recorded.directory if recorded is not None else f"a run under {root}"
         raise InputError(Problem(setting, f"{run.path} is recorded as {where}: it was moved", "move it back"))
+    check_original(run, setting)
+
+
+def check_original(run: Run, setting: str) -> None:
+    """Check that a run is not a copy of one that is still where it was: both are one run in MLflow.
+
+    Raises:
+        InputError: it is.
+    """
+    if (original := original_of(run)) is not None:
+        what = f"{run.path} is a copy; the run itself is {original}, and has the MLflow run"
+        raise InputError(Problem(setting, what, f"resume that one, with output.root={original.parent.parent}, or begin a new run"))
 
 
 def _one(runs: list[Path], wanted: str, root: str, setting: str, report: Callable[[str], None]) -> Run:

@@ -2,45 +2,153 @@
 
 import http.client
 import socket
+import sqlite3
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Experiment
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.secrets import MASK, masked, one_line
+from raytrain2p.storage.files import written_aside
+from raytrain2p.storage.locks import Lock
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
+SECONDS_TO_OPEN = 300.0  # while other processes create or open the same database: 2 to 10 seconds each on busy cores
+HALF_DONE = "_alembic_tmp_"  # begin of the names of tables that only a migration under way has
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
+class UnusableStoreError(OSError):
+    """A store in files is missing, or an interrupted migration broke it."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        super().__init__(f"{problem.where}: {problem.what}; {problem.fix}")
+
+    def __reduce__(self) -> tuple[type["UnusableStoreError"], tuple[Problem]]:
+        return type(self), (self.problem,)  # pickled when a worker raises it
+
+
 def client_of(uri: str) -> MlflowClient:
-    """A client for a tracking URI."""
-    return MlflowClient(uri)
+    """A client for a tracking URI. It makes no store: `prepare_store` alone does.
+
+    Raises:
+        UnusableStoreError: the store in files is missing or broken.
+    """
+    if not store_exists(uri):
+        raise UnusableStoreError(missing_store(uri))
+    with only_opener(uri):
+        return _opened(uri)
+
+
+@contextmanager
+def only_opener(uri: str) -> Iterator[None]:
+    """Within, no other process of ours opens or makes a store in files: several that make the tables of one SQLite file break it.
+
+    Raises:
+        OSError: another process does not end.
+    """
+    if (path := local_path(uri)) is None:
+        yield
+        return
+    with Lock(path.with_name(f".{path.name}.lock")).held(SECONDS_TO_OPEN) as holder:
+        if holder is not None:
+            raise OSError(f"{holder} is opening {path}, and does not end")
+        yield
+
+
+def _opened(uri: str) -> MlflowClient:
+    """Opening a database makes tables that it lacks."""
+    try:
+        return MlflowClient(uri)
+    except Exception as error:
+        path = local_path(uri)
+        if path is None or not uri.startswith("sqlite:") or (problem := _migration_problem(uri, path, error)) is None:
+            raise
+        raise UnusableStoreError(problem) from error
+
+
+def _make_database(path: Path) -> None:
+    """Make a database aside and rename it: a kill while its tables are made, which takes seconds, would leave it broken.
+
+    Its lock is held: what killed processes left aside is removed.
+    """
+    for left in path.parent.glob(f".{path.name}.aside-*"):
+        left.unlink()
+    with written_aside(path) as aside:
+        MlflowClient(f"sqlite:///{aside}")
+
+
+def _migration_problem(uri: str, path: Path, error: Exception) -> Problem | None:
+    """Why MLflow cannot open a database, if its tables are not those of this version, and the command that repairs it."""
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory(str(Path(mlflow.__file__).parent / "store" / "db_migrations"))
+    try:
+        tables, revision = schema_of(path)
+    except sqlite3.Error:
+        return None  # it is not a database, or locked
+    halves = sorted(name for name in tables if name.startswith(HALF_DONE))
+    known = {one.revision for one in script.walk_revisions()}
+    if not halves and (revision in script.get_heads() or (revision is not None and revision not in known)):
+        return None
+    older = "its tables are of an older MLflow, or " if isinstance(error, MlflowException) and not halves else ""
+    left = f" and left {', '.join(halves)}" if halves else ""
+    what = (
+        f"{older}a migration of its tables was interrupted{left}: they are at revision {revision}, this MLflow's at {script.get_heads()[0]}"
+    )
+    return Problem(f"tracking.uri={uri}", what, f"stop what uses it, and run `python -m raytrain2p.tracking.mlflow_repair {path}`")
+
+
+def schema_of(path: Path) -> tuple[set[str], str | None]:
+    """The tables of an SQLite database, and the revision of MLflow's.
+
+    Raises:
+        sqlite3.Error: it is not a database, or is locked.
+    """
+    with closing(sqlite3.connect(path)) as database:
+        tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        row = database.execute("SELECT version_num FROM alembic_version").fetchone() if "alembic_version" in tables else None
+        return tables, row and row[0]
+
+
+def runs_with_tag(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
+    """The runs of all experiments that have this value of a tag."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'"))
 
 
 def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
-    """The runs of all experiments that are RUNNING in MLflow and have this value of a tag."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, f"attributes.status = 'RUNNING' AND tags.`{tag}` = '{value}'"))
+    """Those of them that are RUNNING in MLflow."""
+    return [run for run in runs_with_tag(client, tag, value) if run.info.status == "RUNNING"]
 
 
 def store_exists(uri: str) -> bool:
-    """Whether a store can be searched: a client for an SQLite file that does not exist would create it."""
-    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).is_file()
+    """Whether there is a store; a server counts as one. A client for one in files that does not exist would create it."""
+    path = local_path(uri)
+    return path is None or path.exists()
 
 
-def local_folder(uri: str) -> Path | None:
-    """The directory of a store on the disk of one machine; None for a tracking server or a database server."""
+def missing_store(uri: str) -> Problem:
+    return Problem(f"tracking.uri={uri}", "there is no such store", "if it was moved, set tracking.uri to where it is now")
+
+
+def local_path(uri: str) -> Path | None:
+    """The file or directory of a store on the disk of one machine; None for a tracking server or a database server."""
     scheme = urlsplit(uri).scheme
     if scheme == "sqlite":
-        return Path(unquote(uri.partition(":///")[2])).parent
+        return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
     if scheme == "file" or (not scheme and not uri.startswith("databricks")):
         return Path(unquote(urlsplit(uri).path))
     return None
@@ -58,7 +166,7 @@ def check_password(uri: str) -> None:
 
 def check_store_is_shared(uri: str, machines: int) -> list[Problem]:
     """A store on the disk of one machine cannot be used from a second one, where rank 0 may be placed."""
-    if machines < 2 or local_folder(uri) is None:
+    if machines < 2 or local_path(uri) is None:
         return []
     return [
         Problem(
@@ -70,7 +178,7 @@ def check_store_is_shared(uri: str, machines: int) -> list[Problem]:
 
 
 def prepare_store(settings: Settings, default_experiment: str) -> None:
-    """Create the store and the experiment once, in the driver: several workers that open a new SQLite file at once fail.
+    """Create the store and the experiment once, in the driver, unless another launch does at the same moment.
 
     Raises:
         InputError: the store cannot be used. Found within 15 seconds.
@@ -79,20 +187,23 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
     location = None
     try:
         check_server(uri)
-        folder = local_folder(uri)
-        if uri.startswith("sqlite:") and folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            location = (folder / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
-        client = client_of(uri)
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            client.create_experiment(name, artifact_location=location)
+        path = local_path(uri)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with only_opener(uri):
+            if path is not None and uri.startswith("sqlite:"):
+                location = (path.parent / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
+                if not path.exists() or not path.stat().st_size:
+                    _make_database(path)
+            experiment = _get_or_create_experiment(_opened(uri), name, location)
+    except UnusableStoreError as error:
+        raise InputError(error.problem) from None
     except (*STORE_ERRORS, ImportError, ValueError) as error:
         reason = one_line(error, 300)
         raise InputError(
             Problem(f"tracking.uri={masked(uri)}", f"MLflow cannot use it: {reason}", "start the server, or fix the URI")
         ) from None
-    if experiment is not None and experiment.lifecycle_stage == "deleted":
+    if experiment.lifecycle_stage == "deleted":
         raise InputError(
             Problem(
                 f"tracking.experiment={name}",
@@ -100,6 +211,20 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
                 f"restore it (`mlflow experiments restore -x {experiment.experiment_id}`), or set tracking.experiment to another name",
             )
         )
+
+
+def _get_or_create_experiment(client: MlflowClient, name: str, location: str | None) -> Experiment:
+    """The experiment of this name. Of several launches that create it on a server at once, all but one are refused."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        experiment = client.get_experiment_by_name(name)
+        assert experiment is not None
+    return experiment
 
 
 def check_server(uri: str) -> None:

@@ -4,6 +4,8 @@ Training writes to the directory alone. A thread sends what it finds there; whil
 left at the end is sent later by `python -m raytrain2p.runs sync`.
 """
 
+import os
+import socket
 import threading
 import time
 from collections import defaultdict
@@ -112,13 +114,23 @@ class MlflowSync:
             pass
         status = self.files.read_status()
         if self.state["status"] != status:
-            if status["status"] != "RUNNING":
+            if self.is_behind():
+                pass
+            elif status["status"] != "RUNNING":
                 self._send_artifacts()
                 end = round(status["at"] * 1000)
                 self.client.set_terminated(self.run.run_id, status["status"], end)
-            else:
+            elif (status["pid"], status["host"]) == (os.getpid(), socket.gethostname()):  # the process that trains alone sends that
                 self.client.update_run(self.run.run_id, status="RUNNING")
             self._note(status=status)
+
+    def is_behind(self) -> bool:
+        """Whether MLflow has FINISHED, and not from this directory: it is an older copy, or was moved without its last files. That
+        status stays."""
+        mine, sent = self.files.read_status()["status"], self.state["status"] or {"status": "", "at": 0.0}
+        info = self.client.get_run(self.run.run_id).info
+        from_here = sent["status"] == "FINISHED" and info.end_time == round(sent["at"] * 1000)
+        return info.status == "FINISHED" and mine != "FINISHED" and not from_here
 
     def _left(self) -> int:
         """Bytes of metrics.jsonl that are not sent; negative if the file has lost some that were."""

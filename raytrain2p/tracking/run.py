@@ -4,8 +4,9 @@ The launch ID is a tag of the MLflow run, and a record on disk. Rank 0 looks for
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,15 +16,15 @@ from mlflow.entities import ViewType
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from raytrain2p.config import Settings
+from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
 from raytrain2p.config.secrets import masked
 from raytrain2p.storage.errors import StorageError, is_reachable
 from raytrain2p.storage.files import write_json
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.damage import check_shape, read_as
-from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name
-from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name, runs_with_tag
+from raytrain2p.tracking.run_directory import RunDirectory, next_sequence
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
@@ -114,7 +115,7 @@ def disk_gone(root: str, launch_id: str) -> StorageError | None:
 
 
 def recorded_run(root: str, launch_id: str) -> Run | None:
-    """The run that a launch recorded, if it came that far.
+    """The run that a launch recorded, if it came that far; where it is now, if the root was moved.
 
     Raises:
         DamagedFileError: its record is damaged.
@@ -125,7 +126,58 @@ def recorded_run(root: str, launch_id: str) -> Run | None:
         if record is not None:
             check_shape(path, record, Intent)
         return None
-    return Run.from_record(record, path)
+    run = Run.from_record(record, path)
+    return replace(run, directory=run_path(root, run.phase, run.run_id, run.timestamp))
+
+
+def run_path(root: str, phase: str, run_id: str, timestamp: str) -> str:
+    return str(Path(root) / phase / f"{run_id}_{timestamp}")
+
+
+def original_of(run: Run) -> Path | None:
+    """The directory that a run was copied from, if it is still there: that one is the run. None for the run itself, moved or not."""
+    recorded = Path((run.files.read_record() or {}).get("directory", run.directory))
+    if not RunDirectory(recorded).record.is_file() or recorded.resolve() == run.path.resolve():
+        return None
+    return recorded
+
+
+def record_move(run: Run) -> bool:
+    """Record where a moved run is now, in its directory, from where MLflow gets it. Returns whether it was moved."""
+    record = run.files.read_record()
+    if record is None or Path(record["directory"]).resolve() == run.path.resolve():
+        return False
+    run.files.write_record(record | {"directory": run.directory})
+    run.add_tags({DIRECTORY_TAG: run.directory, ROOT_TAG: str(run.path.parent.parent)})
+    return True
+
+
+def check_not_elsewhere(tags: Mapping[str, str], run_id: str, phase: str, root: str, launch_id: str) -> None:
+    """Check that a launch's run in MLflow belongs to this output root, or to one that was moved here.
+
+    Args:
+        tags: of the run in MLflow. The plain-file store writes them one by one: some may be missing after a kill.
+
+    Raises:
+        InputError: it belongs to another root.
+    """
+    theirs = tags.get(ROOT_TAG, root)
+    here = run_path(root, phase, run_id, tags.get(TIMESTAMP_TAG, ""))
+    moved = is_reachable(Path(here)) and not is_reachable(Path(tags.get(DIRECTORY_TAG, "")))
+    if Path(theirs).resolve() != Path(root).resolve() and not moved:
+        what = f"belongs to run {run_id[:8]} of output.root={theirs}, and this is output.root={root}"
+        raise InputError(Problem(f"--launch-id {launch_id}", what, "take another launch ID, or set output.root to the first one"))
+
+
+def check_launch_is_free(settings: Settings, phase: str, launch_id: str) -> None:
+    """Check in MLflow that no other output root has a run of this launch.
+
+    Raises:
+        InputError: one has.
+    """
+    with suppress(*STORE_ERRORS):  # rank 0 checks it again, and waits for a store that is away
+        for found in runs_with_tag(client_of(settings.tracking.uri), LAUNCH_TAG, launch_id):
+            check_not_elsewhere(found.data.tags, found.info.run_id, phase, settings.output.root, launch_id)
 
 
 def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str, tags: dict[str, str] | None = None) -> Run:
@@ -144,6 +196,7 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
         StorageError: the folder of the driver's lock, or the run's directory, is gone: a new run there would be on another
             disk, and MLflow would have its steps twice.
         RuntimeError: another process of the same launch does not end.
+        InputError: the launch ID belongs to another output root.
         STORE_ERRORS: MLflow has been away for a minute.
     """
     root = settings.output.root
@@ -168,15 +221,17 @@ def _create_run(settings: Settings, phase: str, default_experiment: str, launch_
     if intent is None:
         intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
         write_json(record, intent)
-    experiment, name = experiment_name(settings, default_experiment), f"{phase}_{intent['timestamp']}"
-    run_id, timestamp, is_described = _retried(lambda: _find_or_make(uri, experiment, name, intent, root, tags))
-    directory = str(Path(root) / phase / f"{run_id}_{timestamp}")
+    experiment = experiment_name(settings, default_experiment)
+    run_id, timestamp, is_described = _retried(lambda: _find_or_make(uri, experiment, phase, intent, root, tags))
+    directory = run_path(root, phase, run_id, timestamp)
     if is_described and not is_reachable(Path(directory)):
         raise _directory_gone(run_id, directory, launch_id)
     run = Run(run_id, directory, experiment, timestamp, launch_id, phase, masked(uri))
     _retried(lambda: client_of(uri).set_tag(run_id, DIRECTORY_TAG, directory))
     (run.files.trials if phase == SWEEPS else run.checkpoints).mkdir(parents=True, exist_ok=True)
-    run.files.write_record(asdict(run) | {"tags": tags})
+    with Lock(record.with_name(".sequence.lock")).held(SECONDS_TO_CREATE):  # without it, two runs may have one number
+        sequence = run.files.sequence() or next_sequence(root)
+        run.files.write_record(asdict(run) | {"tags": tags, "sequence": sequence})
     write_json(record, asdict(run))
     return run
 
@@ -200,7 +255,7 @@ def _retried(request: Callable[[], Answer]) -> Answer:
 
 
 def _find_or_make(
-    uri: str, experiment: str, name: str, intent: dict[str, Any], root: str, more_tags: dict[str, str]
+    uri: str, experiment: str, phase: str, intent: dict[str, Any], root: str, more_tags: dict[str, str]
 ) -> tuple[str, str, bool]:
     """The ID of the launch's run in MLflow, its timestamp, and whether it has had a directory that described it.
 
@@ -209,12 +264,15 @@ def _find_or_make(
     client = client_of(uri)
     found = client.get_experiment_by_name(experiment)
     assert found is not None, "prepare_store() runs in the driver, before any worker"
+    name = f"{phase}_{intent['timestamp']}"
     tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: root} | more_tags
 
     def search(query: str) -> list[MlflowRun]:
         return list(client.search_runs([found.experiment_id], query, ViewType.ALL))
 
     runs = search(f"tags.`{LAUNCH_TAG}` = '{intent['launch_id']}'")
+    for run in runs:
+        check_not_elsewhere(run.data.tags, run.info.run_id, phase, root, intent["launch_id"])
     if not runs:
         runs = [
             run

@@ -1,11 +1,13 @@
 """The files of a run: their names and their formats. No other module spells these names."""
 
 import json
+import math
 import os
 import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +15,11 @@ from typing import Annotated, Any
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
-from raytrain2p.config import Findings
-from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
+from raytrain2p.config import Findings, flatten_tree
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.damage import damaged, read_as
+from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 
 RUN_ID_LENGTH = 32  # the name of a run directory begins with the MLflow run ID
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
@@ -39,6 +41,7 @@ class RecordShape(TypedDict, total=False):
     run_id: str
     tags: dict[str, str]
     described: float
+    sequence: int
 
 
 @dataclass(frozen=True)
@@ -113,15 +116,32 @@ class RunDirectory:
     def write_record(self, record: dict[str, Any]) -> None:
         write_json(self.record, record)
 
+    def sequence(self) -> float:
+        """The run's place in the order in which the root's runs were made; 0 if an older version made it, and infinite if that is
+        damaged: it may be the latest."""
+        with suppress(DamagedFileError):
+            return int((self.read_record() or {}).get("sequence", 0))
+        return math.inf
+
     def tags(self) -> dict[str, str]:
         """Tags of the MLflow run, as recorded here; none if there is no record."""
         tags: dict[str, str] = (self.read_record() or {}).get("tags", {})
         return tags
 
     def read_config(self) -> dict[str, Any] | None:
-        """Every setting as nested groups; None if the run ended before it wrote them."""
+        """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
+        those of where it is now."""
         config: dict[str, Any] | None = read_as(self.config, dict[str, Any])
-        return config
+        before = (config or {}).get("output", {}).get("root")
+        if before is None or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
+            return config
+        moved: dict[str, Any] = _moved(config, before, str(self.path.parent.parent))
+        return moved
+
+    def moved_settings(self) -> list[str]:
+        """`key=value` for each setting of config.json that differs now because the output root was moved."""
+        before, now = flatten_tree(read_as(self.config, dict[str, Any]) or {}), flatten_tree(self.read_config() or {})
+        return [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
 
     def write_config(self, config: dict[str, Any]) -> None:
         write_json(self.config, config)
@@ -157,6 +177,23 @@ class RunDirectory:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
         row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.status, row)
+
+
+def _moved(value: Any, before: str, now: str) -> Any:
+    """Settings in which paths at or under one directory are replaced by those under another."""
+    if isinstance(value, dict):
+        return {key: _moved(inner, before, now) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_moved(inner, before, now) for inner in value]
+    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
+        return now + value.removeprefix(before)
+    return value
+
+
+def next_sequence(root: str) -> int:
+    """The number of a new run under an output root: clocks may be wrong, or change to winter time, but this is larger than any."""
+    numbers = [RunDirectory(folder).sequence() for folder in Path(root).glob(f"[!.]*/{'?' * RUN_ID_LENGTH}_*")]
+    return 1 + int(max((number for number in numbers if number < math.inf), default=0))
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:

@@ -15,7 +15,7 @@ from raytrain2p.storage.files import remove_partial_files, write_file
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
-from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, TIMESTAMP_TAG, Run
+from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
 
 SECONDS_TO_SEND = 1800.0  # at the end, while MLflow takes what it does not have yet; model files may be large
 SECONDS_TO_LEAVE = 5.0  # when the worker fails: Ray is about to start it again
@@ -119,7 +119,9 @@ def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str
     files.write_mlflow_run_id(run.run_id, run.experiment, run.timestamp)
     write_file(files.readme, page or _readme(run, masked(command)))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: masked(command)}
-    files.write_record(asdict(run) | facts | {"tags": files.tags() | tags, "described": time.time()})
+    tags[ROOT_TAG] = str(run.path.parent.parent)  # both change with a root that was moved
+    kept = {"sequence": files.sequence()}
+    files.write_record(asdict(run) | facts | kept | {"tags": files.tags() | tags, "described": time.time()})
     return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
 
 
@@ -180,13 +182,14 @@ def send_rest(run: Run, uri: str) -> bool:
     return MlflowSync(run, uri).complete()
 
 
-def end_unrecorded(uri: str, launch_id: str, status: str) -> None:
+def end_unrecorded(uri: str, root: str, launch_id: str, status: str) -> None:
     """Set the status in MLflow of a launch's run that is not on disk: the disk is gone, or the worker was killed before it
-    recorded the run."""
+    recorded the run. A run of another output root is left alone."""
     with suppress(*STORE_ERRORS):
         client = client_of(uri)
         for found in running_runs(client, LAUNCH_TAG, launch_id):
-            client.set_terminated(found.info.run_id, status)
+            if found.data.tags.get(ROOT_TAG, root) == root:
+                client.set_terminated(found.info.run_id, status)
 
 
 def _readme(run: Run, command: str) -> str:

@@ -1,6 +1,7 @@
 """What MLflow lacks is sent to a real SQLite store, orphaned runs are set FAILED, and other runs are left alone."""
 
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -20,6 +21,7 @@ from raytrain2p.tracking.find import find_runs, is_alive
 from raytrain2p.tracking.mlflow_store import client_of, store_exists
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import (
+    DIRECTORY_TAG,
     LAUNCH_TAG,
     ROOT_TAG,
     SWEEP_TAG,
@@ -244,6 +246,71 @@ def test_runs_with_a_directory_and_runs_of_others_are_left_alone(settings: Setti
 def test_an_outage_ends_the_search_for_unborn_runs_with_a_line(settings: Settings, reported: list[str]) -> None:
     reconcile_unborn(settings.output.root, NOBODY, reported.append)
     assert ["MLflow is away" in line for line in reported] == [True]
+
+
+# roots that were moved or copied
+
+
+def test_a_run_of_a_moved_root_is_what_is_found_there(settings: Settings, tmp_path: Path) -> None:
+    finished, orphan = left(settings, "FINISHED", "launch-1"), left(settings, "RUNNING", "launch-2")
+    MlflowSync(finished, settings.tracking.uri).send()
+    old, new = Path(settings.output.root), tmp_path / "moved"
+    old.rename(new)
+    moved = settings.model_copy(update={"output": settings.output.model_copy(update={"root": str(new)})})
+    assert command(moved, "reconcile") == 0
+    assert not old.exists(), "nothing is made at the recorded path"
+    assert arrived(settings, finished) == ("FINISHED", 2)
+    assert arrived(settings, orphan) == ("FAILED", 2)
+    for run in (finished, orphan):
+        tags = mlflow_run(settings, run).data.tags
+        assert (tags[DIRECTORY_TAG], tags[ROOT_TAG]) == (str(new / "phase2" / run.path.name), str(new))
+    assert command(settings, "reconcile") == 0  # of the old root, which is empty now
+    assert arrived(settings, finished)[0] == "FINISHED"
+
+
+@pytest.mark.parametrize("original", ["is beside it", "is out of sight"])
+def test_a_copy_that_is_behind_never_takes_a_finished_run_back(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str], original: str
+) -> None:
+    run = left(settings, "RUNNING")
+    root, copy = Path(settings.output.root), tmp_path / "copy"
+    shutil.copytree(root, copy)
+    run.files.write_status("FINISHED")
+    MlflowSync(run, settings.tracking.uri).send()
+    if original == "is out of sight":
+        root.rename(tmp_path / "elsewhere")
+    copied = settings.model_copy(update={"output": settings.output.model_copy(update={"root": str(copy)})})
+    assert command(copied, "reconcile") == 0
+    assert command(copied, "sync") == 0
+    assert arrived(settings, run) == ("FINISHED", 2)
+    printed = capsys.readouterr().out
+    if original == "is beside it":
+        assert f"{copy}/phase2/{run.path.name} is a copy; the run itself is {run.directory}" in printed
+        assert read_json(copy / "phase2" / run.path.name / "status.json")["status"] == "RUNNING", "nothing is written to a copy"
+    else:
+        assert "MLflow has FINISHED from another copy of it, which stays" in printed
+
+
+def test_a_copy_that_is_behind_does_not_set_a_run_that_has_ended_running(settings: Settings, tmp_path: Path, reported: list[str]) -> None:
+    run = left(settings, "RUNNING")
+    from_elsewhere(run)
+    copy = tmp_path / "copy"
+    shutil.copytree(settings.output.root, copy)
+    run.files.write_status("KILLED")
+    MlflowSync(run, settings.tracking.uri).send()
+    Path(settings.output.root).rename(tmp_path / "elsewhere")
+    (behind,) = find_runs(str(copy), [])
+    sync(behind, str(copy), None, reported.append)
+    assert arrived(settings, run)[0] == "KILLED"
+
+
+def test_a_store_that_is_not_where_it_was_is_reported_and_not_made(settings: Settings, tmp_path: Path, reported: list[str]) -> None:
+    run = left(settings, "FAILED")
+    (tmp_path / "mlflow.db").rename(tmp_path / "moved.db")
+    assert not sync(run, settings.output.root, None, reported.append)
+    assert "there is no such store; if it was moved, set tracking.uri" in reported[0]
+    assert not (tmp_path / "mlflow.db").exists()
+    assert sync(run, settings.output.root, f"sqlite:///{tmp_path}/moved.db", reported.append)
 
 
 # where they are sent

@@ -15,7 +15,7 @@ from tests.tracking.stores import lock_holder
 
 
 def test_a_lock_is_held_by_one_process_at_a_time_and_names_it(tmp_path: Path) -> None:
-    lock = Lock(tmp_path / "folder" / ".lock")
+    lock = Lock(tmp_path / ".lock")
     assert not lock.is_held()
     with lock_holder(lock.path) as process:
         assert lock.is_held()

@@ -148,6 +148,18 @@ def test_a_run_that_was_moved_is_refused(tmp_path: Path) -> None:
     check_in_place(run, str(tmp_path), "--resume")
 
 
+def test_a_run_is_in_place_in_a_root_that_was_moved_and_not_in_one_that_was_copied(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    folder = make_trial(first, FIRST, "20260101_120000")
+    write_json(launch_record(str(first), "launch"), read_json(folder / "run.json"))
+    shutil.copytree(first, second)
+    copy = find_run(str(second), ["alignment"], FIRST, "--resume")
+    with pytest.raises(InputError, match=f"{copy.directory} is a copy; the run itself is {folder}"):
+        check_in_place(copy, str(second), "--resume")
+    shutil.rmtree(first)
+    check_in_place(copy, str(second), "--resume")
+
+
 def test_latest_without_a_finished_run_is_refused_with_how_to_fix_it(tmp_path: Path) -> None:
     refusal = message(tmp_path, "latest")
     assert "no finished run with aligner.pt" in refusal

@@ -1,21 +1,31 @@
 """The MLflow store is created, or refused within seconds, before anything starts."""
 
 import http.server
+import multiprocessing
 import os
+import re
+import shutil
+import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from raytrain2p.config import InputError, Settings
 from raytrain2p.tracking import mlflow_store as store_module
-from raytrain2p.tracking.mlflow_store import check_server, check_store_is_shared, client_of, local_folder, prepare_store
-from tests.tracking.stores import EXPERIMENT, NOBODY, settings_in
+from raytrain2p.tracking.mlflow_repair import make_tables, migrate
+from raytrain2p.tracking.mlflow_store import UnusableStoreError, check_server, check_store_is_shared, client_of, local_path, prepare_store
+from tests.tracking.stores import EXPERIMENT, NOBODY, create, mlflow_runs, settings_in
 
 
 def refused(settings: Settings) -> str:
@@ -71,6 +81,94 @@ def test_a_deleted_experiment_is_refused_before_any_worker_starts(settings: Sett
     assert f"mlflow experiments restore -x {number}" in refusal
     client.restore_experiment(number)
     prepare_store(settings, EXPERIMENT)
+
+
+# several launches at once, and kills
+
+PROCESSES = multiprocessing.get_context("fork")
+RUN_ID = "a1" * 16
+
+
+def exit_codes(count: int, work: Callable[[int], object]) -> list[int | None]:
+    """Run a function in so many processes at once."""
+    started = [PROCESSES.Process(target=work, args=(number,)) for number in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
+
+
+def first_launch(settings: Settings, number: int) -> None:
+    """What a driver and its rank 0 do with the store."""
+    prepare_store(settings, EXPERIMENT)
+    create(settings, f"launch-{number}")
+
+
+@pytest.mark.parametrize("store", ["sqlite", "file"])
+def test_any_number_of_first_launches_at_once_have_a_run(tmp_path: Path, store: str) -> None:
+    settings = settings_in(tmp_path / "fresh", store=store)
+    assert exit_codes(4, partial(first_launch, settings)) == [0] * 4
+    assert len(mlflow_runs(settings)) == 4
+    new = settings_in(tmp_path / "fresh", "tracking.experiment=new", store=store)  # a new experiment of an existing store
+    assert exit_codes(4, partial(first_launch, new)) == [0] * 4
+    assert len(client_of(settings.tracking.uri).search_experiments(filter_string="name = 'new'")) == 1
+
+
+def test_a_kill_while_the_database_is_made_leaves_none(tmp_path: Path) -> None:
+    settings = settings_in(tmp_path)
+    process = PROCESSES.Process(target=prepare_store, args=(settings, EXPERIMENT))
+    process.start()
+    while not any(path.stat().st_size for path in tmp_path.glob(".mlflow.db.aside-*")):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "mlflow.db").exists()
+    prepare_store(settings, EXPERIMENT)
+    assert not list(tmp_path.glob(".mlflow.db.aside-*"))
+
+
+def killed_migration(path: Path, statement: str) -> None:
+    """Migrate a database, and die before the first statement that begins like this."""
+
+    def strike(connection: object, cursor: object, text: str, *_: object) -> None:
+        if text.strip().startswith(statement):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    event.listen(Engine, "before_cursor_execute", strike)
+    migrate(path, "heads")
+
+
+def test_a_database_that_an_interrupted_migration_broke_is_repaired_by_the_command_that_is_printed(tmp_path: Path) -> None:
+    settings, path = settings_in(tmp_path), tmp_path / "mlflow.db"
+    make_tables(path, "181f10493468")
+    with sqlite3.connect(path) as database:
+        database.execute("INSERT INTO experiments VALUES (7, 'mine', 'file:///x', 'active')")
+        database.execute(
+            "INSERT INTO runs (run_uuid, experiment_id, status, lifecycle_stage, artifact_uri, start_time, source_type) "
+            f"VALUES ('{RUN_ID}', 7, 'FINISHED', 'active', 'file:///x', 1, 'LOCAL')"
+        )
+        database.execute(f"INSERT INTO metrics VALUES ('train_loss', 1.5, 1, '{RUN_ID}', 3, 0)")
+    database.close()
+    assert exit_codes(1, lambda _: killed_migration(path, "ALTER TABLE _alembic_tmp_runs")) == [-signal.SIGKILL]  # `runs` was just dropped
+    refusal = refused(settings)
+    assert "a migration of its tables was interrupted" in refusal
+    with pytest.raises(UnusableStoreError, match="was interrupted"):
+        client_of(settings.tracking.uri)
+    command = re.search(r"`python (.*)`", refusal)
+    assert command is not None
+    assert subprocess.run([sys.executable, *command[1].split()], check=False).returncode == 0
+    repaired = shutil.copy(path, tmp_path / "copy.db")  # MLflow keeps the file of before open in this process
+    (point,) = client_of(f"sqlite:///{repaired}").get_metric_history(RUN_ID, "train_loss")
+    assert (point.step, point.value) == (3, 1.5)
+    assert (tmp_path / "mlflow.db.broken").is_file()
+
+
+def test_a_client_makes_no_store_where_there_is_none(tmp_path: Path) -> None:
+    for uri in (f"sqlite:///{tmp_path}/old/mlflow.db", f"file:{tmp_path}/old/mlruns"):
+        with pytest.raises(UnusableStoreError, match=r"if it was moved, set tracking\.uri"):
+            client_of(uri)
+    assert list(tmp_path.iterdir()) == []
 
 
 # servers
@@ -148,11 +246,11 @@ def test_a_store_that_is_not_a_server_is_not_checked_as_one(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("uri", "folder"),
+    ("uri", "path"),
     [
-        ("sqlite:////data/runs/mlflow.db", "/data/runs"),
-        ("sqlite:///mlflow.db", "."),
-        ("sqlite:///here/mlflow.db", "here"),
+        ("sqlite:////data/runs/mlflow.db", "/data/runs/mlflow.db"),
+        ("sqlite:///mlflow.db", "mlflow.db"),
+        ("sqlite:///here/mlflow.db", "here/mlflow.db"),
         ("file:///data/mlruns", "/data/mlruns"),
         ("file:/data/mlruns", "/data/mlruns"),
         ("file:///data/my%20runs", "/data/my runs"),
@@ -160,15 +258,15 @@ def test_a_store_that_is_not_a_server_is_not_checked_as_one(uri: str) -> None:
         ("./mlruns", "mlruns"),
     ],
 )
-def test_a_store_in_files_has_a_folder(uri: str, folder: str) -> None:
-    assert local_folder(uri) == Path(folder)
+def test_a_store_in_files_has_a_path(uri: str, path: str) -> None:
+    assert local_path(uri) == Path(path)
 
 
 @pytest.mark.parametrize(
     "uri", ["http://server:5000", "https://server/mlflow", "postgresql://me:secret@db:5432/mlflow", "mysql://db/mlflow"]
 )
-def test_a_server_has_no_folder_and_serves_many_machines(uri: str) -> None:
-    assert local_folder(uri) is None
+def test_a_server_has_no_path_and_serves_many_machines(uri: str) -> None:
+    assert local_path(uri) is None
     assert check_store_is_shared(uri, 2) == []
 
 

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 import mlflow
 import pytest
 
-from raytrain2p.config import Settings
+from raytrain2p.config import InputError, Settings
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking import run as run_module
 from raytrain2p.tracking import run_directory as run_directory_module
-from raytrain2p.tracking.find import RUN_DIRECTORY
+from raytrain2p.tracking.find import RUN_DIRECTORY, find_run, run_directories
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, prepare_store
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import (
@@ -28,13 +29,14 @@ from raytrain2p.tracking.run import (
     SWEEP_TAG,
     TIMESTAMP_TAG,
     Run,
+    check_launch_is_free,
     get_or_create_run,
     launch_lock,
     launch_record,
     recorded_run,
 )
 from raytrain2p.tracking.run_directory import RUN_ID_LENGTH
-from raytrain2p.tracking.run_writer import describe_run, resolved_config
+from raytrain2p.tracking.run_writer import describe_run, end_unrecorded, resolved_config
 from tests.tracking.stores import EXPERIMENT, NOBODY, away, create, elsewhere, mlflow_run, mlflow_runs, settings_in
 
 
@@ -116,6 +118,29 @@ def test_two_launches_of_one_second_are_two_runs(each_store: Settings, monkeypat
     assert (create(each_store, "launch-1"), create(each_store, "launch-2")) == (first, second)
 
 
+class ClockThatRunsBack(datetime):
+    """An hour earlier at each look: as when summer time ends, or a container's clock is wrong."""
+
+    hour = 12
+
+    @classmethod
+    def now(cls, tz: Any = None) -> "ClockThatRunsBack":
+        cls.hour -= 1
+        return cls(2026, 10, 25, cls.hour, 0, 0)
+
+
+def test_latest_is_the_run_that_was_made_last_whatever_the_clock_showed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module, "datetime", ClockThatRunsBack)
+    older = Path(settings.output.root) / "phase2" / f"{'f' * 32}_20991231_235959"  # of a version that did not number its runs
+    older.mkdir(parents=True)
+    write_json(older / "run.json", {"tags": {}})
+    made = [create(settings, f"launch-{number}") for number in range(3)]
+    assert [run.timestamp for run in made] == sorted((run.timestamp for run in made), reverse=True)
+    describe_run(made[0], resolved_config(settings, {}), "command", {})  # a resumed run keeps its place
+    assert run_directories(settings.output.root, ["phase2"]) == [older, *(run.path for run in made)]
+    assert find_run(settings.output.root, ["phase2"], "latest", "--resume") == made[-1]
+
+
 def test_a_configured_experiment_replaces_the_default(tmp_path: Path, settings: Settings) -> None:
     mine = settings_in(tmp_path, "tracking.experiment=mine")
     prepare_store(mine, EXPERIMENT)
@@ -156,6 +181,45 @@ def test_a_run_keeps_no_password(settings: Settings, monkeypatch: pytest.MonkeyP
     files = [path for path in Path(settings.output.root).rglob("*") if path.is_file()]
     assert {"run.json", "launch-1.json"} <= {path.name for path in files}
     assert not any(b"hunter2" in path.read_bytes() for path in files)
+
+
+# another output root
+
+
+def test_a_launch_id_of_another_root_is_refused_and_the_first_run_is_left_alone(each_store: Settings, tmp_path: Path) -> None:
+    first = create(each_store)
+    other = rooted(each_store, tmp_path / "other")
+    with pytest.raises(InputError, match=f"output.root={each_store.output.root}, and this is output.root={tmp_path}/other"):
+        create(other)
+    with pytest.raises(InputError, match="take another launch ID"):
+        check_launch_is_free(other, "phase2", "launch-1")
+    check_launch_is_free(other, "phase2", "launch-2")
+    check_launch_is_free(each_store, "phase2", "launch-1")
+    end_unrecorded(other.tracking.uri, other.output.root, "launch-1", "FAILED")  # what the refused launch does at its end
+    assert mlflow_run(each_store, first).info.status == "RUNNING"
+    is_the_only_one(each_store, first)
+
+
+def test_a_root_that_was_moved_is_the_same_root(each_store: Settings, tmp_path: Path) -> None:
+    first = create(each_store)
+    Path(each_store.output.root).rename(tmp_path / "moved")
+    moved = rooted(each_store, tmp_path / "moved")
+    assert create(moved) == replace(first, directory=str(tmp_path / "moved" / "phase2" / first.path.name))
+    launch_record(moved.output.root, "launch-1").unlink()
+    assert create(moved).run_id == first.run_id
+    assert len(mlflow_runs(moved)) == 1
+    assert not Path(each_store.output.root).exists()
+
+
+def test_a_root_by_another_path_is_the_same_root(settings: Settings, tmp_path: Path) -> None:
+    first = create(settings)
+    (tmp_path / "link").symlink_to(settings.output.root)
+    launch_record(settings.output.root, "launch-1").unlink()
+    assert create(rooted(settings, tmp_path / "link")).run_id == first.run_id
+
+
+def rooted(settings: Settings, root: Path) -> Settings:
+    return settings.model_copy(update={"output": settings.output.model_copy(update={"root": str(root)})})
 
 
 # after a kill

@@ -14,7 +14,7 @@ from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.tracking import run_directory as run_directory_module
 from raytrain2p.tracking import run_writer as writer_module
 from raytrain2p.tracking.metrics_file import read_points
-from raytrain2p.tracking.run import DIRECTORY_TAG, LAUNCH_TAG, TIMESTAMP_TAG, Run
+from raytrain2p.tracking.run import DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_writer import (
     describe_run,
     end_run,
@@ -109,6 +109,7 @@ def test_a_run_directory_describes_its_run(settings: Settings) -> None:
         LAUNCH_TAG: "launch-1",
         DIRECTORY_TAG: run.directory,
         TIMESTAMP_TAG: run.timestamp,
+        ROOT_TAG: settings.output.root,
         "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
     }
     assert {path.name for path in run.path.iterdir()} == {
@@ -348,7 +349,7 @@ def test_a_finished_run_whose_disk_is_full_is_finished_in_mlflow(small_disk: Pat
 
 def test_the_end_of_a_run_whose_disk_is_gone_is_sent_to_mlflow(settings: Settings) -> None:
     run, other = create(settings), create(settings, launch_id="launch-2")
-    end_unrecorded(settings.tracking.uri, run.launch_id, "FAILED")
+    end_unrecorded(settings.tracking.uri, settings.output.root, run.launch_id, "FAILED")
     assert mlflow_run(settings, run).info.status == "FAILED"
     assert mlflow_run(settings, other).info.status == "RUNNING"
 
