@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -23,8 +23,10 @@ from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.phases import ALIGNMENT, PHASES, SWEEPS
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
+from raytrain2p.worker.job import Outcome
 from tests.damage import WRONG, damage_one, restore, spoil
 from tests.tracking.stores import create, note, settings_in
 
@@ -40,6 +42,7 @@ class World:
     """A folder with everything that a command reads: settings, records, images, run directories and a store."""
 
     folder: Path
+    directories: list[Path] = field(default_factory=list)  # of the runs, in the order in which they were made: MLflow draws their names
 
     @property
     def root(self) -> Path:
@@ -83,9 +86,10 @@ def pristine(
         run.files.write_status(status)
         if status != "RUNNING":
             MlflowSync(run, settings.tracking.uri).send()
+        world.directories.append(run.path)
         if phase == ALIGNMENT.name:
             shutil.copy(untrained_aligner, run.path)
-            run.files.result.write_text(yaml.safe_dump(asdict(run)))
+            write_json(run.files.result, asdict(Outcome(run.run_id, run.directory, None, None, "aligner.pt", {"train_loss": 1.0})))
         if phase == SWEEPS:
             run.add_tags({"raytrain2p.stopped_early": "no"})
     shutil.copytree(world.folder, world.folder.parent / "pristine")
@@ -97,9 +101,10 @@ def pristine(
 
 def run_directories(world: World, random: Random) -> tuple[str, list[str]]:
     """A file of a run, or the record of a launch."""
-    files = [path for path in world.root.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".pt", ".txt")]
-    spoilt = [(path := random.choice(files), damage_one(path, random)) for _ in range(random.choice((1, 1, 2))) if files]
-    run_ids = [path.name[:32] for path in world.root.glob("[a-z]*/*")]
+    folders = [*world.directories, world.root / ".launches"]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in (".json", ".jsonl", ".pt")]
+    spoilt = [(path, damage_one(path, random)) for path in random.sample(files, random.choice((1, 1, 2)))]
+    run_ids = [path.name[:32] for path in world.directories]
     command = random.choice(
         [
             world.runs("sync"),
