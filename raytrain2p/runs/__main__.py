@@ -32,7 +32,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (MLflow is away, or still lacks something) or 2 (bad input); 130 after Ctrl-C."""
+    """Run the command and return its exit code: 0, 1 (MLflow still lacks something) or 2 (bad input); 130 after Ctrl-C."""
     options = parse(arguments)
     return exit_code(lambda: update(options.verb, options.words))
 
