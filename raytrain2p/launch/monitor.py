@@ -158,7 +158,7 @@ def record_end(job: TrainJob, status: str, console: Console) -> None:
         return
     if run.files.read_status()["status"] == status and MlflowSync(run, uri).complete():
         return
-    if not end_run(run, uri, status):
+    if not end_run(run, uri, status, console.say):
         console.say(f"run {run.run_id[:8]} is {status}, but not yet in MLflow; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
     elif run.files.read_status()["status"] == "RUNNING":
         console.say(f"its status cannot be written to its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")
@@ -167,7 +167,7 @@ def record_end(job: TrainJob, status: str, console: Console) -> None:
 
 
 def say_sync_later(run: Run, console: Console) -> None:
-    console.say(f"MLflow has not received all of the run; once it answers: python -m raytrain2p.runs sync {run.run_id[:8]}")
+    console.say(f"MLflow has not received all of the run; once it takes it: python -m raytrain2p.runs sync {run.run_id[:8]}")
 
 
 def cause_of(error: Exception, gone: StorageError | None) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from raytrain2p.config import Settings
-from raytrain2p.config.secrets import one_line
 from raytrain2p.runs.sync import sync, update_each
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
+from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs, store_exists
 from raytrain2p.tracking.run import COMMAND_TAG, LAUNCH_TAG, ROOT_TAG, Run, launch_lock, original_of, recorded_run
 
@@ -57,4 +57,4 @@ def reconcile_unborn(root: str, uri: str, report: Callable[[str], None]) -> None
                 client.set_terminated(found.info.run_id, "FAILED")
                 report(f"{found.info.run_name} {found.info.run_id[:8]}  orphaned before it had a directory: FAILED")
     except STORE_ERRORS as error:
-        report(f"MLflow is away: {one_line(error)}")
+        report(str(store_problem(error)))

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Settings
-from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
+from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, UnusableStoreError, check_password
 from raytrain2p.tracking.mlflow_sync import MlflowSync, RunDirectoryError, reporting_run_disk_errors
 from raytrain2p.tracking.run import Run, original_of, record_move
@@ -55,6 +55,8 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
             moved = record_move(run)
         mlflow_sync = MlflowSync(run, tracking_uri(run, uri))
         if mlflow_sync.complete() and not moved:
+            if mlflow_sync.refusals():
+                report(f"{name}  complete{refused(mlflow_sync)}")
             return True
         with ExitStack() as stack:
             with reporting_run_disk_errors(run.files.lock.path):
@@ -75,12 +77,17 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
         report(f"{name}  {error}")
         return False
     except STORE_ERRORS as error:
-        report(f"{name}  MLflow is away: {one_line(error)}")
+        report(f"{name}  {store_problem(error)}")
         return False
     for line in mlflow_sync.damage:
         report(f"{name}  damaged: {line}")
-    report(f"{name}  sent, {run.files.read_status()['status']}")
+    report(f"{name}  sent, {run.files.read_status()['status']}{refused(mlflow_sync)}")
     return mlflow_sync.complete() and not mlflow_sync.damage
+
+
+def refused(mlflow_sync: MlflowSync) -> str:
+    """What follows in a run's line: the names of what MLflow will never take."""
+    return "".join(f"; without {name}, which MLflow does not take ({reason})" for name, reason in mlflow_sync.refusals().items())
 
 
 def tracking_uri(run: Run, given: str | None) -> str:

@@ -11,7 +11,7 @@ FAILED_DISK = (*OUT_OF_SPACE, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCO
 
 
 class StorageError(RuntimeError):
-    """The disk is full, read-only or gone. Its text is one line for the user."""
+    """The disk is full, read-only or gone, or MLflow takes no run. Its text is one line for the user."""
 
 
 def is_disk_failure(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Where a run is kept: its identity, its directory, MLflow, checkpoints and plots. MLflow is imported in this package alone."""
 
+import logging
 import os
 
 # Set before any module of this package imports MLflow, which reads some of them at that moment.
@@ -8,3 +9,5 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
 os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # one of the three stores that this package supports
+# It logs a traceback, with the points, of each error of a database that it raises as well.
+logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

@@ -18,9 +18,10 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from raytrain2p.config import InputError, Problem, Settings
-from raytrain2p.config.secrets import MASK, masked, one_line
+from raytrain2p.config.secrets import MASK, masked
 from raytrain2p.storage.files import written_aside
 from raytrain2p.storage.locks import Lock
+from raytrain2p.tracking.mlflow_errors import store_problem
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
@@ -199,9 +200,11 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
     except UnusableStoreError as error:
         raise InputError(error.problem) from None
     except (*STORE_ERRORS, ImportError, ValueError) as error:
-        reason = one_line(error, 300)
+        problem = store_problem(error)
         raise InputError(
-            Problem(f"tracking.uri={masked(uri)}", f"MLflow cannot use it: {reason}", "start the server, or fix the URI")
+            Problem(
+                f"tracking.uri={masked(uri)}", f"MLflow cannot use it: {problem.what}", problem.fix or "start the server, or fix the URI"
+            )
         ) from None
     if experiment.lifecycle_stage == "deleted":
         raise InputError(

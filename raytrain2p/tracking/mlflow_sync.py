@@ -1,7 +1,7 @@
 """Copies a run directory to MLflow: the directory is the original, and each point is sent once.
 
 Training writes to the directory alone. A thread sends what it finds there; while MLflow is away it tries again, and what is
-left at the end is sent later by `python -m raytrain2p.runs sync`.
+left at the end is sent later by `python -m raytrain2p.runs sync`. What MLflow will never take is set aside, and all else arrives.
 """
 
 import os
@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
@@ -21,22 +21,33 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from raytrain2p.config import flatten_tree
-from raytrain2p.config.secrets import one_line
 from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import point_of
+from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, store_problem
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_directory import RunStatus
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
-TRIES_AT_THE_END = 5  # a second apart, or more where a request times out
+TRIES_AT_THE_END = 5  # a second apart
+SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
+POINTS_TRIED = 3  # of a metric: once so many were refused, no more of it are sent
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
+
+Item = TypeVar("Item", Metric, Param, RunTag)
 
 
 Bytes = Annotated[int, Field(ge=0)]
+
+
+class Refused(TypedDict):
+    """Of an item that MLflow will never take: how many of it were tried, and why."""
+
+    items: int
+    reason: str
 
 
 class SyncState(TypedDict, total=False):
@@ -46,6 +57,8 @@ class SyncState(TypedDict, total=False):
     sending: Bytes | None
     described: float | None
     status: RunStatus | None
+    artifacts: dict[str, list[int]]
+    refused: dict[str, Refused]
 
 
 class RunDirectoryError(OSError):
@@ -71,7 +84,8 @@ class MlflowSync:
 
     The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
     of it as `sending`. After a kill or a time-out in between, MLflow is asked which points up to there it has; so it is for the whole
-    file if that state is lost, or if the file is shorter than what was sent.
+    file if that state is lost, or if the file is shorter than what was sent. `artifacts` has the size and the time of each file that
+    was sent; `refused`, by name, how many items MLflow will never take, and why.
 
     `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
     """
@@ -80,7 +94,7 @@ class MlflowSync:
         self.run, self.files, self.uri = run, run.files, uri
         self.state_path, self.metrics_file = self.files.sync_state, self.files.metrics
         self.damage: list[str] = []
-        self.state: dict[str, Any] = {"sent": 0, "sending": self._size(), "described": None, "status": None}
+        self.state: dict[str, Any] = {"sent": 0, "sending": self._size(), "described": None, "status": None, "artifacts": {}, "refused": {}}
         try:
             self.state |= read_as(self.state_path, SyncState, "MLflow was asked what it has") or {}
         except DamagedFileError as error:
@@ -92,16 +106,21 @@ class MlflowSync:
         return client_of(self.uri)
 
     def complete(self) -> bool:
-        """Whether MLflow has everything, the final status included."""
+        """Whether MLflow has everything that it takes, the final status included."""
         status = self.files.read_status()
-        return status["status"] != "RUNNING" and self.state["status"] == status and not self._lines_left()
+        ended = status["status"] != "RUNNING" and self.state["status"] == status
+        return ended and not self._lines_left() and not any(self._artifacts_left())
+
+    def refusals(self) -> dict[str, str]:
+        """What MLflow will never take: the name of each item, and why."""
+        return {name: refused["reason"] for name, refused in self.state["refused"].items()}
 
     def send(self) -> None:
         """Send what MLflow does not have yet: settings and tags, points, and, once the run has ended, artifacts and status.
 
         Raises:
             RunDirectoryError: the disk of the run is full, read-only or gone.
-            STORE_ERRORS: MLflow is away. Nothing is lost: call again.
+            STORE_ERRORS: see `store_problem`. Nothing is lost: call again.
         """
         with reporting_run_disk_errors(self.state_path):
             if not is_reachable(self.run.path):
@@ -110,19 +129,23 @@ class MlflowSync:
             self.damage.append(f"{self.metrics_file} has lost {lost:,} bytes that were sent: MLflow has points that are not here any more")
             self._note(sent=0, sending=self._size())
         self._send_description()
-        while self._send_points():
+        end = int(self.state["sent"]) + self._left()  # training may write points faster than MLflow takes them
+        while self.state["sent"] < end and self._send_points():
             pass
         status = self.files.read_status()
+        if self.state["status"] != status and self.is_behind():
+            self._note(status=status)
+            return
+        failure = self._send_artifacts()  # raised after the status was sent: artifacts may be on another server, or another disk
         if self.state["status"] != status:
-            if self.is_behind():
-                pass
-            elif status["status"] != "RUNNING":
-                self._send_artifacts()
+            if status["status"] != "RUNNING":
                 end = round(status["at"] * 1000)
                 self.client.set_terminated(self.run.run_id, status["status"], end)
             elif (status["pid"], status["host"]) == (os.getpid(), socket.gethostname()):  # the process that trains alone sends that
                 self.client.update_run(self.run.run_id, status="RUNNING")
             self._note(status=status)
+        if failure is not None:
+            raise failure
 
     def is_behind(self) -> bool:
         """Whether MLflow has FINISHED, and not from this directory: it is an older copy, or was moved without its last files. That
@@ -169,11 +192,10 @@ class MlflowSync:
         logged = self.client.get_run(self.run.run_id).data.params
         missing = [Param(key, value) for key, value in params.items() if key not in logged]
         for start in range(0, len(missing), PARAMS_PER_BATCH):
-            self.client.log_batch(self.run.run_id, params=missing[start : start + PARAMS_PER_BATCH])
+            self._log("params", missing[start : start + PARAMS_PER_BATCH])
         changed = {f"raytrain2p.changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
         tags = {key: str(value) for key, value in record["tags"].items()} | changed
-        self.client.log_batch(self.run.run_id, tags=[RunTag(key, value) for key, value in tags.items()])
-        self.client.log_artifact(self.run.run_id, str(self.files.config), "config")
+        self._log("tags", [RunTag(key, value) for key, value in tags.items()])
         self._note(described=record["described"])
 
     def _send_points(self) -> bool:
@@ -198,8 +220,7 @@ class MlflowSync:
         if (self.state["sending"] or 0) > start:
             metrics = self._unknown(metrics)
         self._note(sending=max(end, self.state["sending"] or 0))
-        if metrics:
-            self.client.log_batch(self.run.run_id, metrics=metrics)
+        self._log("metrics", sorted(metrics, key=lambda metric: metric.key))  # of a batch that is split, a part has few names
         self._note_sent(end)
         return True
 
@@ -210,12 +231,70 @@ class MlflowSync:
             known[name] = {(point.step, point.timestamp) for point in self.client.get_metric_history(self.run.run_id, name)}
         return [metric for metric in metrics if (metric.step, metric.timestamp) not in known[metric.key]]
 
-    def _send_artifacts(self) -> None:
-        for path, folder in self.files.mlflow_artifacts():
-            if path.is_dir():
-                self.client.log_artifacts(self.run.run_id, str(path), folder)
-            elif path.is_file():
-                self.client.log_artifact(self.run.run_id, str(path), folder)
+    def _log(self, kind: str, items: Sequence[Item]) -> None:
+        """Send items. A batch that MLflow refuses is split, until the item is found that it will never take: that one is set aside.
+
+        Args:
+            kind: metrics, params or tags.
+        """
+        tries = POINTS_TRIED if kind == "metrics" else 1
+        items = [item for item in items if self.state["refused"].get(item_name(kind, item), {"items": 0})["items"] < tries]
+        if not items:
+            return
+        try:
+            self.client.log_batch(self.run.run_id, **{kind: items})
+            return
+        except Exception as error:  # MLflow raises ValueError, too
+            problem = store_problem(error)
+            if problem.kind is not Kind.REFUSED:
+                raise
+        if len(items) > 1:
+            middle = len(items) // 2
+            self._log(kind, items[:middle])
+            self._log(kind, items[middle:])
+        else:
+            self._set_aside(item_name(kind, items[0]), problem)
+
+    def _set_aside(self, name: str, problem: StoreProblem) -> None:
+        count = self.state["refused"].get(name, {"items": 0})["items"] + 1
+        self._note(refused=self.state["refused"] | {name: {"items": count, "reason": problem.reason}})
+
+    def _artifacts_left(self) -> Iterator[tuple[Path, str | None, list[int]]]:
+        """The files that MLflow lacks: each with its folder among the run's artifacts, and its size and time."""
+        status = self.files.read_status()["status"]
+        for path, folder in [(self.files.config, "config"), *(self.files.mlflow_artifacts() if status != "RUNNING" else [])]:
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if not file.is_file():
+                    continue
+                now = [file.stat().st_size, file.stat().st_mtime_ns]
+                inner = file.parent.relative_to(path).as_posix() if file != path else "."
+                name = str(file.relative_to(self.run.path))
+                if self.state["artifacts"].get(name) != now and f"artifact `{name}`" not in self.state["refused"]:
+                    yield file, folder if inner == "." else f"{folder}/{inner}", now
+
+    def _send_artifacts(self) -> Exception | None:
+        """Send files. Returns the first error of one that MLflow may take later; unless MLflow is away, the others are sent."""
+        failure: Exception | None = None
+        for file, folder, now in list(self._artifacts_left()):
+            name = str(file.relative_to(self.run.path))
+            try:
+                self.client.log_artifact(self.run.run_id, str(file), folder)
+            except Exception as error:
+                problem = store_problem(error)
+                if problem.kind is Kind.REFUSED:
+                    self._set_aside(f"artifact `{name}`", problem)
+                    continue
+                failure = failure or error
+                if problem.kind is Kind.AWAY:
+                    break
+            else:
+                self._note(artifacts=self.state["artifacts"] | {name: now})
+        return failure
+
+
+def item_name(kind: str, item: Metric | Param | RunTag) -> str:
+    """As in `metric `val/loss``."""
+    return f"{kind[:-1]} `{item.key}`"
 
 
 class MlflowSyncThread:
@@ -242,27 +321,42 @@ class MlflowSyncThread:
         return False
 
     def _work(self) -> None:
-        wait, failed, reported = SEND_SECONDS, 0, False
+        wait, failed, hung = SEND_SECONDS, 0, 0.0
+        reported: Kind | None = None
+        refused = self.mlflow_sync.refusals()
         while True:
             closing = self.closing.wait(wait)
             with suppress(OSError):
                 self.mlflow_sync.files.lock.touch()
-            try:
-                self.mlflow_sync.send()
-            except Exception as error:  # whatever MLflow's client raises: training must not stop for it
-                if not reported and not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
-                    reported, reason = True, one_line(error)
-                    self.report(f"MLflow does not answer; training continues, and what it lacks waits on disk ({reason})")
-                failed, wait = failed + 1, min(2 * wait, LONGEST_WAIT)
-                if closing and (failed > TRIES_AT_THE_END or time.monotonic() > self.deadline):
-                    return
-                if closing:
-                    time.sleep(1)
-                continue
+            began = time.monotonic()
+            error = self._send()
+            before, refused = refused, self.mlflow_sync.refusals()
+            for name in refused.keys() - before.keys():
+                self.report(f"MLflow will never take {name}; it gets everything else ({refused[name]})")
             while self.mlflow_sync.damage:
                 self.report(self.mlflow_sync.damage.pop())
-            if reported:
-                self.report("MLflow is back, and has everything so far")
-            wait, failed, reported = SEND_SECONDS, 0, False
-            if closing:
+            if error is None:
+                if reported is not None:
+                    self.report("MLflow is back, and has everything so far")
+                wait, failed, hung, reported = SEND_SECONDS, 0, 0.0, None
+                if closing:
+                    return
+                continue
+            if not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
+                problem = store_problem(error)
+                if problem.kind is not reported:
+                    reported = problem.kind
+                    then = f" {problem.fix[:1].upper()}{problem.fix[1:]}." if problem.fix else ""
+                    self.report(f"{problem.what}; training continues, and what MLflow lacks waits on disk.{then}")
+            failed, hung, wait = failed + 1, hung + time.monotonic() - began, min(2 * wait, LONGEST_WAIT)
+            if closing and (failed > TRIES_AT_THE_END or hung > SECONDS_AT_THE_END or time.monotonic() > self.deadline):
                 return
+            if closing:
+                time.sleep(1)
+
+    def _send(self) -> Exception | None:
+        try:
+            self.mlflow_sync.send()
+        except Exception as error:  # whatever MLflow's client raises: training must not stop for it
+            return error
+        return None

@@ -23,6 +23,7 @@ from raytrain2p.storage.errors import StorageError, is_reachable
 from raytrain2p.storage.files import write_json
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.damage import check_shape, read_as
+from raytrain2p.tracking.mlflow_errors import Kind, store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name, runs_with_tag
 from raytrain2p.tracking.run_directory import RunDirectory, next_sequence
 
@@ -194,10 +195,9 @@ def get_or_create_run(settings: Settings, phase: str, default_experiment: str, l
 
     Raises:
         StorageError: the folder of the driver's lock, or the run's directory, is gone: a new run there would be on another
-            disk, and MLflow would have its steps twice.
+            disk, and MLflow would have its steps twice. Or MLflow does not take it, or has been away for a minute.
         RuntimeError: another process of the same launch does not end.
         InputError: the launch ID belongs to another output root.
-        STORE_ERRORS: MLflow has been away for a minute.
     """
     root = settings.output.root
     if (gone := disk_gone(root, launch_id)) is not None:
@@ -243,14 +243,19 @@ def _directory_gone(run_id: str, directory: str, launch_id: str) -> StorageError
 
 
 def _retried(request: Callable[[], Answer]) -> Answer:
-    """The answer to a request, which is sent again while MLflow is away."""
+    """The answer to a request, which is sent again while MLflow is away.
+
+    Raises:
+        StorageError: MLflow does not take it, or has been away for a minute.
+    """
     deadline = time.monotonic() + SECONDS_TO_CREATE
     while True:
         try:
             return request()
-        except STORE_ERRORS:
-            if time.monotonic() > deadline:
-                raise
+        except STORE_ERRORS as error:
+            problem = store_problem(error)
+            if problem.kind not in (Kind.AWAY, Kind.FAILED) or time.monotonic() > deadline:
+                raise StorageError(f"the run cannot be created in MLflow: {problem}") from error
             time.sleep(1)
 
 

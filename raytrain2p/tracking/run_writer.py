@@ -13,6 +13,7 @@ from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
+from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
@@ -153,10 +154,13 @@ def setting_changes(before: dict[str, Any], after: dict[str, Any], prefix: str =
     return changes
 
 
-def end_run(run: Run, uri: str, status: str) -> bool:
+def end_run(run: Run, uri: str, status: str, report: Callable[[str], None] = lambda line: None) -> bool:
     """Record how a run ended whose workers are gone. Returns whether MLflow has its status. FINISHED is never changed.
 
     On a full disk the status cannot be written: it is sent to MLflow all the same.
+
+    Args:
+        report: called with a line for the user if MLflow does not take it.
     """
     with suppress(*STORE_ERRORS), run.files.lock.held(SECONDS_TO_INHERIT) as holder:
         if holder is None:
@@ -164,11 +168,13 @@ def end_run(run: Run, uri: str, status: str) -> bool:
                 run.files.write_status(status)
             MlflowSync(run, uri).send()
             return True
-    with suppress(*STORE_ERRORS):
+    try:
         recorded = run.files.read_status()["status"]
         client_of(uri).set_terminated(run.run_id, status if recorded == "RUNNING" else recorded)
         return True
-    return False
+    except STORE_ERRORS as error:
+        report(str(store_problem(error)))
+        return False
 
 
 def send_rest(run: Run, uri: str) -> bool:

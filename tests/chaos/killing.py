@@ -63,6 +63,7 @@ class Launch:
     arguments: Sequence[str]
     environment: dict[str, str]
     server: str = ""  # tracking URI, if not that of an SQLite file in the folder
+    experiment: str = ""  # in a store that several launches share
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
 
@@ -121,9 +122,10 @@ class Launch:
         return mlflow.MlflowClient(self.server or f"sqlite:///{self.folder}/mlflow.db")
 
     def mlflow_runs(self) -> list[mlflow.entities.Run]:
-        """Every run of its store."""
+        """Every run of its store, or of its experiment."""
         client = self.client
-        return [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
+        experiments = [one for one in client.search_experiments() if self.experiment in ("", one.name)]
+        return [run for experiment in experiments for run in client.search_runs([experiment.experiment_id])]
 
     def status(self) -> dict[str, Any] | None:
         """status.json: of the process that writes, or wrote last."""

@@ -24,7 +24,7 @@ Of three random kills the first and the third happen in training, after a random
 random time after the first, while processes start. The seconds (median, maximum, number of kills) are from a kill to the next
 step that was not recorded before; they include the start of the killed process and the steps since the last checkpoint, which are
 repeated. A kill that is followed by another one before that step has no such time. Where the disk failed or a checkpoint was
-damaged, they start with the next launch, after the repair; where MLflow was stopped, at that moment: training continues.
+damaged, they start with the next launch, after the repair; where MLflow failed, at that moment: training continues.
 A short form runs in `make test`.
 """
 

@@ -14,6 +14,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from raytrain2p.config import Settings, flatten_tree
+from raytrain2p.runs.sync import sync
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking import mlflow_sync as sync_module
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
@@ -566,3 +567,109 @@ def test_two_runs_of_one_store_do_not_mix(each_store: Settings) -> None:
     for run in (first, second):
         sync_of(each_store, replace(run)).send()
     assert (history(each_store, first), history(each_store, second)) == (values(1), values(2))
+
+
+# what MLflow refuses
+
+
+def test_a_metric_that_mlflow_never_takes_does_not_block_the_rest_and_is_reported_by_name_once(
+    each_store: Settings, started: Start, reported: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sync_module, "SEND_SECONDS", 0.02)
+    run = create(each_store)
+    describe(run, each_store)
+    metrics_file = MetricsFile(run.path / "metrics.jsonl")
+    with sole_writer(run):
+        thread = started(sync_of(each_store, run))
+        for step in range(1, 21):
+            metrics_file.append([*points(step, name="accuracy of what colour?"), *points(step)])
+            time.sleep(0.01)
+        run.files.write_status("FINISHED")
+        assert thread.close(60)
+    assert history(each_store, run) == values(*range(1, 21))
+    assert mlflow_run(each_store, run).info.status == "FINISHED"
+    assert "config/config.json" in artifacts(each_store, run)
+    (line,) = reported
+    assert line.startswith("MLflow will never take metric `accuracy of what colour?`")
+
+
+def test_one_point_that_mlflow_never_takes_leaves_the_others_of_its_metric(each_store: Settings) -> None:
+    run = create(each_store)
+    metrics_file = MetricsFile(run.path / "metrics.jsonl")
+    metrics_file.append([*points(1, 2), MetricPoint("train_loss", 1.0, 3, -5.0), *points(4)])
+    mlflow_sync = sync_of(each_store, run)
+    mlflow_sync.send()
+    note(run, 5)
+    mlflow_sync.send()
+    assert history(each_store, run) == values(1, 2, 4, 5)
+    assert list(mlflow_sync.refusals()) == ["metric `train_loss`"]
+
+
+def test_what_was_refused_is_not_tried_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(settings)
+    bad = [MetricPoint("what colour?", 1.0, step, 1.0 + step) for step in range(1, 101)]
+    MetricsFile(run.path / "metrics.jsonl").append([*bad, *points(1)])
+    requests, whole = [], mlflow.MlflowClient.log_batch
+
+    def count(client: mlflow.MlflowClient, run_id: str, **items: Any) -> None:
+        requests.append(items)
+        whole(client, run_id, **items)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", count)
+    sync_of(settings, run).send()
+    assert len(requests) < 20  # a batch is split, and a name of which 3 points were refused is given up
+    requests.clear()
+    MetricsFile(run.path / "metrics.jsonl").append([MetricPoint("what colour?", 1.0, 101, 200.0), *points(2)])
+    sync_of(settings, run).send()
+    assert len(requests) == 1
+    assert history(settings, run) == values(1, 2)
+
+
+def test_parameters_and_tags_that_mlflow_never_takes_do_not_block_the_rest(each_store: Settings) -> None:
+    run = create(each_store)
+    config = resolved_config(each_store, {}) | {"what colour?": 1, "x" * 300: 2, "after": 3}
+    describe_run(run, config, "command", {})
+    run.add_tags({"what colour?": "1", "good": "2"})
+    note(run, 1)
+    run.files.write_status("FINISHED")
+    mlflow_sync = sync_of(each_store, run)
+    mlflow_sync.send()
+    assert mlflow_sync.complete()
+    data = mlflow_run(each_store, run).data
+    assert (data.params["after"], data.params["seed"], data.tags["good"]) == ("3", str(each_store.seed), "2")
+    assert set(mlflow_sync.refusals()) == {"param `what colour?`", f"param `{'x' * 300}`", "tag `what colour?`"}
+    assert history(each_store, run) == values(1)
+
+
+def test_artifacts_that_cannot_be_sent_block_neither_points_nor_status_and_arrive_later(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = create(settings)
+    describe(run, settings)
+    note(run, 1)
+    run.files.write_status("FINISHED")
+    mlflow_sync = sync_of(settings, run)
+
+    def fail(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_artifact", fail)
+        with pytest.raises(PermissionError):
+            mlflow_sync.send()
+    assert history(settings, run) == values(1)
+    assert mlflow_run(settings, run).info.status == "FINISHED"
+    assert not mlflow_sync.complete()
+    mlflow_sync.send()
+    assert mlflow_sync.complete()
+    assert artifacts(settings, run) == ["config/config.json"]
+
+
+def test_the_sync_command_names_what_mlflow_never_takes(settings: Settings, reported: list[str]) -> None:
+    run = create(settings)
+    MetricsFile(run.path / "metrics.jsonl").append([MetricPoint("what colour?", 1.0, 1, 1.0), *points(1)])
+    run.files.write_status("FAILED")
+    for done in ("sent, FAILED", "complete"):
+        assert sync(run, settings.output.root, None, reported.append)
+        assert f"{done}; without metric `what colour?`, which MLflow does not take (" in reported[-1]
+    assert history(settings, run) == values(1)
