@@ -18,7 +18,7 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.paths import is_kind
 
 PIECE = 1 << 20  # bytes read at once
-BATCH = 256  # rows of a Parquet file decoded at once: images are on the way through
+BATCH, BATCH_BYTES = 256, 1 << 26  # rows and bytes of a Parquet file decoded at once, at most: images are on the way through
 SPACE = re.compile(r"[ \t\r\n]*")
 LONGEST_SYMBOL = 16  # of JSON, such as -Infinity or an escaped character
 BYTE_ORDER_MARK = codecs.BOM_UTF8
@@ -196,7 +196,9 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
     with pq.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
         if repeated := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
             raise ValueError(f"has several columns of the name {', '.join(repeated)}")
-        for batch in file.iter_batches(BATCH):
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)  # mean bytes of a row
+        for batch in file.iter_batches(max(1, min(BATCH, BATCH_BYTES // max(1, largest)))):
             columns = [_values(column) for column in batch.columns]
             for values in zip(*columns, strict=True):
                 yield RawRow(f"{path}:row {number}", number, dict(zip(batch.schema.names, values, strict=True)))
