@@ -133,8 +133,9 @@ class MlflowSync:
         while self.state["sent"] < end and self._send_points():
             pass
         status = self.files.read_status()
-        if self.state["status"] != status and self.is_behind():
-            self._note(status=status)
+        if self.state["status"] != status and self.is_behind():  # MLflow keeps the status and the artifacts of the other one
+            kept = {str(file.relative_to(self.run.path)): now for file, _, now in self._artifacts_left()}
+            self._note(status=status, artifacts=self.state["artifacts"] | kept)
             return
         failure = self._send_artifacts()  # raised after the status was sent: artifacts may be on another server, or another disk
         if self.state["status"] != status:

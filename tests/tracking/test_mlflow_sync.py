@@ -593,18 +593,6 @@ def test_a_metric_that_mlflow_never_takes_does_not_block_the_rest_and_is_reporte
     assert line.startswith("MLflow will never take metric `accuracy of what colour?`")
 
 
-def test_one_point_that_mlflow_never_takes_leaves_the_others_of_its_metric(each_store: Settings) -> None:
-    run = create(each_store)
-    metrics_file = MetricsFile(run.path / "metrics.jsonl")
-    metrics_file.append([*points(1, 2), MetricPoint("train_loss", 1.0, 3, -5.0), *points(4)])
-    mlflow_sync = sync_of(each_store, run)
-    mlflow_sync.send()
-    note(run, 5)
-    mlflow_sync.send()
-    assert history(each_store, run) == values(1, 2, 4, 5)
-    assert list(mlflow_sync.refusals()) == ["metric `train_loss`"]
-
-
 def test_what_was_refused_is_not_tried_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(settings)
     bad = [MetricPoint("what colour?", 1.0, step, 1.0 + step) for step in range(1, 101)]
