@@ -109,6 +109,12 @@ class TrainingSettings(SettingsGroup):
         0.0, "decoupled weight decay, on matrices only", _TRAINING.but(resume=FIXED, trial=LIVE)
     )
     gradient_clip: PositiveFloat | None = setting(1.0, "largest global norm of the gradient; null for none", _TRAINING.but(trial=LIVE))
+    max_nonfinite_steps: Annotated[int, Field(ge=0)] = setting(
+        3,
+        "steps in a row whose loss or gradient is not finite: they are reported and not applied; after one more, training fails. "
+        "Checked every training.log_every steps",
+        _TRAINING,
+    )
     precision: Literal["auto", "bf16", "float32"] = setting(
         "auto", "compute precision; `auto` takes bf16 where the hardware multiplies it natively", _TRAINING
     )

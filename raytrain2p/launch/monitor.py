@@ -126,13 +126,17 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
 
     Raises:
         StoppedError: they ended before the last step, because of `signal`.
+        TrainingFailedError: they ended because training them any further is in vain.
     """
     run = recorded_run(job.settings.output.root, job.launch_id)
     assert run is not None
-    if signal is not None and run.files.read_status()["status"] == "KILLED":
+    status = run.files.read_status()
+    if signal is not None and status["status"] == "KILLED":
         raise StoppedError(signal)
     if not MlflowSync(run, job.settings.tracking.uri).complete():
         say_sync_later(run, console)
+    if status["status"] == "FAILED":
+        raise TrainingFailedError(masked(status.get("reason", "")))
     return Outcome(**read_json(run.files.result))
 
 

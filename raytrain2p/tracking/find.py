@@ -28,6 +28,11 @@ def is_trial(directory: Path) -> bool:
     return SWEEP_TAG in RunDirectory(directory).tags()
 
 
+def has_failed(directory: Path) -> bool:
+    """Whether a run ended as FAILED: `latest` never means the artifact of such a run, which an earlier part of it may have made."""
+    return RunDirectory(directory).read_status()["status"] == "FAILED"
+
+
 def find_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
     """A run by its directory, its run ID, the start of one, or `latest`: the newest that is not a trial of a sweep.
 
@@ -141,7 +146,7 @@ def find_artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Call
 
 
 def _latest_artifact(runs: list[Path], folder: Path, phase: Phase, setting: str, fits: Callable[[Path], bool]) -> Path:
-    finished = [run for run in runs if RunDirectory(run).artifact(phase).is_file()]
+    finished = [run for run in runs if RunDirectory(run).artifact(phase).is_file() and not has_failed(run)]
     newest_first = [RunDirectory(run).artifact(phase) for run in reversed(finished) if not is_trial(run)]
     if not newest_first:
         raise InputError(

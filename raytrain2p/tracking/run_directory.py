@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.storage.files import read_json, write_file, write_json
@@ -18,12 +18,14 @@ BEST, LAST = "best-*.ckpt", "last.ckpt"  # in the folder of checkpoints
 
 
 class RunStatus(TypedDict):
-    """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), and which process wrote it."""
+    """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), which process wrote it, and, if the worker
+    itself ended the run, why."""
 
     status: str
     at: float
     host: str
     pid: int
+    reason: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,10 @@ class RunDirectory:
         status: RunStatus | None = read_json(self.status)
         return status or {"status": "RUNNING", "at": 0.0, "host": "", "pid": 0}
 
-    def write_status(self, status: str) -> None:
+    def write_status(self, status: str, reason: str = "") -> None:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
         row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        write_json(self.status, row)
+        write_json(self.status, row | ({"reason": reason} if reason else {}))
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:

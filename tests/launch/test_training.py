@@ -131,6 +131,24 @@ def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workdir: Path, ray_hea
     assert run.info.status == "KILLED"
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_as_failed_with_one_line_and_without_restarts(
+    tiny_config: Path, workdir: Path, ray_head: str, shapes: Path
+) -> None:
+    arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "training.max_steps=100000", "training.learning_rate=1e30"]
+    launch = Launch(workdir / "diverges", [*arguments, "launch.num_workers=2", "launch.max_failures=3"], {"RAY_ADDRESS": ray_head})
+    launch.start()
+    assert launch.wait() == 1, launch.log
+    *_, what, why = launch.log.splitlines()
+    assert what == "raytrain2p: training failed"
+    assert f"since step 2: loss nan, gradient norm nan, records {shapes}/phase1.jsonl:" in why
+    assert launch.log.count("parameters that train") == 1, "it was started again"
+    (run,) = launch.mlflow_runs()
+    assert run.info.status == "FAILED"
+    (directory,) = launch.directories()
+    assert json.loads((directory / "status.json").read_text())["reason"] == why
+    assert not list(directory.glob("*.pt")) + list(directory.glob("*/*.ckpt")), "written before the weights were checked"
+
+
 @only_long
 def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny_config: Path, aligned: Command, workdir: Path) -> None:
     overrides = ["model.attention=flash_attention_2", "--launch-id", "fails"]  # needs a GPU, which only the worker checks
