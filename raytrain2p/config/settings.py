@@ -166,6 +166,12 @@ class LaunchSettings(SettingsGroup):
         "ddp", "replicate what trains (ddp) or shard it over the workers (fsdp)", _OF_ALL_TRIALS.but(resume=FIXED)
     )
     max_failures: Annotated[int, Field(ge=0)] = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
+    hang_timeout_s: PositiveInt = setting(
+        120,
+        "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; long steps, "
+        "validation and evaluation do not count, since another thread answers",
+        _OF_ALL_TRIALS,
+    )
     object_store_mb: Annotated[int, Field(ge=80)] = setting(
         300, "object store of a Ray that is started here, in MB", _OF_ALL_TRIALS.but(sweep_resume=FREE)
     )

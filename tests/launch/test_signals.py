@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 
+from raytrain2p.interrupts import stoppable
 from raytrain2p.launch.signals import StopSignals
 
 
@@ -11,7 +12,7 @@ def test_a_signal_that_another_thread_receives_is_noticed() -> None:
     """As after SIGSTOP and SIGCONT, when the main thread may be the last to run again."""
     over = threading.Event()
     other = threading.Thread(target=over.wait)
-    with StopSignals() as signals:
+    with stoppable(), StopSignals() as signals:
         other.start()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
