@@ -16,7 +16,7 @@ COMMAND = [sys.executable, "-X", "importtime", "-m", "raytrain2p.predict", "What
 @pytest.mark.parametrize(
     ("module", "number"),
     [
-        ("raytrain2p", signal.SIGINT),
+        ("raytrain2p.config", signal.SIGINT),
         ("pydantic", signal.SIGHUP),
         ("numpy", signal.SIGTERM),
         ("torch", signal.SIGINT),
