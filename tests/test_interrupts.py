@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.launching import heed_sighup
+
 COMMAND = [sys.executable, "-X", "importtime", "-m", "raytrain2p.predict", "What?"]
 
 
@@ -24,7 +26,7 @@ COMMAND = [sys.executable, "-X", "importtime", "-m", "raytrain2p.predict", "What
     ],
 )
 def test_a_signal_during_the_imports_prints_one_line(module: str, number: signal.Signals, tmp_path: Path) -> None:
-    started = subprocess.Popen(COMMAND, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(COMMAND, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed_sighup)
     assert started.stderr is not None
     for line in started.stderr:
         if re.search(rf"\| +{module}(\.\w+)*$", line):  # Python reports each module once it is imported, the innermost first
@@ -70,6 +72,7 @@ def test_processes_that_outlive_the_terminal_do_not_get_its_signal() -> None:
     """Ray's would end before the checkpoint is written; and Ray sets a handler of its own, which would end us with code 15."""
     script = """
 import subprocess
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 handle(end_at_once)
 with kept_from_children():
     child = subprocess.Popen(["sleep", "60"])

@@ -69,7 +69,7 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
             a second signal came.
         Exception: what `fit` raised.
     """
-    outcome: Future[Any] = Future()
+    outcome, training = Future[Any](), Future[bool]()
     with StopSignals() as signals:
 
         def work() -> None:
@@ -79,14 +79,23 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
                 outcome.set_exception(error)
             signals.news.set()
 
+        def ask() -> None:
+            training.set_result(_request_stop(channel))
+            signals.news.set()
+
+        def wait_until(over: Callable[[], bool]) -> None:
+            while not (over() or outcome.done() or len(signals.received) > 1) and signals.wait(SECONDS_TO_STOP):
+                signals.news.clear()
+
         threading.Thread(target=work, name="fit", daemon=True).start()
         signals.wait()
         if signals.received and not outcome.done():
             signals.news.clear()
-            if _request_stop(channel):
+            threading.Thread(target=ask, name="ask", daemon=True).start()  # workers that start do not answer for seconds
+            wait_until(training.done)
+            if training.done() and training.result():
                 say("stopping after this step, with a checkpoint (again: at once)")
-                while not outcome.done() and len(signals.received) == 1 and signals.wait(SECONDS_TO_STOP):
-                    signals.news.clear()
+                wait_until(lambda: False)
             if not outcome.done():
                 raise StoppedError(signals.received[0])
         outcome.result()

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -168,9 +169,15 @@ def start_command(folder: Path, log: Path, *arguments: str, **environment: str) 
             env=command_environment(folder, **environment),
             stdout=stream,
             stderr=stream,
+            preexec_fn=heed_sighup,
         )
     STARTED.append(started)
     return started
+
+
+def heed_sighup() -> None:
+    """Though the tests run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -213,7 +220,7 @@ class Terminal:
             stdout=self.commands,
             stderr=self.commands,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=lambda: (heed_sighup(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
         )
         STARTED.append(started)
         return started
