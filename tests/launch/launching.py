@@ -212,6 +212,11 @@ class Terminal:
 
     def start(self, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start `python -m ...` in it, as its foreground command."""
+
+        def in_foreground() -> None:
+            heed_sighup()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         started = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=folder,
@@ -220,7 +225,7 @@ class Terminal:
             stdout=self.commands,
             stderr=self.commands,
             start_new_session=True,
-            preexec_fn=lambda: (heed_sighup(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+            preexec_fn=in_foreground,
         )
         STARTED.append(started)
         return started
