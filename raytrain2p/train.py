@@ -8,6 +8,7 @@ from dataclasses import asdict
 from raytrain2p.config import InputError, Problem, Settings, load_settings
 from raytrain2p.config.cli import FAILED, describe_settings, exit_code
 from raytrain2p.config.phases import PHASES
+from raytrain2p.interrupts import StoppedError, stoppable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input); 130 or 143 if a signal stopped it."""
+    """Run the command and return its exit code: 0, 1 (training failed) or 2 (bad input); 129, 130 or 143 if a signal stopped it."""
     options = parse(arguments)
     return exit_code(lambda: train(options))
 
@@ -57,8 +58,7 @@ def train(options: argparse.Namespace) -> int:
     from raytrain2p.launch.dry_run import dry_run
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
-    from raytrain2p.launch.signals import StoppedError
-    from raytrain2p.launch.summary import print_summary
+    from raytrain2p.launch.summary import print_summary, stopped_line
 
     console = Console()
     if options.dry_run:
@@ -66,12 +66,13 @@ def train(options: argparse.Namespace) -> int:
         print(dry_run(*check(settings, options.phase, console, run)))
         return 0
     try:
-        outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
+        with stoppable():
+            outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
     except TrainingFailedError as error:
         console.say(f"raytrain2p: training failed\n{error}")
         return FAILED
     except StoppedError as stopped:
-        console.say(f"raytrain2p: {stopped}")
+        console.say(stopped_line(stopped, f"train --phase {options.phase}"))
         return stopped.exit_code
     print_summary(outcome, options.phase, settings, console)
     if options.json:

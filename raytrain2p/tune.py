@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.interrupts import StoppedError, stoppable
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import Sweep, SweepSettings
 
@@ -60,7 +61,7 @@ def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (a trial did not end, or none succeeded) or 2; 130 and 143 if stopped."""
+    """Run the command and return its exit code: 0, 1 (a trial did not end, or none succeeded) or 2; 129, 130 and 143 if stopped."""
     options = parse(arguments)
     return exit_code(lambda: tune(options))
 
@@ -76,15 +77,16 @@ def tune(options: argparse.Namespace) -> int:
         sweep, run = resumed(sweep, options)
 
     from raytrain2p.launch.progress import Console
-    from raytrain2p.launch.signals import StoppedError
+    from raytrain2p.launch.summary import stopped_line
     from raytrain2p.sweep.run import SweepFailedError, run_sweep
     from raytrain2p.sweep.summary import sweep_summary
 
     console = Console()
     try:
-        outcome = run_sweep(sweep, run, options.ray_logs, console)
+        with stoppable():
+            outcome = run_sweep(sweep, run, options.ray_logs, console)
     except StoppedError as stopped:
-        console.say(f"raytrain2p: {stopped}; resume with --resume latest")
+        console.say(stopped_line(stopped, "tune"))
         return stopped.exit_code
     except SweepFailedError as failed:
         console.say(f"raytrain2p: the sweep failed; once its disk is fixed, resume with --resume latest\n{failed}")

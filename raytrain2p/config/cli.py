@@ -5,9 +5,11 @@ import io
 import json
 import os
 import re
+import select
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel
@@ -56,7 +58,7 @@ FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 def exit_code(command: Callable[[], int]) -> int:
     """Run a command. Returns its exit code; BAD_INPUT, with every problem on stderr; INTERRUPTED after Ctrl-C; or UNREAD.
 
-    UNREAD: the reader of stdout went away, as `head` does; the code is that of a program that SIGPIPE ends.
+    UNREAD: the reader of stdout went away, as `head` does, or its terminal; the code is that of a program that SIGPIPE ends.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters
@@ -64,20 +66,28 @@ def exit_code(command: Callable[[], int]) -> int:
         code = command()
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            print(f"raytrain2p: {printable(str(error.filename))}: no file system takes so long a name", file=sys.stderr)
+            return BAD_INPUT
+        if error.errno not in (errno.EPIPE, errno.EIO) or error.filename is not None or not unread(sys.stdout):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except InputError as error:
         print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        print(f"raytrain2p: {printable(str(error.filename))}: no file system takes so long a name", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("raytrain2p: stopped", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stopped:
+        print(f"raytrain2p: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return getattr(stopped, "exit_code", INTERRUPTED)
+
+
+def unread(stream: Any) -> bool:
+    """Whether nobody can read a stream any more: its pipe has no reader, or its terminal is gone."""
+    with suppress(io.UnsupportedOperation):
+        (poll := select.poll()).register(stream.fileno(), 0)
+        return bool(poll.poll(0))
+    return False
 
 
 def report(line: str) -> None:

@@ -123,6 +123,12 @@ class TrainingSettings(SettingsGroup):
         0.0, "decoupled weight decay, on matrices only", _TRAINING.but(resume=FIXED, trial=LIVE)
     )
     gradient_clip: PositiveFloat | None = setting(1.0, "largest global norm of the gradient; null for none", _TRAINING.but(trial=LIVE))
+    max_nonfinite_steps: Count = setting(
+        3,
+        "steps in a row whose loss or gradient is not finite: they are reported and not applied; after one more, training fails. "
+        "Checked every training.log_every steps",
+        _TRAINING,
+    )
     precision: Literal["auto", "bf16", "float32"] = setting(
         "auto", "compute precision; `auto` takes bf16 where the hardware multiplies it natively", _TRAINING
     )
@@ -174,6 +180,12 @@ class LaunchSettings(SettingsGroup):
         "ddp", "replicate what trains (ddp) or shard it over the workers (fsdp)", _OF_ALL_TRIALS.but(resume=FIXED)
     )
     max_failures: Count = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
+    hang_timeout_s: PositiveInt = setting(
+        120,
+        "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; long steps, "
+        "validation and evaluation do not count, since another thread answers",
+        _OF_ALL_TRIALS,
+    )
     object_store_mb: Annotated[int, Field(ge=80, le=MOST)] = setting(
         300, "object store of a Ray that is started here, in MB", _OF_ALL_TRIALS.but(sweep_resume=FREE)
     )

@@ -1,5 +1,6 @@
 """Which records make up each step, and each worker's part of it."""
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,12 @@ class StepSampler:
             tokens = int(self.supervised[step].sum())
             for index in range(self.passes):
                 yield MicroBatch(step[index * self.world_size + self.rank :: stride], tokens)
+
+    def records_of(self, step: int) -> np.ndarray:
+        """Record numbers of one step of the run, over all workers; the first step is 1."""
+        other = copy.copy(self)
+        other.epoch, index = divmod(step - 1, self.steps)
+        return other.step_records()[index]
 
     def step_records(self) -> np.ndarray:
         """Record numbers of this epoch's steps, (steps, global batch)."""

@@ -12,6 +12,7 @@ import ray
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.settings import LaunchSettings
+from raytrain2p.interrupts import kept_from_children
 from raytrain2p.launch.quiet import muted_stderr
 from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory
 
@@ -152,7 +153,7 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
     options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
     try:
-        with muted_stderr(verbose):
+        with muted_stderr(verbose), kept_from_children():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: the object store leaves too little memory
         reason = " ".join(str(error).split())[:300]

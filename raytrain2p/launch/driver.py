@@ -19,6 +19,7 @@ from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.launch.signals import naming_run
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
@@ -38,12 +39,17 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
     Raises:
         InputError: bad input; nothing was started.
         TrainingFailedError: the workers failed.
-        StoppedError: a signal ended it, with a checkpoint.
+        StoppedError: a signal ended it; if it was training, with a checkpoint.
     """
     if not verbose:
         quiet()
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
-    asked, run = settings, run_to_resume(settings, launch_id, phase)
+    with naming_run(settings.output.root, launch_id):
+        return _launch(settings, phase, launch_id, verbose, console)
+
+
+def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console) -> Outcome:
+    run = run_to_resume(asked, launch_id, phase)
     settings, inputs = check(asked, phase, console, run)
     if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome

@@ -15,8 +15,9 @@ import ray
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked, one_line
+from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.progress import Console, followed
-from raytrain2p.launch.signals import StoppedError, fit_until_stopped
+from raytrain2p.launch.signals import fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.phases.inputs import InputDigests, Split
 from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
@@ -110,7 +111,7 @@ def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_
     try:
         with followed(job.channel, console), trial.reported(job.channel) if trial else nullcontext(stopped) as stopped:
             return fit_until_stopped(ray_trainer(job, own_cluster).fit, job.channel, console.say)
-    except (StoppedError, KeyboardInterrupt):
+    except StoppedError:
         ray.shutdown()  # the workers end before the status is written
         record_end(job, "KILLED", console)
         raise
@@ -126,13 +127,17 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
 
     Raises:
         StoppedError: they ended before the last step, because of `signal`.
+        TrainingFailedError: they ended because training them any further is in vain.
     """
     run = recorded_run(job.settings.output.root, job.launch_id)
     assert run is not None
-    if signal is not None and run.files.read_status()["status"] == "KILLED":
+    status = run.files.read_status()
+    if signal is not None and status["status"] == "KILLED":
         raise StoppedError(signal)
     if not MlflowSync(run, job.settings.tracking.uri).complete():
         say_sync_later(run, console)
+    if status["status"] == "FAILED":
+        raise TrainingFailedError(masked(status.get("reason", "")))
     return Outcome(**read_json(run.files.result))
 
 
@@ -185,5 +190,20 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return str(gone)
     if is_disk_failure(first):
         return masked(one_line(first))
+    for rank, failure in (failures or {}).items():
+        if (lost := lost_worker(failure)) is not None:
+            return f"worker {rank} {lost}"
     text = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
     return masked(text).rstrip() + "\n(more with --ray-logs)"
+
+
+def lost_worker(failure: Exception) -> str | None:
+    """What became of a worker that Ray Train lost, in one line; None if it raised an error itself."""
+    reason = getattr(failure, "health_check_failure", failure)
+    if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
+        return "did not answer for longer than launch.hang_timeout_s: its process is stopped, or its node does not answer"
+    if isinstance(reason, ray.exceptions.OutOfMemoryError) or "out of memory" in str(reason).lower() or "low on memory" in str(reason):
+        return "was ended because its node ran out of memory: lower training.micro_batch_size or data.loader_workers"
+    if isinstance(reason, ray.exceptions.RayActorError):
+        return "was ended from outside, as by `kill` or by the system, which does so when it runs out of memory"
+    return None

@@ -31,12 +31,6 @@ def describe(update: StepProgress) -> str:
     )
 
 
-class _Terminal(RichConsole):
-    def on_broken_pipe(self) -> None:
-        """Rich would exit here. The reader of the output has closed it; training continues."""
-        self.quiet = True
-
-
 class Console:
     """Prints lines, and shows progress: on a status line in a terminal, else on a new line at most every PLAIN_SECONDS.
 
@@ -49,7 +43,7 @@ class Console:
     def __init__(self, stream: TextIO | None = None) -> None:
         stream = stream or own_stderr()
         terminal = stream.isatty()
-        self.rich = _Terminal(
+        self.rich = RichConsole(
             file=stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
         )
         self.live = terminal and not self.rich.is_dumb_terminal

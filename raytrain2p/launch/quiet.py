@@ -1,11 +1,12 @@
 """Keeps the logs of libraries out of the user's terminal."""
 
+import io
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 LOGGERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning")
 
@@ -44,6 +45,17 @@ def muted_stderr(verbose: bool) -> Iterator[None]:
 def own_stderr() -> TextIO:
     """A duplicate of standard error; where that has no file descriptor, as under pytest, standard error itself."""
     try:
-        return os.fdopen(os.dup(sys.stderr.fileno()), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+        raw = _Output(os.dup(sys.stderr.fileno()), "w")
     except OSError:
         return sys.stderr
+    return io.TextIOWrapper(io.BufferedWriter(raw), sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
+
+
+class _Output(io.FileIO):
+    """Discards what cannot be written: its reader or its terminal is gone, and training continues."""
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError:
+            return len(content)

@@ -1,44 +1,46 @@
 """Requests to stop (SIGTERM, Ctrl-C, `ray job stop`) in the driver; the workers' part is worker/callbacks/stop.py."""
 
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import ray
 
+from raytrain2p.interrupts import StoppedError, end_at_once, handle
+from raytrain2p.tracking.run import recorded_run
 from raytrain2p.worker.channel import RunChannel
 
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
 LONGEST_WAIT = 0.5  # seconds
 
 
-class StoppedError(Exception):
-    """The launch was stopped by a signal. `exit_code` is that of the command."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
+@contextmanager
+def naming_run(root: str, launch_id: str) -> Iterator[None]:
+    """A StoppedError that is raised within has the run of the launch, if it has one."""
+    try:
+        yield
+    except StoppedError as stopped:
+        stopped.run = recorded_run(root, launch_id)
+        raise
 
 
 class StopSignals:
-    """Within, SIGTERM and SIGINT are kept in `received`, and set `news`. Outside the main thread Python delivers no signals."""
+    """Within, signals that stop a launch are kept in `received`, and set `news`; after one, the next ends this process at once."""
 
     def __init__(self) -> None:
         self.news, self.received = threading.Event(), list[int]()
-        self.before: dict[int, Any] = {}
+        self.before: tuple[Any, ...] = ()
 
     def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = handle(self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        handle(*((end_at_once,) if self.received else self.before))
 
     def wait(self, seconds: float = math.inf) -> bool:
         """Wait for news; False if there was none. In short parts: the kernel may give a signal to another thread (a process that is
@@ -67,7 +69,7 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
             a second signal came.
         Exception: what `fit` raised.
     """
-    outcome: Future[Any] = Future()
+    outcome, training = Future[Any](), Future[bool]()
     with StopSignals() as signals:
 
         def work() -> None:
@@ -77,14 +79,23 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
                 outcome.set_exception(error)
             signals.news.set()
 
+        def ask() -> None:
+            training.set_result(_request_stop(channel))
+            signals.news.set()
+
+        def wait_until(over: Callable[[], bool]) -> None:
+            while not (over() or outcome.done() or len(signals.received) > 1) and signals.wait(SECONDS_TO_STOP):
+                signals.news.clear()
+
         threading.Thread(target=work, name="fit", daemon=True).start()
         signals.wait()
         if signals.received and not outcome.done():
-            say("stopping after this step, with a checkpoint (again: at once)")
             signals.news.clear()
-            if _request_stop(channel):
-                while not outcome.done() and len(signals.received) == 1 and signals.wait(SECONDS_TO_STOP):
-                    signals.news.clear()
+            threading.Thread(target=ask, name="ask", daemon=True).start()  # workers that start do not answer for seconds
+            wait_until(training.done)
+            if training.done() and training.result():
+                say("stopping after this step, with a checkpoint (again: at once)")
+                wait_until(lambda: False)
             if not outcome.done():
                 raise StoppedError(signals.received[0])
         outcome.result()

@@ -1,5 +1,6 @@
 """The end of a launch, as printed: where the run is, its metrics, and the next commands."""
 
+import shlex
 from collections import defaultdict
 
 from rich.table import Table
@@ -9,7 +10,9 @@ from raytrain2p.config import Settings
 from raytrain2p.config.cli import printable
 from raytrain2p.config.phases import PHASES
 from raytrain2p.config.secrets import masked
+from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.progress import Console
+from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
 SHARES = ("recall", "chance", "exact_match", "majority")  # metrics between 0 and 1, printed as percentages
@@ -21,6 +24,22 @@ def print_summary(outcome: Outcome, phase: int, settings: Settings, console: Con
     console.say(f"\nrun        {outcome.run_id}\ndirectory  {outcome.directory}\nartifact   {outcome.artifact}\n")
     console.draw(metric_table(outcome.metrics))
     console.say(f"\nnext       {command}\ncompare    mlflow ui --backend-store-uri {masked(settings.tracking.uri)}")
+
+
+def stopped_line(stopped: StoppedError, command: str) -> str:
+    """The last line of a command that a signal stopped: what can be resumed, where it is, and how.
+
+    Args:
+        command: that resumes, as in `python -m raytrain2p.COMMAND --resume DIRECTORY`.
+    """
+    run = stopped.run
+    if run is None:
+        return f"raytrain2p: {stopped}, before there was a run"
+    return f"raytrain2p: {stopped}; run {run.run_id} is in {run.directory}; resume it with: {resume_command(run, command)}"
+
+
+def resume_command(run: Run, command: str) -> str:
+    return f"python -m raytrain2p.{command} --resume {shlex.quote(run.directory)}"
 
 
 def metric_table(metrics: dict[str, float]) -> Table:

@@ -6,6 +6,7 @@ make the start longer. Ray's controller loads this module, so it imports no trai
 
 import asyncio
 import json
+import os
 import shutil
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from raytrain2p.config import Settings
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.job import TrainJob
 
+HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -30,6 +32,7 @@ def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
     """
     settings, storage = job.settings, Path(job.settings.output.root) / ".ray"
     remove_torn_state(storage / job.launch_id)
+    os.environ[HANG_TIMEOUT] = str(settings.launch.hang_timeout_s)  # Ray passes it on to its controller
     return LeanTrainer(
         train_worker,
         train_loop_config={"job": job},

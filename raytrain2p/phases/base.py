@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from raytrain2p.config.settings import TrainingSettings
 from raytrain2p.models.parameters import ParameterCount
@@ -27,6 +28,7 @@ class PhaseModule(pl.LightningModule):
         self.strict_loading = False  # the frozen weights are not in the checkpoint
         self.parameter_counts: dict[str, ParameterCount] = {}  # by part
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
+        self.gradient_norm = torch.zeros(())  # of the step, before clipping; equal on all workers
 
     @property
     def passes_per_step(self) -> int:
@@ -73,6 +75,28 @@ class PhaseModule(pl.LightningModule):
         self.pass_loss = loss.detach() / self.passes_per_step
         return loss
 
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clips the norm. A step whose norm is not finite is not applied: the fused optimizer reads `found_inf` on the device, so
+        nothing waits for it. The norm is equal on all workers, and so is the decision.
+        """
+        parameters = self.trained_parameters()
+        if gradient_clip_val is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        self.gradient_norm = whole(norm)
+        optimizer.found_inf = (~self.gradient_norm.isfinite()).float()  # type: ignore[attr-defined]
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def weights_norm(self) -> float:
+        """Of what trains; a collective if it is sharded."""
+        return float(whole(torch.nn.utils.get_total_norm(self.trained_parameters())))
+
     @torch.no_grad()
     def validate(self, loader: Iterable[Batch]) -> float:
         """The mean loss over all validation records, on each worker."""
@@ -97,6 +121,8 @@ class PhaseModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts passes. A resumed run may take its steps in another number of passes than before."""
+        for group in checkpoint["optimizer_states"][0]["param_groups"]:
+            group["fused"] = True  # in a checkpoint of an earlier version it is not
         loops = checkpoint["loops"]["fit_loop"]
         batches, steps = loops["epoch_loop.batch_progress"], loops["epoch_loop.scheduler_progress"]
         for span in ("total", "current"):
@@ -105,12 +131,12 @@ class PhaseModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""
         settings = self.training_settings
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = self.trained_parameters()
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate)
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
         warmup = min(settings.warmup_steps, max(1, self.total_steps // 2))
 
         def factor(step: int) -> float:
@@ -121,6 +147,11 @@ class PhaseModule(pl.LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """The value of a norm; that of sharded parameters is in parts."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def set_progress(loops: dict[str, Any], step: int, steps_per_epoch: int, passes_per_step: int) -> None:

@@ -103,6 +103,10 @@ class CheckedRecords:
     def records(self) -> int:
         return len(self.splits[TRAIN])
 
+    def sources_of(self, split: str) -> tuple[tuple[SourceShare, ...], tuple[str, ...]]:
+        """`shares` and `places` of a split; those of the training split alone are used."""
+        return (self.shares, tuple(record.where for record in self.splits[TRAIN])) if split == TRAIN else ((), ())
+
     @cached_property
     def digests(self) -> InputDigests:
         return InputDigests(self.records, digest_records(self.splits[TRAIN], self.media_keys))
@@ -124,6 +128,10 @@ class Split(Protocol):
     @property
     def shares(self) -> tuple[SourceShare, ...]:
         """Where the records come from, in order; a source may have a weight."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Of each training record: its file and line, for messages."""
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """Tensors of one worker's part of a forward pass."""

@@ -11,6 +11,7 @@ from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
+from raytrain2p.launch.signals import naming_run
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
@@ -43,6 +44,11 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
     if not verbose:
         quiet()
     launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
+    with naming_run(sweep.base.output.root, launch_id):
+        return _run_sweep(sweep, resumed, launch_id, verbose, console)
+
+
+def _run_sweep(sweep: Sweep, resumed: Run | None, launch_id: str, verbose: bool, console: Console) -> SweepOutcome:
     sweep, inputs_by_key = check_sweep(sweep, console)
     root, options = sweep.base.output.root, sweep.options
     with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:

@@ -95,6 +95,8 @@ def run_trial(config: Values, job: SweepJob) -> None:
         if holder is not None:
             raise RuntimeError(f"trial {number} is already running: {holder}")
         run = recorded_run(root, launch_id)
+        if run is not None and (reason := run.files.read_status().get("reason")):
+            raise TrainingFailedError(reason)  # it diverged, and would again
         if run is None or run.files.read_status()["status"] != "FINISHED":
             if run is not None and (checkpoint := tune.get_checkpoint()) is not None:
                 with checkpoint.as_directory() as folder:

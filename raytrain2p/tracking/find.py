@@ -29,6 +29,11 @@ def is_trial(directory: Path) -> bool:
     return SWEEP_TAG in RunDirectory(directory).tags()
 
 
+def has_failed(directory: Path) -> bool:
+    """Whether a run ended as FAILED: `latest` never means the artifact of such a run, which an earlier part of it may have made."""
+    return RunDirectory(directory).read_status()["status"] == "FAILED"
+
+
 def read_run(directory: Path) -> Run:
     """The run of a directory, wherever that is now.
 
@@ -207,16 +212,16 @@ def _latest_artifact(
     newest_first = []
     for run in reversed(finished):
         try:
-            trial = is_trial(run)
+            passed = is_trial(run) or has_failed(run)
         except DamagedFileError as error:
             report(f"{setting}=latest passes over a damaged run: {error.line}")
         else:
-            newest_first += [] if trial else [RunDirectory(run).artifact(phase)]
+            newest_first += [] if passed else [RunDirectory(run).artifact(phase)]
     if not newest_first:
         raise InputError(
             Problem(
                 f"{setting}=latest",
-                f"there is no finished run with {phase.artifact} in {folder}{', only trials of a sweep' if finished else ''}",
+                f"there is no finished run with {phase.artifact} in {folder}{', only trials of a sweep or runs that failed' if finished else ''}",
                 f"run `python -m raytrain2p.train --phase {phase.number}` first, or set {setting} to a path or a run ID"
                 f"{' (best.json of the sweep has one)' if finished else ''}",
             )

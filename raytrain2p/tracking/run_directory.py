@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
@@ -27,12 +27,14 @@ BEST, LAST = "best-*.ckpt", "last.ckpt"  # in the folder of checkpoints
 
 
 class RunStatus(TypedDict):
-    """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), and which process wrote it."""
+    """status.json: RUNNING, FINISHED, FAILED or KILLED; when (seconds since 1970), which process wrote it, and, if the worker
+    itself ended the run, why."""
 
     status: Annotated[str, Field(pattern="^(RUNNING|FINISHED|FAILED|KILLED)$")]
     at: Annotated[float, Field(ge=0, le=1e11)]
     host: str
     pid: int
+    reason: NotRequired[str]
 
 
 class RecordShape(TypedDict, total=False):
@@ -173,10 +175,10 @@ class RunDirectory:
                 read()
         findings.raise_any()
 
-    def write_status(self, status: str) -> None:
+    def write_status(self, status: str, reason: str = "") -> None:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
         row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
-        write_json(self.status, row)
+        write_json(self.status, row | ({"reason": reason} if reason else {}))
 
 
 def _moved(value: Any, before: str, now: str) -> Any:

@@ -51,9 +51,9 @@ class RunWriter:
         now = time.time()
         self.write([MetricPoint(name, float(value), step, now) for name, value in metrics.items()])
 
-    def finish(self, status: str) -> bool:
+    def finish(self, status: str, reason: str = "") -> bool:
         """Record how the run ended, and send the rest. Returns whether MLflow has everything."""
-        self.run.files.write_status(status)
+        self.run.files.write_status(status, reason)
         return self.mlflow_sync.close(SECONDS_TO_SEND)
 
 

@@ -1,7 +1,8 @@
 """The end of a run: the best checkpoint becomes the artifact, is evaluated, and the run directory gets its results."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +23,7 @@ from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.plots import answer_sheet, training_curve
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
+from raytrain2p.worker.callbacks.nonfinite import DivergedError
 from raytrain2p.worker.channel import Stage
 from raytrain2p.worker.job import Outcome, TrainJob
 from raytrain2p.worker.resume import check_shared
@@ -49,8 +51,15 @@ def whole_checkpoint(run: Run) -> Path | None:
 
 
 def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> PhaseModule:
-    """A new module with a checkpoint's trained weights, whole on this worker, in evaluation mode."""
-    module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"], strict=False)
+    """A new module with a checkpoint's trained weights, whole on this worker, in evaluation mode.
+
+    Raises:
+        DivergedError: they are not finite: a version that did not check them saved them.
+    """
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise DivergedError(f"{checkpoint} has weights that are not finite; begin a new run")
+    module.load_state_dict(weights, strict=False)
     return module.to(device).eval()
 
 
@@ -101,6 +110,16 @@ def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) 
         write_json(run.files.test_metrics, metrics)
         write_json(run.files.result, asdict(outcome_of(run, metrics)))
         writer.finish("FINISHED")
+
+
+@contextmanager
+def failed_if_diverged(writer: RunWriter | None) -> Iterator[None]:
+    """Within, a DivergedError ends the run as FAILED, and this worker as one that is done: Ray would start a failed one again."""
+    try:
+        yield
+    except DivergedError as error:
+        if writer is not None:
+            writer.finish("FAILED", str(error))
 
 
 def outcome_of(run: Run, metrics: dict[str, float]) -> Outcome:

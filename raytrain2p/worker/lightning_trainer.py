@@ -18,6 +18,7 @@ from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.callbacks.checkpoint_metrics import CheckpointMetrics
+from raytrain2p.worker.callbacks.nonfinite import NonFinite
 from raytrain2p.worker.callbacks.step_logger import StepLogger
 from raytrain2p.worker.callbacks.stop import StopOnRequest
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
@@ -96,6 +97,7 @@ def build_callbacks(
         group.mean,
         writer.write if writer else None,
         job.channel.put if writer else None,
+        NonFinite(training.max_nonfinite_steps, loaders.places, job.channel.say if writer else None),
     )
     metrics = CheckpointMetrics(log, loaders.val, trial.objective if trial else None, writer)
     ray_reports = RayReports(run, checkpoint.mode, steps, group)
@@ -107,11 +109,16 @@ def build_callbacks(
 
 
 def fit(trainer: pl.Trainer, module: PhaseModule, batches: Iterable[Batch], start: ResumePoint) -> bool:
-    """Train to the end, with all checkpoints on disk; False if a request stopped it before."""
+    """Train to the end, with all checkpoints on disk; False if a request stopped it before.
+
+    Raises:
+        DivergedError: losses or weights are not finite.
+    """
     path, stopped = str(start.checkpoint) if start.checkpoint else None, False
     try:
         trainer.fit(module, batches, ckpt_path=path, weights_only=path is not None)
     except SIGTERMException:
         stopped = True
-    trainer.strategy.checkpoint_io.wait()  # not every strategy does so at its end
+    finally:
+        trainer.strategy.checkpoint_io.wait()  # not every strategy does so at its end
     return not stopped

@@ -1,6 +1,6 @@
 """Which batches each worker reads, in training and in validation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,10 +15,11 @@ from raytrain2p.phases.inputs import TRAIN, VAL, Batch, SourceShare, Split
 
 @dataclass(frozen=True)
 class Loaders:
-    """Of one worker; without a validation split there is no `val`."""
+    """Of one worker; without a validation split there is no `val`. `places`: where the records of a step are, over all workers."""
 
     train: "DataLoader[Batch]"
     val: "DataLoader[Batch] | None"
+    places: Callable[[int], list[str]]
 
 
 def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGroup, first_step: int) -> Loaders:
@@ -37,10 +38,14 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
     )
     options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
     train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
+
+    def places(step: int) -> list[str]:
+        return [data[TRAIN].places[record] for record in sorted(sampler.records_of(step))]
+
     if VAL not in data:
-        return Loaders(train, None)
+        return Loaders(train, None, places)
     batches = validation_micro_batches(data[VAL].lengths, settings.evaluation.batch_size, group)
-    return Loaders(train, DataLoader(_as_dataset(data[VAL]), sampler=batches, **options))
+    return Loaders(train, DataLoader(_as_dataset(data[VAL]), sampler=batches, **options), places)
 
 
 def weighted(shares: Sequence[SourceShare]) -> list[tuple[int, float]] | None:

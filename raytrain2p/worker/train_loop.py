@@ -13,7 +13,7 @@ from raytrain2p.models.parameters import describe_parameters
 from raytrain2p.models.precision import agree_on_precision
 from raytrain2p.phases.inputs import TRAIN, planned_steps
 from raytrain2p.phases.registry import phase_functions
-from raytrain2p.worker.finalize import checkpoint_to_export, evaluate, export, finish, restored
+from raytrain2p.worker.finalize import checkpoint_to_export, evaluate, export, failed_if_diverged, finish, restored
 from raytrain2p.worker.identity import attach_run, open_writer
 from raytrain2p.worker.job import TrainJob
 from raytrain2p.worker.lightning_trainer import build_trainer, fit
@@ -33,6 +33,7 @@ def train(job: TrainJob) -> None:
     precision = agree_on_precision(settings.training.precision, ray.train.torch.get_device(), group)
     with ExitStack() as stack:
         writer = stack.enter_context(open_writer(job, run, precision)) if group.is_first else None
+        stack.enter_context(failed_if_diverged(writer))
         start = agree_on_resume_point(run, group, writer, channel)
 
         data = ray.get(job.data)

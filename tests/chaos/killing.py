@@ -22,6 +22,7 @@ from tests.launch.launching import start_command
 
 SECONDS_PER_LAUNCH = 240
 STEPS = 400
+HUNG = "rank 0, which hangs"
 LONG = "RAYTRAIN2P_CHAOS_TABLE"  # set by `make chaos`: path of the table
 only_long = pytest.mark.skipif(LONG not in os.environ, reason="part of `make chaos`: each launch takes 20 s or more on 2 cores")
 
@@ -199,7 +200,21 @@ def kill_controller(launch: Launch) -> bool:
     return bool(found) and kill(found[0])
 
 
-TARGETS = {"driver": kill_driver, "rank 0": kill_rank_zero, "another worker": kill_other_worker, "Ray's controller": kill_controller}
+def stop_rank_zero(launch: Launch) -> bool:
+    """It stays, and does not answer."""
+    pid = launch.rank_zero()
+    if pid is not None:
+        os.kill(pid, signal.SIGSTOP)
+    return pid is not None
+
+
+TARGETS = {
+    "driver": kill_driver,
+    "rank 0": kill_rank_zero,
+    "another worker": kill_other_worker,
+    "Ray's controller": kill_controller,
+    HUNG: stop_rank_zero,
+}
 
 
 class Stopwatch:

@@ -84,6 +84,18 @@ def test_another_epoch_has_another_order() -> None:
     assert [share.records.tolist() for share in sampler] == first
 
 
+def test_the_records_of_any_step_are_those_that_its_workers_read() -> None:
+    workers = [sampler_of(8, rank=rank, world_size=2) for rank in range(2)]
+    for epoch in range(2):
+        for sampler in workers:
+            sampler.set_epoch(epoch)
+        shares = [[share.records for share in sampler] for sampler in workers]
+        first = epoch * workers[0].steps + 1
+        for index in range(workers[0].steps):
+            read = np.concatenate([mine[index] for mine in shares])
+            assert sorted(read) == sorted(workers[0].records_of(first + index))
+
+
 def test_the_same_seed_gives_the_same_order_and_another_seed_another() -> None:
     assert np.array_equal(sampler_of(seed=3).step_records(), sampler_of(seed=3).step_records())
     assert not np.array_equal(sampler_of(seed=3).step_records(), sampler_of(seed=4).step_records())

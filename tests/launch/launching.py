@@ -1,10 +1,16 @@
 """Commands as a user runs them, each in a process of its own, on a Ray cluster that the tests share."""
 
+import fcntl
 import json
 import os
+import pty
+import select
+import signal
 import socket
 import subprocess
 import sys
+import termios
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -163,9 +169,15 @@ def start_command(folder: Path, log: Path, *arguments: str, **environment: str) 
             env=command_environment(folder, **environment),
             stdout=stream,
             stderr=stream,
+            preexec_fn=heed_sighup,
         )
     STARTED.append(started)
     return started
+
+
+def heed_sighup() -> None:
+    """Though the tests run under `nohup`."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +189,53 @@ def end_background_commands() -> Iterator[None]:
         if command.poll() is None:
             command.kill()
             command.wait()
+
+
+class Terminal:
+    """A terminal of its own for a command, whose output goes to a file, too.
+
+    Args:
+        log: the file.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.over = log, threading.Event()
+        self.mine, self.commands = pty.openpty()
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        with self.log.open("wb", buffering=0) as stream:
+            while not self.over.is_set():
+                if select.select([self.mine], [], [], 0.1)[0]:
+                    stream.write(os.read(self.mine, 65536))
+
+    def start(self, folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start `python -m ...` in it, as its foreground command."""
+
+        def in_foreground() -> None:
+            heed_sighup()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        started = subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=folder,
+            env=command_environment(folder, **environment),
+            stdin=self.commands,
+            stdout=self.commands,
+            stderr=self.commands,
+            start_new_session=True,
+            preexec_fn=in_foreground,
+        )
+        STARTED.append(started)
+        return started
+
+    def close(self) -> None:
+        """As the user closes its window: the kernel sends SIGHUP, and what is written to it fails."""
+        self.over.set()
+        self.thread.join()
+        os.close(self.commands)
+        os.close(self.mine)
 
 
 def run_command(folder: Path, *arguments: str, **environment: str) -> Command:

@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import TrainingFailedError
 
 from raytrain2p.launch.monitor import cause_of
@@ -39,6 +40,32 @@ def test_a_bug_has_the_workers_traceback_without_passwords() -> None:
 
 def test_an_error_of_ray_has_its_traceback() -> None:
     assert cause_of(raised(KeyError("key")), None).startswith("Traceback (most recent call last):\n  File")
+
+
+class WorkerHealthCheckTimeoutError(Exception):
+    """Like Ray's own, of a private module."""
+
+
+class WorkerHealthCheckFailedError(Exception):
+    """Likewise."""
+
+    def __init__(self, failure: Exception) -> None:
+        super().__init__("A worker health check failed.")
+        self.health_check_failure = failure
+
+
+@pytest.mark.parametrize(
+    ("failure", "line"),
+    [
+        (WorkerHealthCheckTimeoutError("hanging"), "worker 0 did not answer for longer than launch.hang_timeout_s"),
+        (WorkerHealthCheckFailedError(OutOfMemoryError("memory")), "worker 0 was ended because its node ran out of memory"),
+        (WorkerHealthCheckFailedError(RayActorError()), "worker 0 was ended from outside"),
+    ],
+)
+def test_a_worker_that_ray_lost_has_one_line(failure: Exception, line: str) -> None:
+    text = cause_of(WorkersFailed(failure), None)
+    assert text.startswith(line)
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("line", ["last.ckpt cannot be written: no space left", "run.json cannot be written: gone"])

@@ -5,13 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from ray.train import RunConfig, ScalingConfig
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
+from raytrain2p.config import load_settings
 from raytrain2p.launch import trainer
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback
-from raytrain2p.launch.trainer import LeanTrainer, WithoutAutoscaler, remove_torn_state
+from raytrain2p.launch.trainer import HANG_TIMEOUT, LeanTrainer, WithoutAutoscaler, remove_torn_state
+from raytrain2p.worker.job import TrainJob
 
 
 @pytest.mark.parametrize(
@@ -61,6 +66,17 @@ def test_helper_processes_that_are_not_needed_are_not_started(
     assert given.scaling_config.num_workers == 1
     assert type(given) is policy
     assert passed["controller"] == controller
+
+
+def test_ray_is_given_the_time_after_which_a_worker_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker group reads it in the controller's process, to which Ray passes it on, or in a trial's."""
+    monkeypatch.setenv(HANG_TIMEOUT, "600")
+    settings = load_settings(1, None, ["launch.hang_timeout_s=7", f"output.root={tmp_path}"])
+    nothing: Any = None
+    trainer.ray_trainer(TrainJob(settings, 1, "x", "", 1, nothing, nothing, {}, {}), own_cluster=True)
+    assert get_env_vars_to_propagate()[HANG_TIMEOUT] == "7"
+    group = WorkerGroup(mock.MagicMock(), mock.MagicMock())
+    assert group._worker_health_check_timeout_s == 7
 
 
 def test_state_that_a_kill_has_torn_is_removed(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Both phases through Ray and Lightning, with small random models, on the CPU over Gloo."""
 
 import json
+import shlex
 import signal
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import mlflow
 import pytest
 import torch
 
-from tests.chaos.killing import Launch, only_long
+from tests.chaos.killing import Launch, only_long, processes
 from tests.data.files import write_lines
-from tests.launch.launching import Command, Run
+from tests.launch.launching import Command, Run, Terminal
 
 
 def train(run: Run, config: Path, phase: int, *overrides: str) -> Command:
@@ -119,7 +120,9 @@ def test_a_run_on_its_own_cluster_is_not_ended_by_another_cluster_on_the_machine
     assert alone.code == 0, alone.err
 
 
-def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workdir: Path, ray_head: str) -> None:
+def test_ctrl_c_and_a_closed_terminal_end_the_run_as_killed_with_the_command_that_resumes_it(
+    tiny_config: Path, workdir: Path, ray_head: str
+) -> None:
     arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "training.max_steps=100000"]
     launch = Launch(workdir / "stopped", arguments, {"RAY_ADDRESS": ray_head})
     launch.start()
@@ -129,6 +132,44 @@ def test_ctrl_c_ends_the_run_as_killed(tiny_config: Path, workdir: Path, ray_hea
     assert launch.wait() == 128 + signal.SIGINT, launch.log
     (run,) = launch.mlflow_runs()
     assert run.info.status == "KILLED"
+    (directory,) = launch.directories()
+    *_, line = launch.log.splitlines()
+    assert "stopping after this step, with a checkpoint (again: at once)" in launch.log
+    what, _, command = line.partition("; resume it with: python -m ")
+    assert what == f"raytrain2p: stopped by SIGINT; run {run.info.run_id} is in {directory}"
+    stopped_at = checkpoint_step(directory)
+
+    terminal = Terminal(launch.folder / "terminal")
+    launch.process = terminal.start(launch.folder, *shlex.split(command), **launch.variables | {"RAY_ADDRESS": "local"})
+    launch.wait_for_steps(stopped_at + 1)
+    terminal.close()
+    assert launch.wait() == 128 + signal.SIGHUP, (launch.folder / "terminal").read_text()
+    (run,) = launch.mlflow_runs()
+    assert run.info.status == "KILLED"
+    assert checkpoint_step(directory) == len(launch.steps()) > stopped_at
+    assert not processes("ray::RayTrainWorker")
+
+
+def checkpoint_step(directory: Path) -> int:
+    return int(torch.load(directory / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_failed_with_one_line_and_without_restarts(
+    tiny_config: Path, workdir: Path, ray_head: str, shapes: Path
+) -> None:
+    arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "training.max_steps=100000", "training.learning_rate=1e30"]
+    launch = Launch(workdir / "diverges", [*arguments, "launch.num_workers=2", "launch.max_failures=3"], {"RAY_ADDRESS": ray_head})
+    launch.start()
+    assert launch.wait() == 1, launch.log
+    *_, what, why = launch.log.splitlines()
+    assert what == "raytrain2p: training failed"
+    assert f"since step 2: loss nan, gradient norm nan, records {shapes}/phase1.jsonl:" in why
+    assert launch.log.count("parameters that train") == 1, "it was started again"
+    (run,) = launch.mlflow_runs()
+    assert run.info.status == "FAILED"
+    (directory,) = launch.directories()
+    assert json.loads((directory / "status.json").read_text())["reason"] == why
+    assert not list(directory.glob("*.pt")) + list(directory.glob("*/*.ckpt")), "written before the weights were checked"
 
 
 @only_long

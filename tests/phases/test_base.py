@@ -125,7 +125,7 @@ def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(t
     before = torch.load(tmp_path / "last.ckpt", weights_only=True)
     before["lr_schedulers"][0]["base_lrs"] = [7.0, 7.0]
     for group in before["optimizer_states"][0]["param_groups"]:
-        group |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 7.0}
+        group |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 7.0, "fused": None}  # None: of an earlier version
     torch.save(before, tmp_path / "last.ckpt")
     train(tmp_path, 1, first=4)
     undisturbed = tmp_path / "undisturbed"

@@ -207,16 +207,23 @@ def test_a_sweep_runs_as_a_submitted_job(tmp_path: Path, ray_head: str, sweep_co
 
 
 @only_long
-def test_ctrl_c_leaves_the_table_and_can_be_resumed(tmp_path: Path, ray_head: str, sweep_config: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_or_a_closed_terminal_leaves_the_table_and_can_be_resumed(
+    number: signal.Signals, tmp_path: Path, ray_head: str, sweep_config: Path
+) -> None:
     folder = tmp_path / "stopped"
     launch = SweepLaunch(folder, [f"--config={sweep_config}", "training.max_steps=100000", "sweep.num_trials=3"], {"RAY_ADDRESS": ray_head})
     launch.start()
     launch.wait_for_steps(30)
     assert launch.process is not None
-    launch.process.send_signal(signal.SIGINT)
-    assert launch.wait() == 130, launch.log
+    launch.process.send_signal(number)
+    assert launch.wait() == 128 + number, launch.log
     parent, runs = children(folder)
     assert parent.info.status == "KILLED"
+    directory = parent.data.tags["raytrain2p.directory"]
+    *_, line = launch.log.splitlines()
+    assert line.startswith(f"raytrain2p: stopped by {number.name}; run {parent.info.run_id} is in {directory}; ")
+    assert line.endswith(f"python -m raytrain2p.tune --resume {directory}")
     assert {run.info.status for run in runs} == {"KILLED"}
     assert {line["state"] for line in table(folder)} <= {"killed", "waiting"}
 

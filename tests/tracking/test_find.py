@@ -12,6 +12,7 @@ from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.find import check_in_place, find_artifact, find_run, find_runs, is_alive, run_directories
 from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_record
+from raytrain2p.tracking.run_directory import RunDirectory
 from tests.tracking.stores import create
 
 FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
@@ -137,6 +138,16 @@ def test_latest_is_never_a_trial_of_a_sweep(tmp_path: Path) -> None:
     own = make_run(tmp_path, FIRST, "20260101_120000")
     assert find(tmp_path, "latest") == own / "aligner.pt"
     assert find(tmp_path, THIRD[:8]) == trial / "aligner.pt", "by its name it is found"
+
+
+def test_latest_is_never_the_artifact_of_a_run_that_failed(tmp_path: Path) -> None:
+    """A finished run that is made longer, and fails then, keeps the artifact that it had."""
+    older = make_run(tmp_path, FIRST, "20260101_120000")
+    RunDirectory(make_run(tmp_path, SECOND, "20260102_120000")).write_status("FAILED")
+    assert find(tmp_path, "latest") == older / "aligner.pt"
+    assert find(tmp_path, SECOND).is_file(), "by name it is still found"
+    RunDirectory(older).write_status("FAILED")
+    assert "there is no finished run" in message(tmp_path, "latest")
 
 
 def test_a_run_that_was_moved_is_refused(tmp_path: Path) -> None:

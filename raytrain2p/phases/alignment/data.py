@@ -40,6 +40,7 @@ class AlignmentSplit:
     tables: Mapping[str, MediaTable]
     keys: np.ndarray
     shares: tuple[SourceShare, ...] = ()
+    places: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -80,7 +81,7 @@ class AlignmentInputs(CheckedRecords):
                 if any(job.modality in one for one in items)
             }
             keys = [int.from_bytes(concept_key(record)[:8], "little", signed=True) for record in records]
-            prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), self.shares if name == TRAIN else ())
+            prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), *self.sources_of(name))
         return prepared
 
     def key(self, item: MediaRef | str) -> bytes:

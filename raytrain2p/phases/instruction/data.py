@@ -63,6 +63,7 @@ class InstructionSplit:
     tasks: tuple[str, ...]
     records: tuple[Record, ...] = ()
     shares: tuple[SourceShare, ...] = ()
+    places: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -114,9 +115,7 @@ class InstructionInputs(CheckedRecords):
             }
             tasks = tuple(record.task for record in records)
             is_test = name not in (TRAIN, VAL)
-            prepared[name] = InstructionSplit(
-                self.tokens[name], tables, tasks, tuple(records) if is_test else (), self.shares if name == TRAIN else ()
-            )
+            prepared[name] = InstructionSplit(self.tokens[name], tables, tasks, tuple(records) if is_test else (), *self.sources_of(name))
         return prepared
 
     def key(self, item: MediaRef | str) -> bytes:

@@ -1,6 +1,7 @@
 """What is measured when a checkpoint competes for the best."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -24,8 +25,14 @@ class CheckpointMetrics:
         self.log, self.val_loader, self.objective, self.writer = log, val_loader, objective, writer
 
     def flush(self, trainer: pl.Trainer) -> None:
-        """Write the losses so far: metrics on disk must never lag behind a checkpoint."""
+        """Write the losses so far: metrics on disk must never lag behind a checkpoint. And no checkpoint is not finite.
+
+        Raises:
+            DivergedError: too many steps were not finite, or the weights are not.
+        """
         self.log.flush(trainer)
+        module: Any = trainer.lightning_module
+        self.log.nonfinite.check_weights(trainer.global_step, module.weights_norm())
 
     def measure(self, trainer: pl.Trainer, module: PhaseModule) -> dict[str, float]:
         """The mean training loss since the last call, the validation loss, and the objective; alike on every worker."""

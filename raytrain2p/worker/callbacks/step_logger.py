@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 
 from raytrain2p.tracking.metrics_file import MetricPoint
+from raytrain2p.worker.callbacks.nonfinite import NonFinite
 from raytrain2p.worker.channel import StepProgress
 
 
@@ -29,9 +30,9 @@ class Mean:
 
 
 class StepLogger(pl.Callback):
-    """Writes every step's loss and learning rate, several steps at a time.
+    """Writes every step's loss and learning rate, several steps at a time, and checks that loss and gradient are finite.
 
-    Losses stay on the device until then: reading one makes Python wait for the GPU.
+    They stay on the device until then: reading one makes Python wait for the GPU.
 
     Args:
         every: steps between two writes.
@@ -40,6 +41,7 @@ class StepLogger(pl.Callback):
         mean: the mean over the workers; a collective, so called equally often on each.
         write: takes the points; None on every worker but the first.
         show: takes the latest numbers after each write; None likewise.
+        nonfinite: is given every step, on every worker.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class StepLogger(pl.Callback):
         mean: Callable[[torch.Tensor], torch.Tensor],
         write: Callable[[Sequence[MetricPoint]], None] | None,
         show: Callable[[StepProgress], None] | None,
+        nonfinite: NonFinite,
     ) -> None:
         self.every, self.records_per_step, self.steps_per_epoch = every, records_per_step, steps_per_epoch
-        self.mean, self.write, self.show = mean, write, show
+        self.mean, self.write, self.show, self.nonfinite = mean, write, show, nonfinite
         self.losses: list[torch.Tensor] = []
+        self.gradient_norms: list[torch.Tensor] = []
         self.steps: list[tuple[int, float, float]] = []  # number, learning rate, time
         self.passes: torch.Tensor | float = 0.0
         self.seen_step = -1
@@ -80,6 +84,7 @@ class StepLogger(pl.Callback):
         self.seen_step = trainer.global_step
         assert isinstance(self.passes, torch.Tensor)
         self.losses.append(self.passes)
+        self.gradient_norms.append(pl_module.gradient_norm)
         self.steps.append((self.seen_step, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
         self.passes = 0.0
         if self.seen_step % self.every == 0:
@@ -99,23 +104,29 @@ class StepLogger(pl.Callback):
         self.since += time.perf_counter() - since
 
     def flush(self, trainer: pl.Trainer) -> None:
-        """Write what has been kept."""
+        """Write what has been kept.
+
+        Raises:
+            DivergedError: too many steps in a row were not finite.
+        """
         if not self.losses:
             return
-        losses = self.mean(torch.stack(self.losses)).tolist()
+        means = self.mean(torch.stack(self.losses))
+        losses, norms = torch.stack([means, torch.stack(self.gradient_norms).to(means)]).tolist()
         now = time.perf_counter()
         seconds_per_step = (now - self.since) / len(losses)
         speed = self.records_per_step / seconds_per_step
-        for loss in losses:
-            self.of_epoch.add(loss)
-            self.since_checkpoint.add(loss)
         if self.write is not None:
             self.write(self._points(losses, speed))
+        for (number, *_), loss, norm in zip(self.steps, losses, norms, strict=True):
+            if self.nonfinite.check(number, loss, norm):  # a step that is left out does not hide the others' mean
+                self.of_epoch.add(loss)
+                self.since_checkpoint.add(loss)
         if self.show is not None:
             step = self.steps[-1][0]
             left = (trainer.max_steps - step) * seconds_per_step
             self.show(StepProgress(self._epoch(step), step, trainer.max_steps, losses[-1], speed, left))
-        self.losses, self.steps, self.since = [], [], now
+        self.losses, self.gradient_norms, self.steps, self.since = [], [], [], now
 
     def _points(self, losses: list[float], speed: float) -> list[MetricPoint]:
         points = []

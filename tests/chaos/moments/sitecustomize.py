@@ -1,5 +1,6 @@
 """On PYTHONPATH, this kills a process once, at the moment that RAYTRAIN2P_CHAOS_MOMENT names, and creates the file
-RAYTRAIN2P_CHAOS_DONE. The package has no code for it.
+RAYTRAIN2P_CHAOS_DONE. With RAYTRAIN2P_CHAOS_MEMORY, in GB, the process takes so much memory instead, and Ray kills it.
+The package has no code for it.
 """
 
 import importlib.abc
@@ -7,6 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ def kill_once() -> None:
         os.close(os.open(os.environ["RAYTRAIN2P_CHAOS_DONE"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
+    kept = []
+    for _ in range(int(10 * float(os.environ.get("RAYTRAIN2P_CHAOS_MEMORY", "0")))):
+        kept.append(b"x" * 100_000_000)
+        time.sleep(0.05)  # Ray looks every tenth of a second
+    if kept:
+        time.sleep(20)
+        os._exit(3)  # it was not killed
     os.kill(os.getpid(), signal.SIGKILL)
 
 

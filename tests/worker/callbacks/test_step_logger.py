@@ -15,6 +15,7 @@ from raytrain2p.config.settings import CheckpointSettings
 from raytrain2p.tracking.checkpoints import last_checkpoint
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
+from raytrain2p.worker.callbacks.nonfinite import NonFinite
 from raytrain2p.worker.callbacks.step_logger import Mean, StepLogger
 from raytrain2p.worker.channel import StepProgress
 from tests.training import ScriptedMetrics, trainer_in
@@ -30,6 +31,7 @@ class Counting(pl.LightningModule):
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.accumulate = accumulate
         self.pass_loss = torch.zeros(())
+        self.gradient_norm = torch.ones(())
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         self.pass_loss = torch.tensor(float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1)) / self.accumulate
@@ -70,7 +72,8 @@ class Kept:
     def __init__(self, every: int = 1, steps_per_epoch: int = 100, mean: Any = lambda losses: losses) -> None:
         self.writes: list[list[MetricPoint]] = []
         self.shown: list[StepProgress] = []
-        self.log = StepLogger(every, 8, steps_per_epoch, mean, lambda points: self.writes.append(list(points)), self.shown.append)
+        write = lambda points: self.writes.append(list(points))  # noqa: E731
+        self.log = StepLogger(every, 8, steps_per_epoch, mean, write, self.shown.append, NonFinite(3, lambda step: [], None))
 
     def values(self, name: str) -> list[tuple[int, float]]:
         return [(point.step, point.value) for points in self.writes for point in points if point.name == name]
@@ -154,7 +157,7 @@ def test_every_worker_joins_the_mean_though_it_writes_nothing(tmp_path: Path) ->
         sizes.append(len(losses))
         return losses
 
-    train(tmp_path, StepLogger(2, 8, 3, mean, None, None), passes=3)
+    train(tmp_path, StepLogger(2, 8, 3, mean, None, None, NonFinite(3, lambda step: [], None)), passes=3)
     assert sizes == [2, 1]
 
 
@@ -198,6 +201,7 @@ def test_a_loss_that_is_not_a_number_is_written_and_leaves_the_other_steps_alone
     (_, one), (_, two), (_, three) = kept.values("train_loss")
     assert (one, three) == (1, 3)
     assert math.isnan(two)
+    assert kept.values("train_loss_epoch") == [(3, 2.0)]  # of the other steps
 
 
 def test_the_mean_of_nothing_is_nan_and_taking_it_starts_over() -> None:
