@@ -37,6 +37,7 @@ from raytrain2p.phases.inputs import (
     read_splits,
 )
 from raytrain2p.phases.instruction.checks import (
+    check_aligner,
     check_encoder,
     check_encoders,
     check_soft_tokens,
@@ -158,6 +159,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     chat, limit = None, 0
     with findings:
         specs = encoder_specs(settings)
+        check_aligner(settings)
         check_encoders(settings)
         check_soft_tokens(settings, specs)
     with findings:
