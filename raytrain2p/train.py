@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
-from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import ACCEPT_HELP, FAILED, describe_settings, exit_code
 from raytrain2p.config.phases import PHASES
 
 
@@ -26,6 +26,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="stable name of this launch over retries (default: a new one); a launch that has a run already resumes it",
     )
     parser.add_argument("--resume", metavar="RUN", help="resume a run: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
@@ -65,7 +66,7 @@ def train(options: argparse.Namespace) -> int:
         print(dry_run(*check(settings, options.phase, console)))
         return 0
     try:
-        outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
+        outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console, options.accept_changed_inputs)
     except TrainingFailedError as error:
         console.say(f"raytrain2p: training failed\n{error}")
         return FAILED

@@ -27,12 +27,15 @@ from raytrain2p.tracking.run import Run, launch_lock, recorded_run
 from raytrain2p.worker.job import Outcome
 
 
-def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console) -> Outcome:
+def launch(
+    settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console, accept_changed_inputs: bool = False
+) -> Outcome:
     """Train one phase.
 
     Args:
         launch_id: stable name of the launch; None makes a new one. If it has a run already, that run is resumed.
         verbose: print Ray's own output too.
+        accept_changed_inputs: a resumed run may have inputs of other content.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -43,7 +46,7 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         quiet()
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
     run = run_to_resume(settings, launch_id, phase)
-    settings, inputs = check(settings, phase, console, run)
+    settings, inputs = check(settings, phase, console, run, accept_changed_inputs)
     if run is not None and (outcome := finished_outcome(run, settings, inputs.records)) is not None:
         console.say(f"run {run.run_id} is finished already")
         return outcome
@@ -57,7 +60,9 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
             return train(settings, prepared(inputs), phase, launch_id, threads, console, own_cluster=capacity.started_here)
 
 
-def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, PhaseInputs]:
+def check(
+    settings: Settings, phase: int, console: Console, run: Run | None = None, accept_changed_inputs: bool = False
+) -> tuple[Settings, PhaseInputs]:
     """Check what does not need a cluster: models, aligner, records, media, resources; and whether `run`, if there is one, can
     be resumed with these settings.
 
@@ -77,7 +82,7 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
         inputs = read_inputs(settings, phase)
     if run is not None:
         with findings:
-            check_resumable(run, settings, inputs.digests if inputs is not None else None)
+            check_resumable(run, settings, inputs.digests if inputs is not None else None, accept_changed_inputs)
     findings.raise_any()
     assert inputs is not None
     for note in inputs.notes:

@@ -20,7 +20,7 @@ from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
-from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.pretrained import content_of, model_directory
 from raytrain2p.phases.inputs import (
     TRAIN,
     VAL,
@@ -121,6 +121,14 @@ class InstructionInputs(CheckedRecords):
     def key(self, item: MediaRef | str) -> bytes:
         assert isinstance(item, MediaRef)
         return self.media_keys[item]
+
+    def models(self) -> dict[str, dict[str, str]]:
+        """Also the language model, with tokenizer and template, and the aligner."""
+        language_model, aligner = self.settings.model.language_model, self.settings.model.aligner
+        return super().models() | {
+            f"model.language_model={language_model}": content_of(model_directory(language_model)),
+            f"model.aligner={aligner}": {"content": load_artifact(Path(aligner), ALIGNMENT)["digest"]},
+        }
 
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting; without memory for their weights."""
