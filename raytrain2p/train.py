@@ -54,7 +54,7 @@ def train(options: argparse.Namespace) -> int:
         settings, options.launch_id = resumed(settings, options)
 
     # Imported here: `--help` and wrong settings need none of them.
-    from raytrain2p.launch.driver import check, launch
+    from raytrain2p.launch.driver import check, checked_launch_id, launch, run_to_resume
     from raytrain2p.launch.dry_run import dry_run
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
@@ -63,7 +63,8 @@ def train(options: argparse.Namespace) -> int:
 
     console = Console()
     if options.dry_run:
-        print(dry_run(*check(settings, options.phase, console)))
+        run = run_to_resume(settings, checked_launch_id(options.launch_id), options.phase) if options.launch_id else None
+        print(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
         return 0
     try:
         outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console, options.accept_changed_inputs)

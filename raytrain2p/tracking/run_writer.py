@@ -170,7 +170,7 @@ def _resumes(history: Sequence[ResumeRow]) -> str:
     text = ""
     for row in history:
         text += f"\nResumed at {_local_time(row['at'])} with\n\n    {row['command']}\n"
-        lines = [f"- `{key}`: {old} -> {new}" for key, (old, new) in row["changes"].items()]
+        lines = [f"- `{key}`: {old!r} -> {new!r}" for key, (old, new) in row["changes"].items()]
         lines += [f"- other content accepted: `{where}` ({', '.join(parts)})" for where, parts in row["inputs"].items()]
         text += "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
     return text

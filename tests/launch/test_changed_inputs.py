@@ -119,6 +119,15 @@ def test_all_that_changed_is_named_in_one_go(begin: Begin, tmp_path: Path, capsy
         assert "--accept-changed-inputs" in said
 
 
+def test_a_dry_run_of_a_resume_checks_the_inputs(begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, settings = begin(2)
+    again = ["--resume", run.run_id, f"output.root={settings.output.root}", "--dry-run"]
+    assert train.main(["--phase", "2", *again]) == 0
+    change_weights(tmp_path / "llama")
+    assert f"model.language_model={tmp_path}/llama\n    has other content (model.safetensors)" in resume(capsys, 2, *again)
+    assert train.main(["--phase", "2", *again, "--accept-changed-inputs"]) == 0
+
+
 def test_other_encoders_are_refused_in_phase_1(begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, settings = begin(1)
     change_weights(tmp_path / "vit")
