@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
-from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import ACCEPT_HELP, FAILED, describe_settings, exit_code
 from raytrain2p.config.phases import PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
 
@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="stable name of this launch over retries (default: a new one); a launch that has a run already resumes it",
     )
     parser.add_argument("--resume", metavar="RUN", help="resume a run: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
@@ -54,7 +55,7 @@ def train(options: argparse.Namespace) -> int:
         settings, options.launch_id = resumed(settings, options)
 
     # Imported here: `--help` and wrong settings need none of them.
-    from raytrain2p.launch.driver import check, launch, run_to_resume
+    from raytrain2p.launch.driver import check, checked_launch_id, launch, run_to_resume
     from raytrain2p.launch.dry_run import dry_run
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
@@ -62,12 +63,12 @@ def train(options: argparse.Namespace) -> int:
 
     console = Console()
     if options.dry_run:
-        run = run_to_resume(settings, options.launch_id, options.phase) if options.launch_id else None
-        print(dry_run(*check(settings, options.phase, console, run)))
+        run = run_to_resume(settings, checked_launch_id(options.launch_id), options.phase) if options.launch_id else None
+        print(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
         return 0
     try:
         with stoppable():
-            outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)
+            outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console, options.accept_changed_inputs)
     except TrainingFailedError as error:
         console.say(f"raytrain2p: training failed\n{error}")
         return FAILED

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import ACCEPT_HELP, FAILED, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import Sweep, SweepSettings
@@ -27,6 +27,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--config", metavar="FILE", help="YAML file: a `sweep` group, and settings of the trials (default: configs/sweep.yaml)"
     )
     parser.add_argument("--resume", metavar="SWEEP", help="resume a sweep: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="show Ray's own output")
     parser.add_argument(
@@ -84,7 +85,7 @@ def tune(options: argparse.Namespace) -> int:
     console = Console()
     try:
         with stoppable():
-            outcome = run_sweep(sweep, run, options.ray_logs, console)
+            outcome = run_sweep(sweep, run, options.ray_logs, console, options.accept_changed_inputs)
     except StoppedError as stopped:
         console.say(stopped_line(stopped, "tune"))
         return stopped.exit_code

@@ -81,7 +81,9 @@ def pristine(
     for launch, (phase, status) in enumerate((("alignment", "FINISHED"), ("phase2", "FAILED"), ("phase2", "RUNNING"), (SWEEPS, "KILLED"))):
         settings = settings_in(world.folder, phase=1 if phase == ALIGNMENT.name else 2)
         run = create(settings, f"launch-{launch}", phase)
-        describe_run(run, resolved_config(settings, {}), "command", {"train_records": 48, "train_digest": "0" * 64}, "page")
+        describe_run(
+            run, resolved_config(settings, {}), "command", {"train_records": 48, "train_digest": "0" * 64}, lambda run, command: "page"
+        )
         note(run, 1, 2, 3)
         run.files.write_status(status)
         if status != "RUNNING":

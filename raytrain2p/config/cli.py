@@ -52,6 +52,7 @@ def _default(field: FieldInfo) -> str:
     return f", default {value if isinstance(value, str) else json.dumps(value)}"
 
 
+ACCEPT_HELP = "resume although records, models or the aligner have other content than the run began with; it is recorded in the run"
 FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 

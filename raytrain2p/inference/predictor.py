@@ -16,12 +16,12 @@ from raytrain2p.data.features import padded
 from raytrain2p.data.media import decode
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded
-from raytrain2p.models.artifacts import check_fingerprint, load_artifact
+from raytrain2p.models.artifacts import check_fingerprint, check_weights, load_artifact
 from raytrain2p.models.assistant import AssistantBatch, AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.models.pretrained import context_length, fingerprint, model_directory
+from raytrain2p.models.pretrained import context_length, model_directory
 
 LANGUAGE_MODEL = "model.language_model"
 
@@ -30,20 +30,26 @@ class Predictor:
     """A trained assistant with its encoders, from the path of a model.pt.
 
     Raises:
-        InputError: the artifact is not readable, or the language model differs from the one in training.
+        InputError: the artifact is not readable, damaged or incomplete, or the language model differs from the one in training.
     """
 
     def __init__(self, path: Path) -> None:
         artifact = load_artifact(path, INSTRUCTION)
-        needed, shape = artifact["language_model"], AssistantShape(**artifact["shape"])
+        try:
+            needed, shape = artifact["language_model"], AssistantShape(**artifact["shape"])
+            precision = artifact["config"]["training"]["precision"]
+            needed = {key: needed[key] for key in ("name", "fingerprint")}
+        except (KeyError, TypeError) as error:
+            raise InputError(Problem(str(path), f"lacks parts of a {INSTRUCTION.artifact}: {error}", "train it anew")) from None
         directory = model_directory(needed["name"], LANGUAGE_MODEL)
-        check_fingerprint(path, needed, needed["name"], fingerprint(directory), LANGUAGE_MODEL)
+        check_fingerprint(path, needed, needed["name"], directory, LANGUAGE_MODEL)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = resolve_precision(artifact["config"]["training"]["precision"], self.device) == "bf16"
+        self.bf16 = resolve_precision(precision, self.device) == "bf16"
         attention = "sdpa" if self.device.type == "cuda" else "eager"
         assistant = build_assistant(shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
-        unexpected = assistant.load_state_dict(artifact["state_dict"], strict=False).unexpected_keys
-        assert not unexpected, f"model.pt has weights that the assistant does not have: {unexpected[:3]}"
+        assistant.freeze(shape.tuning, train_aligner=False)
+        check_weights(path, artifact["state_dict"], assistant.own_weights())
+        assistant.load_state_dict(artifact["state_dict"], strict=False)  # the rest is the language model's own
         self.path, self.trained = path, artifact["encoders"]
         self.assistant = assistant.to(self.device).eval()
         self.context = context_length(directory)
@@ -80,7 +86,7 @@ class Predictor:
             raise InputError(Problem(str(self.path), f"was trained with {', '.join(self.trained)}, not with {modality}"))
         needed, setting = self.trained[modality], f"model.encoders.{modality}"
         spec = EncoderSpec(modality, needed["name"], needed["options"])
-        check_fingerprint(self.path, needed, spec.name, fingerprint(spec.directory()), setting)
+        check_fingerprint(self.path, needed, spec.name, spec.directory(), setting)
         return spec
 
     @functools.cache  # noqa: B019 - as long as the predictor

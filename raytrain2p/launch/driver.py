@@ -29,12 +29,15 @@ from raytrain2p.tracking.run import Run, check_launch_is_free, launch_lock, reco
 from raytrain2p.worker.job import Outcome
 
 
-def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console) -> Outcome:
+def launch(
+    settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console, accept_changed_inputs: bool = False
+) -> Outcome:
     """Train one phase.
 
     Args:
         launch_id: stable name of the launch; None makes a new one. If it has a run already, that run is resumed.
         verbose: print Ray's own output too.
+        accept_changed_inputs: a resumed run may have inputs of other content.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -45,12 +48,12 @@ def launch(settings: Settings, phase: int, launch_id: str | None, verbose: bool,
         quiet()
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
     with naming_run(settings.output.root, launch_id):
-        return _launch(settings, phase, launch_id, verbose, console)
+        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs)
 
 
-def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console) -> Outcome:
+def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool) -> Outcome:
     run = run_to_resume(asked, launch_id, phase)
-    settings, inputs = check(asked, phase, console, run)
+    settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
     if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome
     with connected(settings.launch, verbose) as capacity:
@@ -58,9 +61,9 @@ def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console:
         with only_launch(settings, launch_id):
             before, run = run, run_to_resume(asked, launch_id, phase)  # again: another process may have made it, or trained it, meanwhile
             if run != before:
-                settings, inputs = check(asked, phase, console, run)
+                settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
             elif run is not None:
-                check_resumable(run, settings, inputs.digests)
+                check_resumable(run, settings, inputs.digests, accept_changed_inputs)
             if (outcome := finished(run, settings, inputs, console)) is not None:
                 return outcome
             with muted_stderr(verbose):
@@ -78,7 +81,9 @@ def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: 
     return outcome
 
 
-def check(settings: Settings, phase: int, console: Console, run: Run | None = None) -> tuple[Settings, PhaseInputs]:
+def check(
+    settings: Settings, phase: int, console: Console, run: Run | None = None, accept_changed_inputs: bool = False
+) -> tuple[Settings, PhaseInputs]:
     """Check what does not need a cluster: models, aligner, records, media, resources; and whether `run`, if there is one, can
     be resumed with these settings.
 
@@ -98,7 +103,7 @@ def check(settings: Settings, phase: int, console: Console, run: Run | None = No
         inputs = read_inputs(settings, phase)
     if run is not None:
         with findings:
-            check_resumable(run, settings, inputs.digests if inputs is not None else None)
+            check_resumable(run, settings, inputs.digests if inputs is not None else None, accept_changed_inputs)
     findings.extend(place_problems(settings, is_new=run is None, jobs=inputs.jobs if inputs is not None else ()))
     findings.raise_any()
     assert inputs is not None

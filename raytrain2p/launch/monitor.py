@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -53,12 +54,14 @@ class TrialLaunch:
         context: its place in the sweep.
         tags: added to those of its run.
         command: shell line that started it.
+        launched: seconds since 1970 when the sweep was.
         reported: context in which its reports reach the sweep; its event is set once the sweep has stopped or paused the trial.
     """
 
     context: TrialContext
     tags: dict[str, str]
     command: str
+    launched: float
     reported: Callable[[RunChannel], AbstractContextManager[threading.Event]]
 
 
@@ -94,6 +97,7 @@ def train(
         channel=channel,
         facts=asdict(splits.digests),
         environment=mlflow_environment(),
+        launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
         tags=trial.tags if trial else {},
     )

@@ -8,22 +8,28 @@ from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tr
 from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, described, planned_steps
+from raytrain2p.tracking.checkpoints import last_checkpoint, step_of
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.mlflow_store import store_exists
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_writer import TRAIN_INPUT, input_changes
 from raytrain2p.worker.job import Outcome
 
+ACCEPT = "--accept-changed-inputs"
 
-def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) -> None:
+
+def check_resumable(run: Run, settings: Settings, digests: InputDigests | None, accept_changed_inputs: bool = False) -> None:
     """Check that these settings and inputs can resume the run.
 
     Args:
         run: the run to resume.
         settings: with the aligner resolved to a path.
         digests: of the inputs; None if they could not be read.
+        accept_changed_inputs: whether inputs may have other content than before.
 
     Raises:
-        InputError: every setting that differs and must not, and other inputs; or the run is damaged, or of an older version.
+        InputError: every setting that differs and must not, other inputs, and an end before the run's last checkpoint; or the run is
+            damaged, or of an older version.
     """
     run.files.check()
     config = run.files.read_config()
@@ -41,23 +47,42 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None) 
         for began in [value_at(before, key, value)]
         if belongs_to(key, fixed) and began != value and not (key == "tracking.uri" and not store_exists(str(began)))
     ]
-    if digests is not None and (what := _changed_records(run, digests)):
-        fix = "give the records that it began with, or begin a new run"
-        problems.append(Problem(f"data.train={described(settings.data.train)}", what, fix))
+    if digests is not None and not accept_changed_inputs:
+        problems += changed_inputs(run, settings, digests)
+    if digests is not None:
+        problems += ends_before_checkpoint(run, settings, digests.train_records)
     if problems:
         raise InputError(problems)
 
 
-def _changed_records(run: Run, digests: InputDigests) -> str | None:
-    """How the training records differ from those that the run began with. A run of an older version has no digest."""
-    recorded = run.files.read_record() or {}
-    before = InputDigests(**(asdict(digests) | {key: recorded[key] for key in asdict(digests) if key in recorded}))
-    if before.train_records != digests.train_records:
-        count = f"has {digests.train_records} records; run {run.run_id[:8]} began with {before.train_records}"
-        return f"{count}, and its position in them would be lost"
-    if before.train_digest != digests.train_digest:
-        return f"has other records, or the same in another order, than the {before.train_records} that run {run.run_id[:8]} began with"
-    return None
+def changed_inputs(run: Run, settings: Settings, digests: InputDigests) -> list[Problem]:
+    """A problem for each input with other content than the run has recorded."""
+    record, name = run.files.read_record() or {}, run.run_id[:8]
+    changed = input_changes(record, asdict(digests))
+    problems = []
+    for where, parts in changed.items():
+        if where == TRAIN_INPUT:
+            count = record.get("train_records", digests.train_records)
+            what = f"has other records or media, or the same in another order, than the {count} that run {name} began with"
+            if count != digests.train_records:
+                what = f"has {digests.train_records} records; run {name} began with {count}, and its position in them would be lost"
+            where = f"{where}={described(settings.data.train)}"
+        else:
+            what = f"has other content ({', '.join(parts)}) than run {name} began with"
+        fix = f"give what it began with, begin a new run, or resume with {ACCEPT}, which records it in the run"
+        problems.append(Problem(where, what, fix, cause=f"{where} has other content"))
+    return problems
+
+
+def ends_before_checkpoint(run: Run, settings: Settings, records: int) -> list[Problem]:
+    """A problem if training is to end before the step that the run has reached."""
+    last, planned = last_checkpoint(run.checkpoints), planned_steps(settings.training, records)
+    if last is None or (step := step_of(last)) is None or planned >= step:
+        return []
+    training = settings.training
+    name = "max_steps" if training.max_steps == planned else "max_epochs"
+    what = f"ends at step {planned}, but run {run.run_id[:8]} is at step {step} already"
+    return [Problem(f"training.{name}={getattr(training, name)}", what, f"set training.max_steps={step} or more, or begin a new run")]
 
 
 def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | None:

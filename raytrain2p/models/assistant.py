@@ -119,6 +119,11 @@ class Assistant(nn.Module):
         self.projector.requires_grad_(True)
         return count_parameters(self.parts())
 
+    def own_weights(self) -> dict[str, torch.Tensor]:
+        """What model.pt holds, once `freeze` was called: all but the language model's frozen weights and buffers, which come with it."""
+        trained = {name for name, parameter in self.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("language_model.") or name in trained}
+
     def embed(self, batch: AssistantBatch) -> torch.Tensor:
         """Token embeddings with the soft tokens of the media inserted, (B, L, E)."""
         embeddings = self.language_model.get_input_embeddings()(batch.input_ids)

@@ -1,6 +1,5 @@
 """From a model setting (hub ID, local directory or packaged name) to a directory on this machine and its fingerprint."""
 
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -12,7 +11,14 @@ from raytrain2p.models.packaged import PACKAGED_MODELS, packaged_directory
 from raytrain2p.storage.files import write_file
 
 WEIGHTS = ("*.safetensors", "*.bin")
-CONFIGURATION = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")
+# What transformers reads of a directory beside the weights, and what this program does with it depends on.
+CONFIGURATION = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json")
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+SENTENCEPIECE = "*.model"
+EARLIER = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")  # what fingerprints once covered, in order
 
 
 def model_directory(name: str, setting: str = "model") -> Path:
@@ -111,21 +117,45 @@ def context_length(directory: Path) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 0) or 1_000_000)
 
 
-@functools.cache
-def fingerprint(directory: Path) -> str:
-    """Identifies a model by its content: a sha256 over its weights and configuration files.
+def content_of(directory: Path) -> dict[str, str]:
+    """What a model is: the sha256 of each file that its results depend on, by name.
 
-    Artifacts hold it, so that they are never combined with another model, and stored features are keyed by it. Packaged
-    models have that of their pinned package: what else is in their directory depends on the version of transformers.
+    Of a packaged model, that of its pinned package: what else is in its directory depends on the version of transformers.
     """
+    if (package := _package_sha256(directory)) is not None:
+        return {"package": package}
+    names = [directory / name for name in (*CONFIGURATION, *TOKENIZER) if (directory / name).is_file()]
+    return {path.name: _file_sha256(path) for path in [*names, *sorted(directory.glob(SENTENCEPIECE)), *_weights(directory)]}
+
+
+def fingerprint(directory: Path) -> str:
+    """Identifies a model by its content. Artifacts hold it, so that they are never combined with another model, and stored features
+    are keyed by it."""
+    if (package := _package_sha256(directory)) is not None:
+        return package
+    return hashlib.sha256(json.dumps(content_of(directory), sort_keys=True).encode()).hexdigest()
+
+
+def is_model(directory: Path, known: str) -> bool:
+    """Whether a directory holds the model of a fingerprint. Earlier versions of this program left out some files of the tokenizer."""
+    if known == fingerprint(directory):
+        return True
+    digest = hashlib.sha256()
+    for path in [*(directory / name for name in EARLIER if (directory / name).is_file()), *_weights(directory)]:
+        digest.update(f"{path.name}:{_file_sha256(path)}".encode())
+    return known == digest.hexdigest()
+
+
+def _weights(directory: Path) -> list[Path]:
+    return next((found for pattern in WEIGHTS if (found := sorted(directory.glob(pattern)))), [])
+
+
+def _package_sha256(directory: Path) -> str | None:
+    """The fingerprint of a packaged model; None if it is another one."""
     for name, model in PACKAGED_MODELS.items():
         if directory.parent == cache_directory() / "models" and directory.name.startswith(f"{name}-{model.sha256[:12]}"):
             return hashlib.sha256(f"{directory.name}".encode()).hexdigest()
-    digest = hashlib.sha256()
-    weights = next((found for pattern in WEIGHTS if (found := sorted(directory.glob(pattern)))), [])
-    for path in [*(directory / name for name in CONFIGURATION if (directory / name).is_file()), *weights]:
-        digest.update(f"{path.name}:{_file_sha256(path)}".encode())
-    return digest.hexdigest()
+    return None
 
 
 def cache_problem(error: OSError) -> Problem:
@@ -134,9 +164,10 @@ def cache_problem(error: OSError) -> Problem:
 
 
 def _file_sha256(path: Path) -> str:
-    """Cached by size and modification time: hashing tens of gigabytes at each start would take minutes."""
+    """Cached: hashing tens of gigabytes at each start would take minutes. A file that was replaced or changed has another inode or
+    time of change, which no copy keeps, though its size and modification time may be the same."""
     stat = path.stat()
-    identity = [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+    identity = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     cached = cache_directory() / "fingerprints" / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()}.sha256"
     try:
         return cached.read_text()

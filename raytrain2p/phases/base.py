@@ -25,6 +25,7 @@ class PhaseModule(pl.LightningModule):
         super().__init__()
         self.training_settings, self.seed = training, seed
         self.total_steps = total_steps
+        self.steps_per_epoch: int | None = None  # set before a resume
         self.strict_loading = False  # the frozen weights are not in the checkpoint
         self.parameter_counts: dict[str, ParameterCount] = {}  # by part
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
@@ -120,13 +121,11 @@ class PhaseModule(pl.LightningModule):
         set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], steps_per_epoch, self.passes_per_step)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning counts passes. A resumed run may take its steps in another number of passes than before."""
+        """Lightning counts passes and epochs. A resumed run may have other numbers of passes per step, and of records, than before."""
+        assert self.steps_per_epoch is not None
         for group in checkpoint["optimizer_states"][0]["param_groups"]:
             group["fused"] = True  # in a checkpoint of an earlier version it is not
-        loops = checkpoint["loops"]["fit_loop"]
-        batches, steps = loops["epoch_loop.batch_progress"], loops["epoch_loop.scheduler_progress"]
-        for span in ("total", "current"):
-            batches[span] = dict.fromkeys(batches[span], steps[span]["completed"] * self.passes_per_step)
+        set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], self.steps_per_epoch, self.passes_per_step)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,10 +55,12 @@ class InputDigests:
     Args:
         train_records: number of training records.
         train_digest: sha256 of their content, see `digest_records`.
+        inputs: all else by setting, as `SETTING=VALUE`, and part: each model's files, the aligner's content, the records of other splits.
     """
 
     train_records: int
     train_digest: str
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def digest_records(records: Iterable[Record], media_keys: Mapping[MediaRef, bytes]) -> str:
@@ -91,6 +93,7 @@ class CheckedRecords:
         media_keys: content keys of all media.
         jobs: what to encode.
         notes: what the user should know of the records, a line each.
+        settings: of the run.
     """
 
     splits: dict[str, list[Record]]
@@ -98,6 +101,7 @@ class CheckedRecords:
     media_keys: dict[MediaRef, bytes]
     jobs: tuple[EncoderJob, ...]
     notes: tuple[str, ...]
+    settings: Settings
 
     @property
     def records(self) -> int:
@@ -109,7 +113,19 @@ class CheckedRecords:
 
     @cached_property
     def digests(self) -> InputDigests:
-        return InputDigests(self.records, digest_records(self.splits[TRAIN], self.media_keys))
+        of = {name: digest_records(records, self.media_keys) for name, records in self.splits.items()}
+        others = {
+            f"{setting}={described(listed)}": {"records": of[name]}
+            for name, (setting, listed) in split_sources(self.settings).items()
+            if name != TRAIN
+        }
+        return InputDigests(self.records, of[TRAIN], others | self.models())
+
+    def models(self) -> dict[str, dict[str, str]]:
+        """The content of the models by setting and file."""
+        from raytrain2p.models.pretrained import content_of
+
+        return {job.spec.where: content_of(job.spec.directory()) for job in self.jobs}
 
 
 class Split(Protocol):
@@ -186,18 +202,22 @@ class ReadSplits:
     notes: tuple[str, ...]
 
 
-def read_splits(settings: Settings, phase: int, findings: Findings) -> ReadSplits:
-    """The records of `train`, `val` and each test split. Problems are added to `findings`."""
+def split_sources(settings: Settings) -> dict[str, tuple[str, list[Source]]]:
+    """The setting and the sources of each split."""
     sources = {TRAIN: ("data.train", settings.data.train)}
     if settings.data.val is not None:
         sources[VAL] = ("data.val", settings.data.val)
-    for name, listed in settings.data.test.items():
-        if name in sources or not name.replace("_", "").isalnum():
+    return sources | {name: (f"data.test.{name}", listed) for name, listed in settings.data.test.items()}
+
+
+def read_splits(settings: Settings, phase: int, findings: Findings) -> ReadSplits:
+    """The records of `train`, `val` and each test split. Problems are added to `findings`."""
+    for name in settings.data.test:
+        if name in (TRAIN, VAL) or not name.replace("_", "").isalnum():
             findings.add(Problem(f"data.test.{name}", "is not a valid name of a test split", "use letters, digits, _; not train or val"))
-        sources[name] = (f"data.test.{name}", listed)
     splits: dict[str, list[Record]] = {}
     shares, notes = [], []
-    for name, (setting, listed) in sources.items():
+    for name, (setting, listed) in split_sources(settings).items():
         for source in listed:
             with findings:
                 scan = scan_source(source.path, phase, setting)

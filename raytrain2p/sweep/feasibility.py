@@ -10,7 +10,7 @@ from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_aligner
 from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.progress import Console
-from raytrain2p.launch.resume import check_resumable
+from raytrain2p.launch.resume import changed_inputs, check_resumable
 from raytrain2p.phases.inputs import PhaseInputs, check_global_batch
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.sweep.results import OVER, TrialRecords
@@ -90,19 +90,26 @@ def rung_problems(sweep: Sweep, inputs_by_key: dict[str, PhaseInputs]) -> list[P
     ]
 
 
-def check_trials(trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[str, PhaseInputs]) -> None:
-    """Check that the trials that are not over can be resumed.
+def check_trials(
+    trial_records: TrialRecords, sweep: Sweep, inputs_by_key: dict[str, PhaseInputs], accept_changed_inputs: bool = False
+) -> None:
+    """Check that the trials that are not over can be resumed, with the inputs of those that are over: trials are compared.
 
     Raises:
-        InputError: every setting, and every number of records, that has changed.
+        InputError: every setting, and every input's content, that has changed.
     """
     findings = Findings()
     for result in trial_records.results():
-        if result.run is not None and result.state not in OVER and not result.lineage:
-            with findings:
-                settings = sweep.settings(result.values)
-                inputs = inputs_by_key.get(splits_key(settings))
-                check_resumable(result.run, settings, inputs.digests if inputs is not None else None)
+        if result.run is None:
+            continue
+        with findings:
+            settings = sweep.settings(result.values)
+            inputs = inputs_by_key.get(splits_key(settings))
+            digests = inputs.digests if inputs is not None else None
+            if result.state not in OVER and not result.lineage:
+                check_resumable(result.run, settings, digests, accept_changed_inputs)
+            elif digests is not None and not accept_changed_inputs:
+                findings.extend(changed_inputs(result.run, settings, digests))
     findings.raise_any()
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.metadata import FREE, belongs_to, settings_where
-from raytrain2p.config.secrets import masked, without_passwords
+from raytrain2p.config.secrets import without_passwords
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.sweep.settings import Sweep, SweepSettings
@@ -293,7 +293,7 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
 
 
 def sweep_page(run: Run, command: str) -> str:
-    """README.md of a sweep's directory."""
+    """README.md of a sweep's directory; the command without passwords."""
     files = run.files
     return f"""# Sweep {run.run_id}
 
@@ -310,7 +310,7 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a p
 
 Started with
 
-    {masked(command)}
+    {command}
 
 Resume it, if it did not finish:
 

@@ -1,5 +1,6 @@
 """A sweep as a recipe: check it, prepare once what its trials share, run the trials."""
 
+import time
 import uuid
 from contextlib import ExitStack
 
@@ -29,12 +30,13 @@ class SweepFailedError(RuntimeError):
     """The disk of a sweep failed. The message is one line for the user."""
 
 
-def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console) -> SweepOutcome:
+def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console, accept_changed_inputs: bool = False) -> SweepOutcome:
     """Run a sweep, or resume one.
 
     Args:
         resumed: the run of a sweep to resume.
         verbose: show Ray's own output.
+        accept_changed_inputs: trials may be resumed with inputs of other content.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -45,10 +47,12 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         quiet()
     launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
     with naming_run(sweep.base.output.root, launch_id):
-        return _run_sweep(sweep, resumed, launch_id, verbose, console)
+        return _run_sweep(sweep, resumed, launch_id, verbose, console, accept_changed_inputs)
 
 
-def _run_sweep(sweep: Sweep, resumed: Run | None, launch_id: str, verbose: bool, console: Console) -> SweepOutcome:
+def _run_sweep(
+    sweep: Sweep, resumed: Run | None, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool
+) -> SweepOutcome:
     sweep, inputs_by_key = check_sweep(sweep, console)
     root, options = sweep.base.output.root, sweep.options
     with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
@@ -62,7 +66,7 @@ def _run_sweep(sweep: Sweep, resumed: Run | None, launch_id: str, verbose: bool,
         if holder is not None:
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
-            check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key)
+            check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
         splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
@@ -92,13 +96,14 @@ def run_trials(
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
     run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id)
-    command = typed_command("raytrain2p.tune")
-    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page(run, command)}
+    command, launched = typed_command("raytrain2p.tune"), time.time()
+    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page, "launched": launched}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
         job = SweepJob(
             sweep,
             launch_id,
             command,
+            launched,
             run,
             {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id},
             splits,

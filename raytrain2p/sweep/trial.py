@@ -51,6 +51,7 @@ class SweepJob:
     Args:
         launch_id: of the sweep; a trial's is this and its number.
         command: shell line that started the sweep.
+        launched: seconds since 1970 when it was given.
         parent: the sweep's run.
         tags: of each trial's run.
         splits: by `splits_key`.
@@ -63,6 +64,7 @@ class SweepJob:
     sweep: Sweep = field(repr=False)  # its tracking URI may have a password
     launch_id: str
     command: str
+    launched: float
     parent: Run
     tags: dict[str, str]
     splits: dict[str, PreparedSplits]
@@ -120,6 +122,7 @@ def train_trial(trial: Trial, job: SweepJob) -> None:
         TrialContext(trial.number, options.metric, job.channel),
         job.tags | {TRIAL_TAG: str(trial.number)},
         f"{job.command}  # trial {trial.number}",
+        job.launched,
         partial(forward_reports, number=trial.number, exchange=exchange),
     )
     try:

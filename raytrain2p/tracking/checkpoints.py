@@ -109,6 +109,14 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def step_of(path: Path) -> int | None:
+    """The optimizer steps that a checkpoint has behind it; None if it is damaged."""
+    try:
+        return int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"])
+    except Exception:  # a truncated file raises many kinds of errors
+        return None
+
+
 def best_checkpoint(directory: Path) -> Path | None:
     return next(iter(sorted(directory.glob(BEST))), None)
 

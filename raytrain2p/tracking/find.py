@@ -218,10 +218,11 @@ def _latest_artifact(
         else:
             newest_first += [] if passed else [RunDirectory(run).artifact(phase)]
     if not newest_first:
+        but = ", only trials of a sweep or runs that failed" if finished else ""
         raise InputError(
             Problem(
                 f"{setting}=latest",
-                f"there is no finished run with {phase.artifact} in {folder}{', only trials of a sweep or runs that failed' if finished else ''}",
+                f"there is no finished run with {phase.artifact} in {folder}{but}",
                 f"run `python -m raytrain2p.train --phase {phase.number}` first, or set {setting} to a path or a run ID"
                 f"{' (best.json of the sweep has one)' if finished else ''}",
             )

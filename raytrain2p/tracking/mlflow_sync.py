@@ -35,6 +35,7 @@ SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
 TRIES_AT_THE_END = 5  # a second apart
 SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
 POINTS_TRIED = 3  # of a metric: once so many were refused, no more of it are sent
+CHANGED_TAG = "raytrain2p.changed."
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
 
 Item = TypeVar("Item", Metric, Param, RunTag)
@@ -183,18 +184,24 @@ class MlflowSync:
 
     def _send_description(self) -> None:
         """Every setting as a parameter, and the tags. MLflow cannot change a parameter: a setting that a resumed run changed
-        becomes a tag."""
+        is a tag from then on."""
         record, config = self.files.read_record(), self.files.read_config()
         if record is None or config is None or "described" not in record:
             return  # the launch was killed before it described the run
         if self.state["described"] == record["described"]:
             return
         params = {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
-        logged = self.client.get_run(self.run.run_id).data.params
+        known = self.client.get_run(self.run.run_id).data
+        logged = known.params
         missing = [Param(key, value) for key, value in params.items() if key not in logged]
         for start in range(0, len(missing), PARAMS_PER_BATCH):
             self._log("params", missing[start : start + PARAMS_PER_BATCH])
-        changed = {f"raytrain2p.changed.{key}": value for key, value in params.items() if logged.get(key, value) != value}
+        ours = params | {key: "not set" for key in logged if key not in params and key.partition(".")[0] in config}
+        changed = {
+            f"{CHANGED_TAG}{key}": value
+            for key, value in ours.items()
+            if logged.get(key, value) != value or f"{CHANGED_TAG}{key}" in known.tags  # it may have changed back
+        }
         tags = {key: str(value) for key, value in record["tags"].items()} | changed
         self._log("tags", [RunTag(key, value) for key, value in tags.items()])
         self._note(described=record["described"])

@@ -46,6 +46,16 @@ class RecordShape(TypedDict, total=False):
     sequence: int
 
 
+class ResumeRow(TypedDict):
+    """A row of changes.jsonl: a resume, when it was launched (seconds since 1970), its command, the settings that it changed as
+    [before, after], and the parts of inputs whose other content was accepted, by setting."""
+
+    at: float
+    command: str
+    changes: dict[str, Any]
+    inputs: dict[str, list[str]]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file or folder of a run: as an attribute of `RunDirectory`, its path."""
@@ -64,7 +74,7 @@ class RunDirectory:
 
     record = Entry("run.json")  # the fields of `Run`, tags, and what a resumed run is checked against
     config = Entry("config.json")  # every setting, resolved
-    changes = Entry("changes.jsonl")  # settings that a resumed run changed
+    changes = Entry("changes.jsonl")  # a row for each resume: when, its command, the settings and the inputs that it changed
     status = Entry("status.json")
     metrics = Entry("metrics.jsonl")
     test_metrics = Entry("test_metrics.json")
@@ -77,6 +87,7 @@ class RunDirectory:
     plots = Entry("plots")
     training_curve = Entry("plots/training_curve.png")
     answer_sheet = Entry("plots/answers.png")
+    earlier = Entry("earlier")  # results of earlier models, which a resumed run has trained on: a folder for each
     sync_state = Entry(".mirror.json")  # how much of it MLflow has
     lineage = Entry("lineage.jsonl")  # of a trial: whose weights it took over
     trials = Entry("trials")  # of a sweep: a file for each trial
@@ -148,11 +159,16 @@ class RunDirectory:
     def write_config(self, config: dict[str, Any]) -> None:
         write_json(self.config, config)
 
-    def append_changes(self, changes: dict[str, tuple[Any, Any]]) -> None:
-        """Settings that a resumed run changed, by dotted path, as (before, after)."""
-        row = {"at": time.time(), "changes": {key: list(pair) for key, pair in changes.items()}}
-        with self.changes.open("a") as stream:
-            stream.write(json.dumps(row) + "\n")
+    def read_changes(self) -> list[ResumeRow]:
+        """The resumes of the run, the oldest first; rows of earlier versions have settings alone."""
+        lines = self.changes.read_text().splitlines(keepends=True) if self.changes.is_file() else []
+        rows = (json.loads(line) for line in lines if line.endswith("\n"))
+        return [
+            ResumeRow(at=row["at"], command=row.get("command", ""), changes=row["changes"], inputs=row.get("inputs", {})) for row in rows
+        ]
+
+    def write_changes(self, rows: list[ResumeRow]) -> None:
+        write_file(self.changes, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_mlflow_run_id(self, run_id: str, experiment: str, timestamp: str) -> None:
         lines = {"run_id": run_id, "directory": self.path, "experiment": experiment, "timestamp": timestamp}

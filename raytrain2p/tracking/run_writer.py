@@ -2,9 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from raytrain2p.config import Settings
@@ -17,7 +18,10 @@ from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
+from raytrain2p.tracking.run_directory import ResumeRow
 
+RESUMED_TAG, ACCEPTED_TAG = "raytrain2p.resumed", "raytrain2p.accepted_inputs"
+TRAIN_INPUT = "data.train"
 SECONDS_TO_SEND = 1800.0  # at the end, while MLflow takes what it does not have yet; model files may be large
 SECONDS_TO_LEAVE = 5.0  # when the worker fails: Ray is about to start it again
 SECONDS_TO_INHERIT = 60.0  # a killed predecessor may take that long to release the run directory
@@ -100,30 +104,92 @@ def sole_writer(run: Run) -> Iterator[None]:
         yield
 
 
-def describe_run(run: Run, config: dict[str, Any], command: str, facts: dict[str, Any], page: str | None = None) -> list[str]:
-    """Write settings, identity and README.md into the run directory, from where they are sent to MLflow.
+def describe_run(
+    run: Run,
+    config: dict[str, Any],
+    command: str,
+    facts: dict[str, Any],
+    page: Callable[[Run, str], str] | None = None,
+    launched: float | None = None,
+) -> list[str]:
+    """Write settings, identity and README.md into the run directory, from where they are sent to MLflow. A resume is added to the
+    history; the command stays the first one.
 
     Args:
         config: every setting, resolved and without passwords, as nested groups.
         command: shell line that launches the same again.
-        facts: what a resumed run is checked against, such as the number of training records.
-        page: content of README.md, if it is not the run of a phase.
+        facts: what a resumed run is checked against: digests of the inputs.
+        page: content of README.md from the run and its command, if it is not the run of a phase.
+        launched: seconds since 1970 when the command was given (default: now). Workers that are restarted have the same.
 
     Returns:
-        A line for each setting that changed since the last time.
+        A line for each setting, and each input's content, that changed since the last time.
     """
-    files, before = run.files, run.files.read_config()
+    files, before, record = run.files, run.files.read_config(), run.files.read_record() or {}
+    launched = time.time() if launched is None else launched
     changes = setting_changes(before, config) if before else {}
-    if changes:
-        files.append_changes(changes)
+    inputs = input_changes(record, facts)
+    history = files.read_changes()
+    if changes or inputs or ("described" in record and record.get("launched") != launched):
+        pairs = {key: list(pair) for key, pair in changes.items()}
+        row: ResumeRow = {"at": launched, "command": masked(command), "changes": pairs, "inputs": inputs}
+        if history and history[-1]["at"] == launched:  # of workers that were restarted
+            last = history.pop()
+            row["changes"], row["inputs"] = last["changes"] | pairs, last["inputs"] | inputs
+        history.append(row)
+        files.write_changes(history)
     files.write_config(config)
     files.write_mlflow_run_id(run.run_id, run.experiment, run.timestamp)
-    write_file(files.readme, page or _readme(run, masked(command)))
-    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: masked(command)}
-    tags[ROOT_TAG] = str(run.path.parent.parent)  # both change with a root that was moved
-    kept = {"sequence": files.sequence()}
-    files.write_record(asdict(run) | facts | kept | {"tags": files.tags() | tags, "described": time.time()})
-    return [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
+    first = files.tags().get(COMMAND_TAG, masked(command))
+    write_file(files.readme, (page or _readme)(run, first) + _resumes(history))
+    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
+    tags |= {ROOT_TAG: str(run.path.parent.parent)} | _history_tags(history)  # the root may have been moved
+    kept = {"sequence": files.sequence(), "tags": files.tags() | tags}
+    files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
+    lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
+    return lines + [f"{where}: other content ({', '.join(parts)}), accepted" for where, parts in inputs.items()]
+
+
+def input_changes(before: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Inputs with other content than a record has: the parts that differ, by setting. What the record lacks is not compared: it is
+    of an earlier version, or the setting had another value.
+
+    Args:
+        before: the run's record.
+        facts: digests of the inputs now.
+    """
+    recorded, changed = before.get("inputs", {}), dict[str, list[str]]()
+    if any(before[key] != facts[key] for key in ("train_records", "train_digest") if key in before and key in facts):
+        changed[TRAIN_INPUT] = ["records"]
+    for where, content in facts.get("inputs", {}).items():
+        known = recorded.get(where, content)
+        if parts := [name for name in {**known, **content} if known.get(name) != content.get(name)]:
+            changed[where] = parts
+    return changed
+
+
+def _resumes(history: Sequence[ResumeRow]) -> str:
+    """The resumes of a run, for README.md."""
+    text = ""
+    for row in history:
+        text += f"\nResumed at {_local_time(row['at'])} with\n\n    {row['command']}\n"
+        lines = [f"- `{key}`: {old!r} -> {new!r}" for key, (old, new) in row["changes"].items()]
+        lines += [f"- other content accepted: `{where}` ({', '.join(parts)})" for where, parts in row["inputs"].items()]
+        text += "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
+    return text
+
+
+def _history_tags(history: Sequence[ResumeRow]) -> dict[str, str]:
+    tags = {}
+    if history:
+        tags[RESUMED_TAG] = f"{len(history)} times, the last at {_local_time(history[-1]['at'])}: {history[-1]['command']}"
+    if accepted := [f"{_local_time(row['at'])}: {where} ({', '.join(parts)})" for row in history for where, parts in row["inputs"].items()]:
+        tags[ACCEPTED_TAG] = "\n".join(accepted)
+    return tags
+
+
+def _local_time(at: float) -> str:
+    return datetime.fromtimestamp(at).astimezone().isoformat(" ", "seconds")
 
 
 def resolved_config(settings: Settings, resolved: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +274,8 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
 |---|---|
 | `{phase.artifact}` | the deployable result |
 | `{files.checkpoints.name}/` | the best checkpoint and the last one: what was trained, and the optimizer |
-| `{files.config.name}` | every setting; `{files.changes.name}`, if there is one: settings that a resumed run changed |
+| `{files.config.name}` | every setting; `{files.changes.name}`, if there is one: what each resume changed |
+| `{files.earlier.name}/` | if there is one: results of earlier models, which a resume has trained on |
 | `{files.metrics.name}` | every metric point |
 | `{files.plots.name}/` | plots |
 | `{files.status.name}` | RUNNING, FINISHED, FAILED or KILLED |

@@ -17,7 +17,7 @@ from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Split
 from raytrain2p.phases.registry import PhaseFunctions
 from raytrain2p.storage.errors import reporting_disk_errors
-from raytrain2p.storage.files import write_file, write_json
+from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.tracking.checkpoints import best_checkpoint, damage, last_checkpoint
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.plots import answer_sheet, training_curve
@@ -63,8 +63,8 @@ def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> Pha
     return module.to(device).eval()
 
 
-def export(phase: PhaseFunctions, module: PhaseModule, run: Run) -> None:
-    """Write the artifact.
+def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int) -> None:
+    """Write the artifact. Results of the earlier one that it replaces are moved away first.
 
     Raises:
         StorageError: the disk is full, or gone.
@@ -74,7 +74,20 @@ def export(phase: PhaseFunctions, module: PhaseModule, run: Run) -> None:
     with reporting_disk_errors(path, size):
         config = run.files.read_config()
         assert config is not None, "open_run_writer has written it"
+        set_aside_results(run, steps)
         phase.export(module, path, config)
+
+
+def set_aside_results(run: Run, steps: int) -> None:
+    """Move the results of an earlier model, which a resumed run has trained on, to a folder of their own."""
+    files, result = run.files, read_json(run.files.result)
+    if result is None or (before := result.get("steps", 0)) == steps:
+        return
+    folder = files.earlier / f"step_{before or 'unknown'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (files.answers, files.answer_sheet, files.test_metrics, files.result):  # the result last: a kill in between is made good
+        if path.is_file():
+            path.replace(folder / path.name)
 
 
 def artifact_path(run: Run) -> Path:
@@ -94,7 +107,7 @@ def evaluate(
         return phase.evaluate(module, data, tests, group)
 
 
-def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) -> None:
+def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer], steps: int) -> None:
     """Write tables, images and the outcome into the run directory, and send everything to MLflow; the run is FINISHED.
 
     Raises:
@@ -104,11 +117,11 @@ def finish(writer: RunWriter, metrics: dict[str, float], answers: list[Answer]) 
     with reporting_disk_errors(run.files.result, 1_000_000):
         training_curve(run.files.metrics, run.files.training_curve, f"{run.phase} run {run.run_id[:8]}")
         if answers:
-            write_file(run.files.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-            title = f"run {run.run_id[:8]}: answers on test records, drawn at random"
+            write_file(run.files.answers, "".join(json.dumps({"step": steps, **row}, ensure_ascii=False) + "\n" for row in answers))
+            title = f"run {run.run_id[:8]}, step {steps}: answers on test records, drawn at random"
             answer_sheet(spread(answers, ANSWERS_SHOWN), _images_of, run.files.answer_sheet, title)
         write_json(run.files.test_metrics, metrics)
-        write_json(run.files.result, asdict(outcome_of(run, metrics)))
+        write_json(run.files.result, asdict(outcome_of(run, metrics, steps)))
         writer.finish("FINISHED")
 
 
@@ -122,7 +135,7 @@ def failed_if_diverged(writer: RunWriter | None) -> Iterator[None]:
             writer.finish("FAILED", str(error))
 
 
-def outcome_of(run: Run, metrics: dict[str, float]) -> Outcome:
+def outcome_of(run: Run, metrics: dict[str, float], steps: int) -> Outcome:
     best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
     return Outcome(
         run.run_id,
@@ -131,6 +144,7 @@ def outcome_of(run: Run, metrics: dict[str, float]) -> Outcome:
         str(last) if last else None,
         str(artifact_path(run)),
         metrics | last_values(run.files.metrics, ("val/loss", "train_loss")),
+        steps,
     )
 
 

@@ -34,6 +34,6 @@ def open_writer(job: TrainJob, run: Run, precision: str) -> AbstractContextManag
     return open_run_writer(
         run,
         job.settings.tracking.uri,
-        {"config": config, "command": job.command, "facts": job.facts},
+        {"config": config, "command": job.command, "facts": job.facts, "launched": job.launched},
         job.channel.say,
     )

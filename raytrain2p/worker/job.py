@@ -22,6 +22,7 @@ class TrainJob:
     Args:
         launch_id: stable over retries.
         command: shell line that launches the same again.
+        launched: seconds since 1970 when it was given.
         threads: CPUs of a worker.
         data: the prepared splits by name, in Ray's object store.
         facts: what a resumed run is checked against.
@@ -39,6 +40,7 @@ class TrainJob:
     channel: "RunChannel"
     facts: dict[str, object]
     environment: dict[str, str] = field(repr=False)
+    launched: float
     trial: "TrialContext | None" = None
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -62,3 +64,4 @@ class Outcome:
     last: str | None
     artifact: str
     metrics: dict[str, float]
+    steps: int = 0  # optimizer steps that it was trained; 0 in a result of an earlier version

@@ -1,6 +1,5 @@
 """Lightning's trainer for Ray's workers: strategy, precision, callbacks."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,6 +9,7 @@ import torch
 from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy, Strategy
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
+from torch.utils.data import DataLoader
 
 from raytrain2p.config import Settings
 from raytrain2p.models.distributed import WorkerGroup
@@ -108,12 +108,13 @@ def build_callbacks(
     return [log, checkpoints, StopOnRequest(job.channel if group.is_first else None, group)]
 
 
-def fit(trainer: pl.Trainer, module: PhaseModule, batches: Iterable[Batch], start: ResumePoint) -> bool:
+def fit(trainer: pl.Trainer, module: PhaseModule, batches: "DataLoader[Batch]", start: ResumePoint) -> bool:
     """Train to the end, with all checkpoints on disk; False if a request stopped it before.
 
     Raises:
         DivergedError: losses or weights are not finite.
     """
+    module.steps_per_epoch = len(batches) // module.training_settings.gradient_accumulation_steps(trainer.world_size)
     path, stopped = str(start.checkpoint) if start.checkpoint else None, False
     try:
         trainer.fit(module, batches, ckpt_path=path, weights_only=path is not None)

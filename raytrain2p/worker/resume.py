@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.tracking.checkpoints import resumable_checkpoint
+from raytrain2p.tracking.checkpoints import resumable_checkpoint, step_of
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
 from raytrain2p.worker.channel import RunChannel
@@ -37,7 +35,7 @@ def agree_on_resume_point(run: Run, group: WorkerGroup, writer: RunWriter | None
 def find_resume_point(run: Run, channel: RunChannel) -> ResumePoint:
     """The latest checkpoint that is whole; damaged ones are reported to the user."""
     path, complaints = resumable_checkpoint(run.checkpoints)
-    step = int(torch.load(path, map_location="meta", weights_only=True, mmap=True)["global_step"]) if path else 0
+    step = (step_of(path) or 0) if path else 0
     for complaint in complaints:
         channel.say(f"{complaint}; resuming from {path.name if path else 'the beginning'} at step {step}")
     if path is not None:

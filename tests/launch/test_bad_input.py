@@ -20,7 +20,6 @@ from raytrain2p import train
 from raytrain2p.config import InputError
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.launch.cluster import existing_address
-from raytrain2p.models import frozen_encoder, pretrained
 from tests.conftest import byte_tokenizer
 from tests.launch.launching import Command
 
@@ -184,8 +183,6 @@ def test_a_place_that_cannot_be_written_to_is_refused(
     refused: Refuse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, kind: str
 ) -> None:
     folder = place(tmp_path, kind)
-    monkeypatch.setattr(pretrained, "fingerprint", pretrained.fingerprint.__wrapped__)  # not remembered from another test
-    monkeypatch.setattr(frozen_encoder, "fingerprint", pretrained.fingerprint)
     if setting == "RAYTRAIN2P_CACHE":
         monkeypatch.setenv(setting, folder)
         output = refused(1)

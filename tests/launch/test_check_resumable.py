@@ -69,8 +69,11 @@ def test_another_number_of_records_is_refused(run: Run) -> None:
 def test_other_records_of_the_same_number_are_refused(run: Run) -> None:
     said = refused(run, "seed=3", digests=InputDigests(60, "b" * 64))
     assert "2 problems" in said
-    assert "data.train=emoji:train\n    has other records, or the same in another order, than the 60 that run 00000000 began with" in said
-    assert "fix: give the records that it began with, or begin a new run" in said
+    assert (
+        "data.train=emoji:train\n    has other records or media, or the same in another order, than the 60 that run 00000000 began with"
+        in said
+    )
+    assert "fix: give what it began with, begin a new run, or resume with --accept-changed-inputs" in said
 
 
 def test_a_run_without_a_digest_is_compared_by_the_number_of_records(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Resuming a run: after a kill, after a request to stop, with other settings, or after its end."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -185,6 +186,50 @@ def test_settings_that_may_change_are_printed_and_recorded(undisturbed: Launch, 
     client = mlflow.MlflowClient(f"sqlite:///{undisturbed.folder}/mlflow.db")
     tags = client.get_run(directory.name[:32]).data.tags
     assert tags["raytrain2p.changed.training.max_steps"] == str(STEPS + 4)
+    assert f"training.max_steps={STEPS}" in tags["raytrain2p.command"], "the first command"
+    assert "--resume latest" in tags["raytrain2p.resumed"]
+    page = (directory / "README.md").read_text()
+    assert (
+        page.index(tags["raytrain2p.command"]) < page.index("--resume latest") < page.index(f"`training.max_steps`: {STEPS} -> {STEPS + 4}")
+    )
+    earlier = directory / "earlier" / f"step_{STEPS}"
+    assert {path.name for path in earlier.iterdir()} == {"answers.jsonl", "answers.png", "test_metrics.json", "result.json"}
+    assert {json.loads(line)["step"] for line in (directory / "answers.jsonl").read_text().splitlines()} == {STEPS + 4}
+    assert {json.loads(line)["step"] for line in (earlier / "answers.jsonl").read_text().splitlines()} == {STEPS}
+
+
+def test_changed_inputs_are_refused_unless_they_are_accepted_and_then_recorded(
+    workdir: Path, shapes: Path, tiny_config: Path, ray_head: str, untrained_aligner: Path
+) -> None:
+    records = workdir / "records"
+    shutil.copytree(shapes, records)
+    more = (f"model.aligner={untrained_aligner}", f"data.train={records}/phase2.jsonl", "data.test={}", "training.max_steps=6")
+    launch = phase2_in(workdir / "changed", tiny_config, ray_head, *more)
+    launch.start()
+    assert launch.wait() == 0, launch.log
+    lines = (records / "phase2.jsonl").read_text().splitlines()
+    (records / "phase2.jsonl").write_text("\n".join([*lines, lines[0], lines[1]]) + "\n")
+    longer = "training.max_steps=12"
+    refused = resume(launch, longer)
+    assert refused.code == 2
+    assert "has 50 records; run" in refused.err
+    assert len(launch.steps()) == 6
+    accepted = resume(launch, longer, "--accept-changed-inputs")
+    assert accepted.code == 0, accepted.err
+    assert "data.train: other content (records), accepted" in accepted.err
+    assert sorted(launch.steps()) == list(range(1, 13))
+    (run,) = launch.mlflow_runs()
+    assert "data.train (records)" in run.data.tags["raytrain2p.accepted_inputs"]
+    (directory,) = launch.directories()
+    assert "other content accepted: `data.train`" in (directory / "README.md").read_text()
+
+    artifact = directory / "model.pt"
+    content = bytearray(artifact.read_bytes())
+    content[len(content) // 2] ^= 1
+    artifact.write_bytes(content)
+    asked = run_command(launch.folder, "raytrain2p.predict", "Say yes.")
+    assert asked.code == 2
+    assert f"{artifact}\n    is damaged" in asked.err
 
 
 def test_a_run_that_does_not_exist_is_bad_input(undisturbed: Launch) -> None:

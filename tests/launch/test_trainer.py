@@ -73,7 +73,7 @@ def test_ray_is_given_the_time_after_which_a_worker_hangs(tmp_path: Path, monkey
     monkeypatch.setenv(HANG_TIMEOUT, "600")
     settings = load_settings(1, None, ["launch.hang_timeout_s=7", f"output.root={tmp_path}"])
     nothing: Any = None
-    trainer.ray_trainer(TrainJob(settings, 1, "x", "", 1, nothing, nothing, {}, {}), own_cluster=True)
+    trainer.ray_trainer(TrainJob(settings, 1, "x", "", 1, nothing, nothing, {}, {}, 0.0), own_cluster=True)
     assert get_env_vars_to_propagate()[HANG_TIMEOUT] == "7"
     group = WorkerGroup(mock.MagicMock(), mock.MagicMock())
     assert group._worker_health_check_timeout_s == 7

@@ -1,25 +1,29 @@
 """aligner.pt and model.pt: complete or refused."""
 
 import pickle
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from raytrain2p.config import InputError
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
-from raytrain2p.models.artifacts import FORMAT_VERSION, check_fingerprint, load_artifact, save_artifact
+from raytrain2p.models.artifacts import FORMAT_VERSION, check_fingerprint, check_weights, load_artifact, save_artifact
+from raytrain2p.models.pretrained import fingerprint
 
+PARTS: dict[str, Any] = {"shape": {"dimension": 2}, "state_dict": {}}
 ENCODERS = {"image": {"name": "some-encoder", "options": {"size": 64}, "fingerprint": "a" * 64}}
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "aligner.pt"
-    save_artifact(path, ALIGNMENT, {"training": {"seed": 1}}, ENCODERS, state_dict={"w": torch.arange(6.0)})
+    save_artifact(path, ALIGNMENT, {"training": {"seed": 1}}, ENCODERS, **PARTS | {"state_dict": {"w": torch.arange(6.0)}})
     return path
 
 
@@ -42,7 +46,7 @@ def test_an_artifact_loads_without_running_code(saved: Path) -> None:
 
 
 def test_saving_leaves_the_artifact_alone_in_its_directory(saved: Path) -> None:
-    save_artifact(saved, ALIGNMENT, {}, ENCODERS, state_dict={})
+    save_artifact(saved, ALIGNMENT, {}, ENCODERS, **PARTS)
     assert [path.name for path in saved.parent.iterdir()] == ["aligner.pt"]
     assert load_artifact(saved, ALIGNMENT)["config"] == {}
 
@@ -69,7 +73,7 @@ def test_a_kill_while_saving_leaves_no_partial_artifact(tmp_path: Path) -> None:
     assert not path.exists()
     assert list(tmp_path.iterdir()), "the process died too early to show anything"
     assert not list(tmp_path.glob("[!.]*")), "what is left must not look like an artifact"
-    save_artifact(path, INSTRUCTION, {}, {}, state_dict={})
+    save_artifact(path, INSTRUCTION, {}, {}, language_model={}, system_prompt=None, **PARTS)
     assert load_artifact(path, INSTRUCTION)["phase"] == "phase2"
 
 
@@ -93,6 +97,69 @@ def test_a_truncated_artifact_is_refused(saved: Path, part: float) -> None:
     content = saved.read_bytes()
     saved.write_bytes(content[: int(len(content) * part)])
     assert "torn" in problem_of(saved)
+
+
+def test_no_flipped_bit_is_used(tmp_path: Path) -> None:
+    """Each is refused, or is in a place of the file that nothing is read from: the content is what was written."""
+    path, lots = tmp_path / "aligner.pt", random.Random(3)
+    weights = {"w": torch.randn(3, 4), "b": torch.randn(4).bfloat16(), "n": torch.tensor(7), "none": torch.zeros(0, 2)}
+    save_artifact(path, ALIGNMENT, {"seed": 1}, ENCODERS, **PARTS | {"state_dict": weights})
+    content, written, refused = path.read_bytes(), load_artifact(path, ALIGNMENT), 0
+    for place in range(lots.randrange(4), len(content), 4):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << lots.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found = load_artifact(path, ALIGNMENT)
+        except InputError as error:
+            said = str(error)
+        else:
+            said = ""
+            assert all(torch.equal(found["state_dict"][name], value) for name, value in weights.items()), place
+            assert {**found, "state_dict": None} == {**written, "state_dict": None}, place
+        refused += bool(said)
+        assert not said or said.startswith(f"1 problem; nothing was started\n  {path}\n")
+    assert refused > 300
+
+
+def test_a_flipped_bit_of_the_weights_is_reported_with_the_file_and_a_fix(saved: Path) -> None:
+    content = saved.read_bytes()
+    place = content.index(torch.arange(6.0).numpy().tobytes()) + 9
+    saved.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+    message = problem_of(saved)
+    assert "is damaged: its content is not what was written" in message
+    assert "fix: restore it from a copy, or train it anew" in message
+
+
+def test_an_artifact_of_the_version_before_digests_is_read_and_gets_the_digest_of_its_content(saved: Path) -> None:
+    older = torch.load(saved, weights_only=True)
+    del older["digest"]
+    torch.save(older | {"format_version": 2}, saved)
+    assert len(load_artifact(saved, ALIGNMENT)["digest"]) == 64
+    torch.save(older, saved)
+    assert "is damaged" in problem_of(saved), "one of this version must have a digest"
+
+
+def test_an_artifact_that_lacks_parts_is_refused_with_all_of_them_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    save_artifact(path, INSTRUCTION, {}, {}, shape={}, state_dict=None)
+    assert "lacks parts of a model.pt: state_dict, language_model, system_prompt" in problem_of(path, INSTRUCTION)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ({}, "lacks weights: a, b, c and 1 more"),
+        (dict.fromkeys("abcd", (2, 2)) | {"e": (2, 2)}, "has unknown weights: e"),
+        (dict.fromkeys("abcd", (2, 2)) | {"b": (2,)}, "has other shapes of weights: b"),
+    ],
+)
+def test_weights_that_do_not_fit_the_model_are_refused(tmp_path: Path, found: dict[str, tuple[int, ...]], said: str) -> None:
+    required = {name: torch.empty(2, 2, device="meta") for name in "abcd"}
+    with pytest.raises(InputError) as caught:
+        check_weights(tmp_path / "model.pt", {name: torch.zeros(shape) for name, shape in found.items()}, required)
+    assert said in str(caught.value)
+    check_weights(tmp_path / "model.pt", dict.fromkeys("abcd", torch.zeros(2, 2)), required)
 
 
 class Spy:
@@ -127,13 +194,14 @@ def test_a_missing_artifact_is_refused_with_what_to_give_instead(tmp_path: Path)
     assert "run ID" in message
 
 
-def test_another_frozen_model_is_refused_with_both_models_named(saved: Path) -> None:
+def test_another_frozen_model_is_refused_with_both_models_named(saved: Path, tiny_vit: Path) -> None:
     artifact = load_artifact(saved, ALIGNMENT)
     with pytest.raises(InputError) as caught:
-        check_fingerprint(saved, artifact["encoders"]["image"], "new-encoder", "b" * 64, "model.encoders.image")
-    for needed in ("model.encoders.image=new-encoder", "b" * 12, "some-encoder", "a" * 12, str(saved)):
+        check_fingerprint(saved, artifact["encoders"]["image"], "new-encoder", tiny_vit, "model.encoders.image")
+    for needed in ("model.encoders.image=new-encoder", fingerprint(tiny_vit)[:12], "some-encoder", "a" * 12, str(saved)):
         assert needed in str(caught.value)
 
 
-def test_the_same_frozen_model_is_accepted_under_another_name(saved: Path) -> None:
-    check_fingerprint(saved, load_artifact(saved, ALIGNMENT)["encoders"]["image"], "renamed", "a" * 64, "model.encoders.image")
+def test_the_same_frozen_model_is_accepted_under_another_name(saved: Path, tiny_vit: Path) -> None:
+    needed = {"name": "some-encoder", "fingerprint": fingerprint(tiny_vit)}
+    check_fingerprint(saved, needed, "renamed", tiny_vit, "model.encoders.image")

@@ -1,5 +1,6 @@
 """From a model setting to a directory, or to a message with a fix."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import raytrain2p
 from raytrain2p.config import InputError
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.packaged import PACKAGED_MODELS
-from raytrain2p.models.pretrained import fingerprint, model_directory
+from raytrain2p.models.pretrained import content_of, fingerprint, is_model, model_directory
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,48 @@ def test_the_fingerprint_changes_with_every_file_that_changes_the_result(tiny_vi
     assert fingerprint(changed) != fingerprint(tiny_vit)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "processor_config.json", "spiece.model"],
+)
+def test_the_fingerprint_changes_with_every_file_of_a_tokenizer_that_changes_or_is_added(
+    tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_llama, changed)
+    with (changed / name).open("a") as stream:
+        stream.write(" ")
+    assert fingerprint(changed) != fingerprint(tiny_llama)
+    before, after = content_of(tiny_llama), content_of(changed)
+    assert {file for file in after if before.get(file) != after[file]} == {name}
+
+
+def test_weights_that_were_replaced_with_the_same_size_and_modification_time_are_seen(tiny_vit: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_vit, copy)
+    before, weights = fingerprint(copy), copy / "model.safetensors"
+    stat, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (weights.stat().st_size, weights.stat().st_mtime_ns, weights.stat().st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert fingerprint(copy) != before
+
+
+def test_a_fingerprint_of_an_earlier_version_is_that_of_the_same_model(tiny_llama: Path, tmp_path: Path) -> None:
+    """It covered config.json, preprocessor_config.json, tokenizer.json, chat_template.jinja and the weights."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"):
+        digest.update(f"{name}:{hashlib.sha256((tiny_llama / name).read_bytes()).hexdigest()}".encode())
+    assert is_model(tiny_llama, digest.hexdigest())
+    assert is_model(tiny_llama, fingerprint(tiny_llama))
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_llama, changed)
+    (changed / "tokenizer.json").write_text("{}")
+    assert not is_model(changed, digest.hexdigest())
+    assert not is_model(changed, fingerprint(tiny_llama))
+
+
 def test_the_fingerprint_does_not_depend_on_the_readme(tiny_vit: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_vit, copy)
@@ -101,14 +144,11 @@ def test_a_file_is_hashed_once_and_again_after_it_changed(tiny_vit: Path, tmp_pa
     shutil.copytree(tiny_vit, copy)
     before = fingerprint(copy)
     count = len(list(notes.iterdir()))
-    fingerprint.cache_clear()
     assert fingerprint(copy) == before
     assert len(list(notes.iterdir())) == count
     weights = copy / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    os.utime(weights, ns=(1, 1))
-    fingerprint.cache_clear()
     assert fingerprint(copy) != before
     assert len(list(notes.iterdir())) == count + 1

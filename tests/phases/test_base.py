@@ -20,8 +20,11 @@ RECORDS, BATCH, STEPS = 23, 2, 17
 
 
 class Numbers(Dataset[dict[str, Any]]):
+    def __init__(self, records: int) -> None:
+        self.records = records
+
     def __len__(self) -> int:
-        return RECORDS
+        return self.records
 
     def __getitem__(self, share: MicroBatch) -> dict[str, Any]:
         return {"x": torch.tensor(share.records, dtype=torch.float32), "step_tokens": 1}
@@ -55,13 +58,16 @@ class Small(PhaseModule):
         return (index + 1) % self.passes_per_step == 0
 
 
-def train(folder: Path, passes: int, stop: int | None = None, first: int = 0, steps: int = STEPS, batch: int = BATCH) -> Small:
+def train(
+    folder: Path, passes: int, stop: int | None = None, first: int = 0, steps: int = STEPS, batch: int = BATCH, records: int = RECORDS
+) -> Small:
     """As a worker does it; `stop` after so many steps, go on after the `first`."""
     torch.manual_seed(0)
     module = Small(passes, batch, stop)
-    even = np.ones(RECORDS, int)
+    even = np.ones(records, int)
     sampler = StepSampler(even, even, batch * passes, batch, 0, 1, seed=3, first_step=first)
-    loader: Any = DataLoader(Numbers(), sampler=sampler, batch_size=None)
+    loader: Any = DataLoader(Numbers(records), sampler=sampler, batch_size=None)
+    module.steps_per_epoch = sampler.steps
     saving = BestAndLastCheckpoints(folder, CheckpointSettings(every_steps=None), sampler.steps, ScriptedMetrics({"train_loss": 1.0}))
     trainer = trainer_in(
         folder,
@@ -117,6 +123,21 @@ def test_a_resumed_run_may_take_its_steps_in_another_number_of_passes(tmp_path: 
     begun = train(tmp_path / "part", before, stop=first, batch=4 // before)
     rest = train(tmp_path / "part", after, first=first, batch=4 // after)
     assert steps_of([begun, rest]) == steps_of([whole])
+
+
+@pytest.mark.parametrize("first", [5, 13])
+@pytest.mark.parametrize("records", [9, 31])
+def test_a_run_that_is_resumed_with_another_number_of_records_takes_the_steps_of_a_run_with_that_number(
+    tmp_path: Path, records: int, first: int
+) -> None:
+    passes = 2
+
+    def seen(module: Small) -> list[tuple[int, int, list[float]]]:
+        return [(step, epoch, xs) for step, epoch, xs, _ in module.noted if step >= first]
+
+    whole = train(tmp_path / "whole", passes, records=records)
+    train(tmp_path / "part", passes, stop=first)
+    assert seen(train(tmp_path / "part", passes, first=first, records=records)) == seen(whole)
 
 
 def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from raytrain2p.sweep.results import (
     write_results,
     write_table,
 )
-from raytrain2p.sweep.space import Axis
+from raytrain2p.sweep.space import Axis, Values
 from raytrain2p.tracking.run import Run, launch_record
 from raytrain2p.tracking.run_directory import RunDirectory
 
@@ -39,9 +39,18 @@ def records_in(root: Path) -> TrialRecords:
     return TrialRecords(root / "sweep", str(root))
 
 
-def begun(root: Path, trial_records: TrialRecords, number: int, status: str, reports: list[tuple[int, float]], early: str = "") -> Trial:
+def begun(
+    root: Path,
+    trial_records: TrialRecords,
+    number: int,
+    status: str,
+    reports: list[tuple[int, float]],
+    early: str = "",
+    values: Values | None = None,
+) -> Trial:
     """A trial with a run directory, as a worker leaves it."""
-    trial = Trial(number, {"training.learning_rate": 0.001 * (number + 1), "model.lora.rank": 4 * (number + 1)}, f"sweep-{number}")
+    values = values or {"training.learning_rate": 0.001 * (number + 1), "model.lora.rank": 4 * (number + 1)}
+    trial = Trial(number, values, f"sweep-{number}")
     trial_records.begin(trial)
     directory = root / "phase2" / f"{number:032x}_20260101_000000"
     directory.mkdir(parents=True)

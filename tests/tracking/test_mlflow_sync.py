@@ -243,7 +243,20 @@ def test_a_setting_that_a_resumed_run_changed_is_a_tag_beside_its_parameter(each
     assert data.params["training.global_batch_size"] == str(each_store.training.global_batch_size)
     changed = {key: value for key, value in data.tags.items() if key.startswith("raytrain2p.changed.")}
     assert changed == {"raytrain2p.changed.training.global_batch_size": "7", "raytrain2p.changed.launch.num_workers": "3"}
-    assert data.tags["raytrain2p.command"] == "command"
+    assert data.tags["raytrain2p.command"] == "python -m raytrain2p.train --phase 2", "the first one"
+    assert data.tags["raytrain2p.resumed"].endswith(": command")
+
+
+def test_a_setting_that_was_changed_back_or_removed_is_shown_as_it_is_now(each_store: Settings) -> None:
+    run = create(each_store)
+    for steps, splits in ((60, ["b.jsonl"]), (65, []), (60, [])):
+        config = resolved_config(each_store, {"training.max_steps": steps, "data.test": {"b": splits} if splits else {}})
+        describe_run(run, config, "command", {})
+        sync_of(each_store, run).send()
+    data = mlflow_run(each_store, run).data
+    assert data.params["training.max_steps"] == data.tags["raytrain2p.changed.training.max_steps"] == "60"
+    assert data.params["data.test.b"] == "['b.jsonl']"
+    assert data.tags["raytrain2p.changed.data.test.b"] == "not set"
 
 
 def test_after_a_kill_between_the_parameters_and_the_tags_both_are_complete(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from raytrain2p.tracking.run_writer import (
     describe_run,
     end_run,
     end_unrecorded,
+    input_changes,
     open_run_writer,
     resolved_config,
     send_rest,
@@ -168,8 +169,8 @@ def test_the_password_of_the_store_is_in_no_file_of_the_run(settings: Settings) 
 
 def test_a_run_that_is_described_again_with_the_same_settings_has_no_changes(settings: Settings) -> None:
     run = create(settings)
-    for _ in range(2):
-        assert describe_run(run, resolved_config(settings, {}), "command", {}) == []
+    for _ in range(2):  # workers that are restarted
+        assert describe_run(run, resolved_config(settings, {}), "command", {}, launched=1.0) == []
     assert not (run.path / "changes.jsonl").exists()
 
 
@@ -186,6 +187,45 @@ def test_changed_settings_are_reported_and_kept_for_each_resume(settings: Settin
         {"training.global_batch_size": [size, 2 * size], "launch.num_workers": [2, 1]},
     ]
     assert read_json(run.path / "config.json") == last
+
+
+def test_a_resumed_run_keeps_its_first_command_and_lists_each_resume(settings: Settings) -> None:
+    run, launches = create(settings), ["first seed=3", "second --resume latest training.max_steps=65", "third --resume latest"]
+    for number, command in enumerate(launches):
+        for _ in range(2):  # the workers fail once, and are restarted
+            resolved = {"training.max_steps": 65} if number else {}
+            describe_run(run, resolved_config(settings, resolved), command, {}, launched=1_800_000_000.0 + 60 * number)
+    rows = [json.loads(line) for line in run.files.changes.read_text().splitlines()]
+    assert [(row["at"], row["command"]) for row in rows] == [(1_800_000_060.0, launches[1]), (1_800_000_120.0, launches[2])]
+    assert [list(row["changes"]) for row in rows] == [["training.max_steps"], []]
+    page = run.files.readme.read_text()
+    assert (
+        page.index("Trained with\n\n    first seed=3\n")
+        < page.index("with\n\n    second --resume")
+        < page.index("with\n\n    third --resume")
+    )
+    assert f"- `training.max_steps`: {settings.training.max_steps} -> 65" in page
+    assert page.count("Resumed at 2027-01-15") == 2
+    assert run.files.tags()["raytrain2p.command"] == "first seed=3"
+    assert run.files.tags()["raytrain2p.resumed"].startswith("2 times, the last at 2027-01-15")
+    assert run.files.tags()["raytrain2p.resumed"].endswith(launches[2])
+
+
+def test_the_history_of_an_earlier_version_is_kept_and_a_torn_line_of_it_is_left_out(settings: Settings) -> None:
+    run = create(settings)
+    describe_run(run, resolved_config(settings, {}), "first", {})
+    run.files.write_record({key: value for key, value in (run.files.read_record() or {}).items() if key != "launched"})
+    run.files.changes.write_text('{"at": 1.0, "changes": {"launch.num_workers": [2, 1]}}\n{"at": 2.0, "cha')
+    describe_run(run, resolved_config(settings, {}), "second", {})
+    assert [(row["command"], row["changes"]) for row in run.files.read_changes()] == [("", {"launch.num_workers": [2, 1]}), ("second", {})]
+
+
+def test_changed_content_of_an_input_is_named_by_its_parts() -> None:
+    before = {"train_records": 3, "train_digest": "a", "inputs": {"model": {"w": "1", "gone": "2"}, "old=1": {"x": "1"}}}
+    now = {"train_records": 3, "train_digest": "b", "inputs": {"model": {"w": "2", "new": "3"}, "old=2": {"x": "2"}}}
+    assert input_changes(before, before) == {}
+    assert input_changes(before, now) == {"data.train": ["records"], "model": ["w", "gone", "new"]}
+    assert input_changes({"train_records": 3}, now) == {}, "an earlier version recorded no digests"
 
 
 def test_new_and_removed_settings_are_changes() -> None:

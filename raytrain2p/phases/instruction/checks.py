@@ -14,10 +14,11 @@ from raytrain2p.config.settings import LoraSettings
 from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
-from raytrain2p.models.artifacts import check_fingerprint, load_artifact
+from raytrain2p.models.aligner import Aligner
+from raytrain2p.models.artifacts import check_fingerprint, check_weights, load_artifact
 from raytrain2p.models.assistant import with_adapters
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
-from raytrain2p.models.pretrained import context_length, fingerprint, first_line, load_pretrained
+from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
 
 
 def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
@@ -37,6 +38,24 @@ def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
     }
 
 
+def check_aligner(settings: InstructionSettings) -> None:
+    """The aligner must have all weights of its branches.
+
+    Raises:
+        InputError: it has not, or is not readable.
+    """
+    path = Path(settings.model.aligner)
+    if not path.is_file():
+        return  # reported where the setting was resolved to a path
+    artifact = load_artifact(path, ALIGNMENT)
+    try:
+        with torch.device("meta"):
+            aligner = Aligner(**artifact["shape"])
+    except TypeError as error:
+        raise InputError(Problem(str(path), f"lacks parts of an {ALIGNMENT.artifact}: {error}", "train it anew")) from None
+    check_weights(path, artifact["state_dict"], aligner.state_dict())
+
+
 def check_encoders(settings: InstructionSettings) -> None:
     """Encoders that are set must be those that the aligner was trained with.
 
@@ -54,7 +73,7 @@ def check_encoders(settings: InstructionSettings) -> None:
             continue
         spec = EncoderSpec(modality, encoder.name, trained[modality]["options"])
         with findings:
-            check_fingerprint(path, trained[modality], encoder.name, fingerprint(spec.directory()), setting)
+            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting)
         for option, value in encoder.options().items():
             if value != trained[modality]["options"].get(option):
                 used = trained[modality]["options"].get(option)
@@ -84,7 +103,7 @@ def check_encoder(settings: InstructionSettings, spec: EncoderSpec) -> None:
     """
     path = Path(settings.model.aligner)
     trained = load_artifact(path, ALIGNMENT)["encoders"][spec.modality]
-    check_fingerprint(path, trained, spec.name, fingerprint(spec.directory()), f"model.encoders.{spec.modality}")
+    check_fingerprint(path, trained, spec.name, spec.directory(), f"model.encoders.{spec.modality}")
     tokens, positions = settings.model.soft_tokens_of(spec.modality), spec.probe()
     if ENCODERS[spec.modality].square and tokens > positions:
         what = f"{spec.name} gives a grid of {positions} positions"
@@ -117,7 +136,7 @@ def checked_language_model(settings: InstructionSettings, directory: Path, modal
     return chat
 
 
-def check_weights(settings: InstructionSettings, directory: Path) -> None:
+def check_base_model(settings: InstructionSettings, directory: Path) -> None:
     """The language model must have all its weights, and take its adapters and its attention kernel.
 
     Only the heads of the weights' files are read.

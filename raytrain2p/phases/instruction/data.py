@@ -20,7 +20,7 @@ from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
-from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.pretrained import content_of, model_directory
 from raytrain2p.phases.inputs import (
     TRAIN,
     VAL,
@@ -38,10 +38,11 @@ from raytrain2p.phases.inputs import (
     read_splits,
 )
 from raytrain2p.phases.instruction.checks import (
+    check_aligner,
+    check_base_model,
     check_encoder,
     check_encoders,
     check_soft_tokens,
-    check_weights,
     checked_language_model,
     encoder_specs,
     longest_record,
@@ -122,6 +123,14 @@ class InstructionInputs(CheckedRecords):
         assert isinstance(item, MediaRef)
         return self.media_keys[item]
 
+    def models(self) -> dict[str, dict[str, str]]:
+        """Also the language model, with tokenizer and template, and the aligner."""
+        language_model, aligner = self.settings.model.language_model, self.settings.model.aligner
+        return super().models() | {
+            f"model.language_model={language_model}": content_of(model_directory(language_model)),
+            f"model.aligner={aligner}": {"content": load_artifact(Path(aligner), ALIGNMENT)["digest"]},
+        }
+
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting; without memory for their weights."""
         model = self.settings.model
@@ -159,13 +168,14 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     chat, limit = None, 0
     with findings:
         specs = encoder_specs(settings)
+        check_aligner(settings)
         check_encoders(settings)
         check_soft_tokens(settings, specs)
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
         chat = checked_language_model(settings, directory, specs)
         limit = longest_record(directory, model.max_length)
-        check_weights(settings, directory)
+        check_base_model(settings, directory)
     read = read_splits(settings, 2, findings)
     splits = read.splits
     used = {ref.modality for records in splits.values() for record in records for ref in record.media()}

@@ -76,9 +76,6 @@ def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> d
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
     """Write model.pt: the trained weights, the aligner's branches, and the shape to build them into."""
     model, assistant = module.settings.model, module.assistant
-    frozen = {
-        name for name, p in assistant.named_parameters(remove_duplicate=False) if not p.requires_grad and name.startswith("language_model.")
-    }
     trained = load_artifact(Path(model.aligner), ALIGNMENT)["encoders"]
     save_artifact(
         path,
@@ -88,14 +85,5 @@ def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> Non
         encoders={modality: trained[modality] | {"name": spec.name} for modality, spec in encoder_specs(module.settings).items()},
         system_prompt=model.system_prompt,
         shape=assistant_shape(module.settings).to_dict(),
-        state_dict={
-            name: value.detach().cpu()
-            for name, value in assistant.state_dict().items()
-            if name not in frozen and _is_weight(assistant, name)
-        },
+        state_dict={name: value.detach().cpu() for name, value in assistant.own_weights().items()},
     )
-
-
-def _is_weight(assistant: Assistant, name: str) -> bool:
-    """Buffers of the frozen language model are rebuilt with it."""
-    return not name.startswith("language_model.") or name in dict(assistant.named_parameters(remove_duplicate=False))

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from raytrain2p.config import InputError, InstructionSettings, flatten
+from raytrain2p.config import InputError, InstructionSettings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.data.batches import MicroBatch, Ragged
 from raytrain2p.data.chat import MARK, ChatFormat, load_chat_format
@@ -18,13 +18,14 @@ from raytrain2p.data.features import FeatureTable
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.records import ASSISTANT, USER, Message, Record
 from raytrain2p.data.tokens import TokenRecords
+from raytrain2p.inference.predictor import Predictor
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.inputs import MediaTable, SourceShare
-from raytrain2p.phases.instruction.checks import check_encoders, longest_record
+from raytrain2p.phases.instruction.checks import check_aligner, check_encoders, longest_record
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
@@ -353,6 +354,16 @@ def test_an_encoder_of_a_modality_that_the_aligner_lacks_is_refused(tiny_llama: 
         check_encoders(other)
 
 
+def test_an_aligner_that_lacks_weights_is_refused(tiny_llama: Path, aligner: Path, tmp_path: Path) -> None:
+    artifact = load_artifact(aligner, ALIGNMENT)
+    weights = {name: value for name, value in artifact["state_dict"].items() if name != "branches.image.query.bias"}
+    save_artifact(tmp_path / "aligner.pt", ALIGNMENT, {}, artifact["encoders"], shape=artifact["shape"], state_dict=weights)
+    with pytest.raises(InputError) as caught:
+        check_aligner(settings_of(tiny_llama, tmp_path / "aligner.pt"))
+    assert "lacks weights: branches.image.query.bias" in str(caught.value)
+    check_aligner(settings_of(tiny_llama, aligner))
+
+
 def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSettings, aligner: Path) -> None:
     module = build(settings, 1, "float32")
     state = load_artifact(aligner, ALIGNMENT)["state_dict"]
@@ -387,14 +398,43 @@ def test_model_pt_has_what_was_trained_and_gives_the_same_logits_again(
     for parameter in module.assistant.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    export(module, tmp_path / "model.pt", flatten(settings))
+    export(module, tmp_path / "model.pt", settings.model_dump(mode="json"))
 
     artifact = load_artifact(tmp_path / "model.pt", INSTRUCTION)
     kept = {name for name in artifact["state_dict"] if name.startswith("language_model.")}
     assert {name for name in kept if "lora_" not in name} == (kept if tuning == "full" else set()), "the frozen base is not repeated"
     assert bool(kept) == (tuning != "frozen")
+    predictor = Predictor(tmp_path / "model.pt")
+    trained = module.assistant.own_weights()
+    assert all(torch.equal(value, trained[name]) for name, value in predictor.assistant.own_weights().items())
     again = build_assistant(AssistantShape(**artifact["shape"]), "eager", torch.float32).eval()
     assert not again.load_state_dict(artifact["state_dict"], strict=False).unexpected_keys
     batch = module.assemble(split[MicroBatch(ALL, 1)])
     with torch.inference_mode():
         torch.testing.assert_close(again.supervised_logits(batch)[0], module.assistant.supervised_logits(batch)[0])
+
+
+def test_a_model_pt_that_lacks_weights_or_parts_is_refused_by_name(tiny_llama: Path, aligner: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_llama, aligner, model={"tuning": "lora"})
+    path, whole = tmp_path / "model.pt", tmp_path / "whole.pt"
+    export(build(settings, 1, "float32"), whole, settings.model_dump(mode="json"))
+    content = {key: value for key, value in load_artifact(whole, INSTRUCTION).items() if key not in ("digest", "phase", "format_version")}
+
+    def refused(**changes: Any) -> str:
+        save_artifact(path, INSTRUCTION, **content | changes)
+        with pytest.raises(InputError) as caught:
+            Predictor(path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    Predictor(whole)
+    weights = dict(content["state_dict"])
+    del weights["projector.gain"]
+    assert "lacks weights: projector.gain" in refused(state_dict=weights)
+    adapters = [name for name in content["state_dict"] if "lora_" in name]
+    assert f"lacks weights: {adapters[0]}" in refused(state_dict={n: v for n, v in content["state_dict"].items() if n not in adapters})
+    assert "has unknown weights: more" in refused(state_dict=content["state_dict"] | {"more": torch.zeros(1)})
+    shape = {key: value for key, value in content["shape"].items() if key != "tuning"}
+    assert "lacks parts of a model.pt" in refused(shape=shape)
+    assert "lacks parts of a model.pt" in refused(language_model={"name": str(tiny_llama)})
+    assert "lacks parts of a model.pt" in refused(config={})
