@@ -6,12 +6,12 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
-from raytrain2p.config.cli import FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import FAILED, Parser, describe_settings, exit_code, say
 from raytrain2p.config.phases import PHASES
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m raytrain2p.train",
         description="Train one phase: 1 aligns frozen encoders (aligner.pt), 2 instruction-tunes a language model (model.pt).",
         epilog=describe_settings(),
@@ -62,7 +62,7 @@ def train(options: argparse.Namespace) -> int:
 
     console = Console()
     if options.dry_run:
-        print(dry_run(*check(settings, options.phase, console)))
+        say(dry_run(*check(settings, options.phase, console)))
         return 0
     try:
         outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console)

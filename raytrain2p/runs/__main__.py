@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from raytrain2p.config import load_settings
-from raytrain2p.config.cli import FAILED, exit_code
+from raytrain2p.config.cli import FAILED, Parser, exit_code
 
 # Verb: module whose `update` does it, and what it does
 VERBS = {
@@ -15,7 +15,7 @@ VERBS = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m raytrain2p.runs",
         description="Bring MLflow up to date with the run directories.",
     )

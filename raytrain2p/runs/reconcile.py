@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from raytrain2p.config import Settings
+from raytrain2p.config.cli import say
 from raytrain2p.config.secrets import one_line
 from raytrain2p.runs.sync import sync
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
@@ -18,9 +19,9 @@ def update(runs: Sequence[Run], settings: Settings, uri: str | None) -> int:
         uri: tracking URI, if the user gave one.
     """
     root = settings.output.root
-    complete = sum([reconcile(run, root, uri, print) for run in runs])
+    complete = sum([reconcile(run, root, uri, say) for run in runs])
     if store_exists(settings.tracking.uri):
-        reconcile_unborn(root, settings.tracking.uri, print)
+        reconcile_unborn(root, settings.tracking.uri, say)
     return complete
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Settings
+from raytrain2p.config.cli import say
 from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, check_password
@@ -17,7 +18,7 @@ def update(runs: Sequence[Run], settings: Settings, uri: str | None) -> int:
     Args:
         uri: tracking URI, if the user gave one.
     """
-    return sum([sync(run, settings.output.root, uri, print) for run in runs])
+    return sum([sync(run, settings.output.root, uri, say) for run in runs])
 
 
 def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:
@@ -42,7 +43,7 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
             if holder is None:
                 mlflow_sync.send()
     except InputError as error:
-        report(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].fix}")
+        report(f"{name}  {one_line(error.problems[0], 1000)}")
         return False
     except RunDirectoryError as error:
         report(f"{name}  {error}")

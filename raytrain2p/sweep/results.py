@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import InputError, Problem, flatten_tree
+from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.metadata import FREE, belongs_to, settings_where
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.config.settings import SettingsGroup
@@ -268,7 +269,7 @@ def sweep_page(run: Run, command: str) -> str:
     files = run.files
     return f"""# Sweep {run.run_id}
 
-Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a parent run, and a child run for each trial.
+Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experiment)}: a parent run, and a child run for each trial.
 
 | file | what it is |
 |---|---|
@@ -281,7 +282,7 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a p
 
 Started with
 
-    {masked(command)}
+{code_block(masked(command))}
 
 Resume it, if it did not finish:
 
