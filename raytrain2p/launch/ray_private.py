@@ -4,6 +4,13 @@ Checked against CHECKED_VERSION: tests/launch/test_ray_private.py fails on anoth
 overridden elsewhere.
 """
 
+# What starts the process group of the workers: it has PyTorch listen on all interfaces. No public option names the address.
+from ray.train.torch.config import _set_torch_distributed_env_vars as set_torch_environment
+from ray.train.torch.config import _TorchBackend as TorchBackend
+
+# The type of its argument.
+from ray.train._internal.base_worker_group import BaseWorkerGroup as WorkerGroup  # isort: skip
+
 # Ray Train shards its own datasets by it. Ours come through the object store. No public option leaves it out.
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
@@ -25,6 +32,9 @@ from ray._private.services import find_bootstrap_address  # isort: skip
 # `ray.cluster_resources` needs a Ray that runs: too many workers are refused before one is started.
 from ray._private.utils import get_num_cpus  # isort: skip
 
+# Sets the title of this process; Ray comes with it. The package of this name would be a dependency for one line.
+from ray._raylet import setproctitle  # type: ignore[attr-defined]  # isort: skip
+
 CHECKED_VERSION = "2.60.0"
 
 __all__ = [
@@ -32,7 +42,11 @@ __all__ = [
     "DatasetsCallback",
     "FixedScalingPolicy",
     "PlacementGroupCleanerCallback",
+    "TorchBackend",
     "TrainController",
+    "WorkerGroup",
     "find_bootstrap_address",
     "get_num_cpus",
+    "set_torch_environment",
+    "setproctitle",
 ]
