@@ -96,7 +96,7 @@ def check_token(address: str | None) -> None:
             what = f"Ray's token cannot be made there: {error.strerror}"
             raise InputError(Problem(str(error.filename), what, "set RAY_AUTH_TOKEN to a secret of at least 32 characters")) from None
     elif "://" not in address and os.environ.get("RAY_AUTH_MODE") == "token" and is_open(address):
-        what = "demands no token: whoever reaches it can run code, and its nodes cannot answer this launch"
+        what = "demands no token, so whoever reaches it can run code, and its nodes cannot answer this launch"
         fix = "start it with RAY_AUTH_MODE=token, as cluster/head.sh does; or set RAY_AUTH_MODE here as the cluster has it"
         raise InputError(Problem(f"Ray at {address}", what, fix))
 

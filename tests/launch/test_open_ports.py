@@ -17,7 +17,7 @@ from raytrain2p.config import InputError
 from raytrain2p.launch.cluster import check_token
 from raytrain2p.launch.ray_token import ensure_token
 from tests.chaos.killing import only_long
-from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT
+from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, ray_job
 from tests.launch.sockets import answers, listeners
 
 CONNECT = """
@@ -55,6 +55,16 @@ def test_a_launch_without_the_token_is_refused_with_what_to_do(ray_head: str, tm
     assert refused.returncode == 2, refused.stderr
     assert "no authentication token was found" in refused.stderr
     assert "give the token of that cluster" in refused.stderr
+
+
+def test_a_job_needs_the_token_and_then_uses_the_cluster(ray_head_pid: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = ray_job("submit -- ray status")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2.0 CPU" in done.stdout + done.stderr
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another" * 8)
+    refused = ray_job("submit -- ray status")
+    assert refused.returncode != 0
+    assert "Invalid authentication token" in refused.stdout + refused.stderr or "403" in refused.stdout + refused.stderr
 
 
 @pytest.mark.parametrize("demands", [True, False], ids=["with a token", "open"])
