@@ -10,5 +10,6 @@ head="${1:-127.0.0.2:6379}"
 shift || true
 export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1  # cluster/head.sh and launches set 0, with which Ray joins no other node
 # The agent takes a free port: the head's agent may use the default one.
 exec ray start --block --address="$head" --node-ip-address=127.0.0.3 --dashboard-agent-listen-port=0 --disable-usage-stats "$@"

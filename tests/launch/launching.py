@@ -88,7 +88,8 @@ def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator
             time.sleep(0.5)
         yield node.pid
     finally:
-        stop(node)
+        if node.poll() is None:
+            stop(node)
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
