@@ -28,14 +28,14 @@ class OwnAddressBackend(TorchBackend):
 
     def on_start(self, worker_group: WorkerGroup, backend_config: TorchConfig) -> None:
         worker_group.execute(set_torch_environment)
-        host, port = worker_group.execute_single(0, host_store)
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         timeout = timedelta(seconds=backend_config.timeout_s)
+        host, port = worker_group.execute_single(0, host_store, timeout)
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
         size = len(worker_group)
         ray.get([worker_group.execute_single_async(rank, join, backend, host, port, rank, size, timeout) for rank in range(size)])
 
 
-def host_store() -> tuple[str, int]:
+def host_store(timeout: timedelta) -> tuple[str, int]:
     """On rank 0: start the store through which the workers find each other. Returns its address."""
     from torch.distributed import TCPStore
 
@@ -43,7 +43,7 @@ def host_store() -> tuple[str, int]:
     host = ray.util.get_node_ip_address()
     listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     port: int = listener.getsockname()[1]
-    _store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    _store = TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
     return host, port
 
 

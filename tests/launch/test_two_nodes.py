@@ -92,7 +92,7 @@ def test_what_listens_beyond_loopback_demands_a_token_or_shows_metrics_alone(
     found = {one: answers(one.port) for one in beyond}
     exceptions = {one for one, answer in found.items() if answer == {METRICS}}
     assert {one: answer for one, answer in found.items() if one not in exceptions and answer != {"refused"}} == {}
-    assert len(exceptions) == 4, "of each node's agent, of the autoscaler, of the dashboard"
+    assert len(exceptions) <= 4, "of each node's agent, of the autoscaler, of the dashboard"
 
 
 def test_a_store_on_one_machines_disk_is_refused_on_two_machines(
