@@ -4,12 +4,12 @@ It needs model.pt and the base models, but no Ray, MLflow store or training data
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from raytrain2p.config import base_directory
-from raytrain2p.config.cli import exit_code
+from raytrain2p.config.cli import Parser, exit_code
+from raytrain2p.config.escaping import json_line, printable
 from raytrain2p.config.paths import is_embedded
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.media import MEDIA
@@ -20,7 +20,7 @@ from raytrain2p.tracking.find import find_artifact
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m raytrain2p.predict", description="Ask a trained assistant.")
+    parser = Parser(prog="python -m raytrain2p.predict", description="Ask a trained assistant.")
     parser.add_argument("question", nargs="?", help="what to ask; media come first, unless placeholders such as <image> say where")
     parser.add_argument("--run", default="latest", help="phase 2 run ID or its start, a directory, a model.pt, or `latest` (default)")
     for modality in MEDIA:
@@ -57,7 +57,7 @@ def predict(options: argparse.Namespace) -> int:
     answers = predictor.answers(records, options.batch_size, options.max_new_tokens)
     for record, answer in zip(records, answers, strict=True):
         shown = {"question": record.question, "media": [str(ref) for ref in record.media()], "answer": answer}
-        print(json.dumps(shown, ensure_ascii=False) if options.json else answer, flush=True)
+        print(json_line(shown) if options.json else printable(answer), flush=True)
     return 0
 
 

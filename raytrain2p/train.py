@@ -6,13 +6,13 @@ import sys
 from dataclasses import asdict
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
-from raytrain2p.config.cli import ACCEPT_HELP, FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code, say
 from raytrain2p.config.phases import PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m raytrain2p.train",
         description="Train one phase: 1 aligns frozen encoders (aligner.pt), 2 instruction-tunes a language model (model.pt).",
         epilog=describe_settings(),
@@ -64,7 +64,7 @@ def train(options: argparse.Namespace) -> int:
     console = Console()
     if options.dry_run:
         run = run_to_resume(settings, checked_launch_id(options.launch_id), options.phase) if options.launch_id else None
-        print(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
+        say(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
         return 0
     try:
         with stoppable():

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.config.cli import ACCEPT_HELP, FAILED, describe_settings, exit_code
+from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import Sweep, SweepSettings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m raytrain2p.tune",
         description="Sweep settings of a phase. Each trial is a run of its own, under one parent run.",
         epilog=describe_settings({"sweep": SweepSettings}),

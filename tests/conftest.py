@@ -1,10 +1,11 @@
 """Shared fixtures: small models with random weights, saved to disk."""
 
 import os
+import secrets
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses a model hub; read when transformers is imported
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # of the tests' clusters: none is made in the home directory
 
 import pytest
 import torch

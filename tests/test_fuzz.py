@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 from raytrain2p import train
-from raytrain2p.config.cli import CONTROL_CHARACTERS
+from raytrain2p.config.escaping import CONTROL_CHARACTERS
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.phases import ALIGNMENT, PHASES, SWEEPS
 from raytrain2p.config.settings import SETTINGS_OF_PHASE

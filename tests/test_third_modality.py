@@ -1,6 +1,7 @@
 """A further modality is an encoder, an entry and settings: a copy of the package gets one, in four files, and trains both phases."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.launch.launching import ROOT, run_command
+from tests.launch.sockets import files_with, watched
 
 ENCODER = '''
 from typing import Any
@@ -98,10 +100,18 @@ training: {{max_steps: 20, global_batch_size: 16, learning_rate: 1e-2}}
 evaluation: {{samples: 2, max_new_tokens: 4}}
 """)
     found = []
-    for phase, config in ((1, "one.yaml"), (2, "two.yaml")):
-        arguments = ["raytrain2p.train", "--phase", str(phase), "--config", config, *shared]
-        found.append(run_command(changed, *arguments, PYTHONPATH=str(changed), RAY_ADDRESS="local"))
+    secrets = {"MLFLOW_TRACKING_PASSWORD": "hunt-er2!pass", "A_SERVICE_TOKEN": "hunt-er3!token"}
+    with watched() as seen:
+        for phase, config in ((1, "one.yaml"), (2, "two.yaml")):
+            arguments = ["raytrain2p.train", "--phase", str(phase), "--config", config, *shared]
+            found.append(run_command(changed, *arguments, PYTHONPATH=str(changed), RAY_ADDRESS="local", **secrets))
     metrics = found[0].outcome["metrics"]
     assert {"same/signal_to_text_recall_at_1", "same/text_to_signal_recall_at_1"} <= metrics.keys()
     assert found[1].losses[-1] < found[1].losses[0] / 2
     assert (Path(found[1].outcome["directory"]) / "plots").is_dir()
+    assert len(seen.listening) > 20, "Ray, and the workers' process group"
+    assert [one for one in seen.listening if not one.on_loopback] == []
+    hidden = [*secrets.values(), os.environ["RAY_AUTH_TOKEN"]]
+    assert len(seen.ray_sessions) >= 2
+    assert files_with(hidden, changed, *seen.ray_sessions) == []
+    assert [title for title in seen.titles.values() if any(secret in title for secret in hidden)] == []

@@ -1,23 +1,27 @@
 """Shared by all commands: `--help` texts of settings, exit codes, and errors of the user without a traceback."""
 
+import argparse
 import errno
 import io
 import json
 import os
-import re
 import select
 import sys
 import textwrap
+import traceback
+import types
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from raytrain2p.config.escaping import printable
 from raytrain2p.config.loading import type_name
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.problems import InputError
+from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 
 WIDTH = 110
@@ -61,6 +65,7 @@ def exit_code(command: Callable[[], int]) -> int:
 
     UNREAD: the reader of stdout went away, as `head` does, or its terminal; the code is that of a program that SIGPIPE ends.
     """
+    sys.excepthook = report_bug
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters
     try:
@@ -96,14 +101,18 @@ def report(line: str) -> None:
     print(printable(f"raytrain2p: {line}"), file=sys.stderr)
 
 
-# All but tab and newline; two ranges change the direction of text, and half characters cannot be printed.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+def report_bug(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """Print the traceback of an error that nobody expected, without credentials."""
+    print(printable(masked("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)
 
 
-def printable(text: str) -> str:
-    """The text with its control characters escaped, so that text from data cannot control a terminal.
+def say(line: str) -> None:
+    """Print a line that has text from data, from a model or from a store."""
+    print(printable(masked(line)), flush=True)
 
-    >>> printable("red\\x1b[31m")
-    'red\\\\x1b[31m'
-    """
-    return CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+class Parser(argparse.ArgumentParser):
+    """Its messages repeat what was typed, which may be a password in the wrong place."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(masked(message)))

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from raytrain2p.config.secrets import masked
+
 # A file of a million bad records has one cause, not a million.
 MOST_CAUSES = 20
 MOST_ALIKE = 5  # problems shown of each cause
@@ -21,7 +23,7 @@ class Problem:
     cause: str = field(default="", compare=False, repr=False)
 
     def __str__(self) -> str:
-        return f"{self.where}\n    {self.what}" + (f"\n    fix: {self.fix}" if self.fix else "")
+        return masked(f"{self.where}\n    {self.what}" + (f"\n    fix: {self.fix}" if self.fix else ""))
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:

@@ -1,33 +1,90 @@
-"""Masks passwords in what others can read: parameters, pages, logs, recorded commands."""
+"""Masks credentials in what others can read: parameters, pages, logs, recorded commands, messages."""
 
+import json
+import os
 import re
+from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote, quote_plus
 
-# scheme://user:password@host, but not scheme://host:port
-PASSWORD = re.compile(r"(\b[\w.+-]+://[^\s:/@]*:)(?!\d+(?:[/?\s\"',]|$))[^\s]*(?=@)")
-# a token or key with its value: `token=...`, `api_key: ...`
-TOKEN = re.compile(r"(?i)\b([\w-]*(?:token|password|secret|api_key|apikey))(\s*[=:]\s*)(['\"]?)[^\s'\"&]{4,}")
+MASK = "***"
+
+_PORT = r"(?!\d+(?:[/?#\s\"',)\]]|$))"
+# user:password@host, with any scheme; not host:port. Up to the last @ of the word: a password may have one.
+PASSWORD = re.compile(rf"(//[^\s:/@\[]*:){_PORT}(?:\S*|(?:(?!//)[^@\n])*)(?=@)")
 # https://token@host
 USER = re.compile(r"(\bhttps?://)[^\s:/@]+(?=@)")
-MASK = "***"
+_NAME = (  # of a credential, at its end: `MLFLOW_TRACKING_TOKEN`, `AccountKey`, `X-Amz-Signature`, but not `max_new_tokens`
+    r"[\w.-]*(?:token|password|passwd|passphrase|pwd|secret|credentials?|signature|apikey|api[_-]key|[._-]key|"
+    r"(?:access|account|private|shared|client|encryption)key)|sig|SAS"
+)
+# What follows a name: in quotes up to the closing one, else up to a space or the next parameter of a URL
+_VALUE = rf"(?:\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?!{re.escape(MASK)}|(?:none|null|true|false|value)\b)[^\s'\"&]+)"
+NAMED = re.compile(rf"(?i)(?<![\w.-])({_NAME})([\"']?\s*=\s*|[\"']?\s*:\s*(?=[\"']|\S{{4}}))({_VALUE})")
+FLAG = re.compile(rf"(?i)(?<![\w-])(--(?:{_NAME}))(\s+)({_VALUE})")
+HEADER = re.compile(r"(?i)(\b(?:proxy-)?authorization[\"']?\s*[=:]\s*[\"']?(?:(?:bearer|basic|digest|token)\s+)?)[^\s'\"]+")
+BEARER = re.compile(r"(\b[Bb]earer\s+)(?:[\w.~+/=-]{20,}|(?=\S*\d)[\w.~+/=-]{8,})")
+# Tokens that show what they are: Hugging Face, GitHub, GitLab, Databricks, OpenAI, Slack; JSON web tokens
+KNOWN = re.compile(
+    r"\b(?:(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
+)
+# Environment variables whose values are credentials; a path to one is not
+VARIABLE = re.compile(r"(?i)PASSWORD|PASSWD|PASSPHRASE|(?<!^)_PWD|TOKEN(?!IZER)|SECRET|KEY|CREDENTIAL")
+PATH_VARIABLE = re.compile(r"(?i)(PATH|FILE|DIR|SOCK)$")
+SHORTEST = 6  # of a variable's value that is masked wherever it occurs: shorter ones are words, such as `true`
 
 
 def masked(text: str) -> str:
-    """The text with `***` in place of each password in a URI and each value of a token.
+    """The text with `***` in place of each password in a URI, each value of a token, and each credential of the environment.
 
     >>> masked("postgresql://me:hunter2@db/mlflow")
     'postgresql://me:***@db/mlflow'
     """
-    return TOKEN.sub(rf"\1\2\3{MASK}", USER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1{MASK}", text)))
+    for secret in _of_environment():
+        text = text.replace(secret, MASK)
+    return _masked_by_form(text)
+
+
+def _masked_by_form(text: str) -> str:
+    text = USER.sub(rf"\1{MASK}", PASSWORD.sub(rf"\1{MASK}", text))
+    text = BEARER.sub(rf"\1{MASK}", HEADER.sub(rf"\1{MASK}", text))
+    return KNOWN.sub(MASK, FLAG.sub(_without_value, NAMED.sub(_without_value, text)))
+
+
+def _without_value(match: re.Match[str]) -> str:
+    mark = match[3][0] if match[3][0] in "\"'" else ""
+    return f"{match[1]}{match[2]}{mark}{MASK}{mark}"
+
+
+def _of_environment() -> Iterator[str]:
+    """The credentials in environment variables, also as they are written in JSON and in URLs; the longest first."""
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= SHORTEST and value != MASK and VARIABLE.search(name) and not PATH_VARIABLE.search(name)
+    }
+    written = {form for value in values for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value), quote_plus(value))}
+    return iter(sorted(written, key=len, reverse=True))
 
 
 def one_line(error: object, most: int = 200) -> str:
-    """An error as one line of at most `most` characters, without passwords."""
+    """An error as one line of at most `most` characters, without credentials."""
     return masked(" ".join(str(error).split()))[:most]
 
 
 def without_passwords(value: Any) -> Any:
-    """Settings with passwords in URIs masked. All else stays: a resumed run reads these settings."""
+    """Settings with credentials in URIs masked. All else stays: a resumed run reads these settings."""
     if isinstance(value, dict):
         return {key: without_passwords(inner) for key, inner in value.items()}
-    return masked(value) if isinstance(value, str) and "://" in value else value
+    if isinstance(value, list):
+        return [without_passwords(inner) for inner in value]
+    return _masked_by_form(value) if isinstance(value, str) and "://" in value else value
+
+
+def mask_error(error: BaseException) -> None:
+    """Mask the messages of an error that leaves a worker, and of those that caused it: Ray writes them into its logs."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        error.args = tuple(masked(argument) if isinstance(argument, str) else argument for argument in error.args)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from raytrain2p.config import Findings, InputError, Problem
-from raytrain2p.config.cli import BAD_INPUT, exit_code, printable
+from raytrain2p.config.cli import BAD_INPUT, Parser, exit_code, say
+from raytrain2p.config.escaping import printable
 from raytrain2p.config.paths import is_kind
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES
 from raytrain2p.config.problems import grouped
@@ -31,7 +32,7 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
+    parser = Parser(prog="python -m raytrain2p.data", description="Look at data before training on it.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     kinds = {
         "check": (check_records, "list every bad record by place and cause; decodes all media"),
@@ -154,7 +155,7 @@ def check_records(options: argparse.Namespace) -> int:
     counts = Counter(ref.modality for ref in {ref for record in scan.records for ref in record.media()})
     media = ", ".join(f"{count:,} distinct {modality} items" for modality, count in counts.items()) or "no media"
     lines.append(f"{file}: {len(scan.records):,} good records with {media}, {len(problems):,} problem{'s' * (len(problems) != 1)}")
-    print(printable("\n".join(lines)))
+    say("\n".join(lines))
     return BAD_INPUT if problems else 0
 
 

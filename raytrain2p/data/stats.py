@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raytrain2p.config.escaping import plot_text
 from raytrain2p.data.media import MEDIA, MediaRef, decode
 from raytrain2p.data.records import Record
 from raytrain2p.storage.files import write_file
@@ -83,7 +84,7 @@ def plot_lengths(lengths: Lengths, target: Path, title: str) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     axes.hist(lengths.values, bins=4 * BINS, color="#2b6cb0")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(plot_text(title), loc="left", fontsize=11)
     axes.set_xlabel(f"{lengths.unit} per record")
     axes.set_ylabel("records")
     axes.spines[["top", "right"]].set_visible(False)

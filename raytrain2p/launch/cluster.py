@@ -8,13 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import grpc
+import psutil
 import ray
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.interrupts import kept_from_children
 from raytrain2p.launch.quiet import muted_stderr
-from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory
+from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory, setproctitle
+from raytrain2p.launch.ray_token import ensure_token
 
 SECONDS_TO_ANSWER = 5.0
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
@@ -72,6 +76,34 @@ def answers(address: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def is_open(address: str) -> bool:
+    """Whether a cluster answers a harmless call without a token."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=SECONDS_TO_ANSWER)
+        except grpc.RpcError:
+            return False
+    return True
+
+
+def check_token(address: str | None) -> None:
+    """Check that a cluster demands a token, as this process does of the cluster's nodes; make one for a cluster to be started here.
+
+    Raises:
+        InputError: it demands none, or a token cannot be made.
+    """
+    if address is None:
+        try:
+            ensure_token()
+        except OSError as error:
+            what = f"Ray's token cannot be made there: {error.strerror}"
+            raise InputError(Problem(str(error.filename), what, "set RAY_AUTH_TOKEN to a secret of at least 32 characters")) from None
+    elif "://" not in address and os.environ.get("RAY_AUTH_MODE") == "token" and is_open(address):
+        what = "demands no token, so whoever reaches it can run code, and its nodes cannot answer this launch"
+        fix = "start it with RAY_AUTH_MODE=token, as cluster/head.sh does; or set RAY_AUTH_MODE here as the cluster has it"
+        raise InputError(Problem(f"Ray at {address}", what, fix))
 
 
 def local_capacity() -> Capacity:
@@ -133,6 +165,13 @@ def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
     return problems
 
 
+def hide_command_line() -> None:
+    """Mask credentials in the title of this process: `ps` shows it to other users, and Ray records it as the job's entry point."""
+    typed = psutil.Process().cmdline()
+    if (shown := [masked(argument) for argument in typed]) != typed:
+        setproctitle(" ".join(shown))
+
+
 @contextmanager
 def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     """Within, this process is connected to the cluster; yields its capacity.
@@ -140,7 +179,9 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     Raises:
         InputError: the cluster cannot be reached, or lacks what the launch asks for.
     """
+    hide_command_line()
     address = existing_address()
+    check_token(address)
     starts = address is None
     options: dict[str, Any] = {"address": address}
     if address is None:
@@ -155,13 +196,14 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     try:
         with muted_stderr(verbose), kept_from_children():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: the object store leaves too little memory
-        reason = " ".join(str(error).split())[:300]
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        reason = one_line(error, 300)  # ValueError: the object store leaves too little memory
         raise InputError(
             Problem(
                 f"Ray at {address}",
                 f"cannot be used: {reason}",
-                "check RAY_ADDRESS, RAY_AUTH_MODE and launch.object_store_mb, or stop the cluster that does not answer",
+                "check RAY_ADDRESS and launch.object_store_mb; give the token of that cluster, in ~/.ray/auth_token or RAY_AUTH_TOKEN; "
+                "or stop a cluster that hangs",
             )
         ) from None
     try:

@@ -151,8 +151,8 @@ def mlflow_environment() -> dict[str, str]:
 
 
 def typed_command(module: str) -> str:
-    """The command line of this process."""
-    return " ".join([f"python -m {module}", *map(shlex.quote, sys.argv[1:])])
+    """The command line of this process, without credentials: Ray keeps it with the job."""
+    return " ".join([f"python -m {module}", *(shlex.quote(masked(argument)) for argument in sys.argv[1:])])
 
 
 def record_end(job: TrainJob, status: str, console: Console) -> None:

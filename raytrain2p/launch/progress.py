@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 import ray
 from rich.console import Console as RichConsole
@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from raytrain2p.config.cli import printable
+from raytrain2p.config.escaping import printable
+from raytrain2p.config.secrets import masked
 from raytrain2p.launch.quiet import own_stderr
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, RunChannel, Stage, StepProgress
 
@@ -29,6 +30,15 @@ def describe(update: StepProgress) -> str:
         f"epoch {update.epoch}  step {update.step}/{update.steps}  loss {update.loss:.3f}  "
         f"{update.samples_per_second:.1f} samples/s  {minutes}:{seconds:02d} left"
     )
+
+
+def cell(text: str, **options: Any) -> Text:
+    """Text for a table: neither markup nor control characters in it have an effect.
+
+    Args:
+        options: of rich's Text.
+    """
+    return Text(printable(masked(text)), **options)
 
 
 class Console:
@@ -52,7 +62,7 @@ class Console:
 
     def say(self, line: str) -> None:
         """Print a line that stays. It is neither wrapped nor cut, so that a path in it can be copied."""
-        self.rich.print(Text(printable(line)), soft_wrap=True)
+        self.rich.print(cell(line), soft_wrap=True)
 
     def draw(self, table: Table) -> None:
         """Print a table; in a terminal its cells are wrapped to the width."""
@@ -63,7 +73,7 @@ class Console:
         if line == self._shown:
             return
         if self.live:
-            text = Text(printable(line), no_wrap=True, overflow="ellipsis")
+            text = cell(line, no_wrap=True, overflow="ellipsis")
             if self._status is None:
                 # Redirected output would go to this console, and so past `muted_stderr`.
                 self._status = Live(console=self.rich, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)

@@ -4,6 +4,13 @@ Checked against CHECKED_VERSION: tests/launch/test_ray_private.py fails on anoth
 overridden elsewhere.
 """
 
+# What starts the process group of the workers: it has PyTorch listen on all interfaces. No public option names the address.
+from ray.train.torch.config import _set_torch_distributed_env_vars as set_torch_environment
+from ray.train.torch.config import _TorchBackend as TorchBackend
+
+# The type of its argument.
+from ray.train._internal.base_worker_group import BaseWorkerGroup as WorkerGroup  # isort: skip
+
 # Ray Train shards its own datasets by it. Ours come through the object store. No public option leaves it out.
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
@@ -28,6 +35,9 @@ from ray._private.utils import get_num_cpus  # isort: skip
 # The memory that `ray.init` would count, for the same reason.
 from ray._common.utils import get_system_memory  # isort: skip
 
+# Sets the title of this process; Ray comes with it. The package of this name would be a dependency for one line.
+from ray._raylet import setproctitle  # type: ignore[attr-defined]  # isort: skip
+
 CHECKED_VERSION = "2.60.0"
 
 __all__ = [
@@ -35,8 +45,12 @@ __all__ = [
     "DatasetsCallback",
     "FixedScalingPolicy",
     "PlacementGroupCleanerCallback",
+    "TorchBackend",
     "TrainController",
+    "WorkerGroup",
     "find_bootstrap_address",
     "get_num_cpus",
     "get_system_memory",
+    "set_torch_environment",
+    "setproctitle",
 ]

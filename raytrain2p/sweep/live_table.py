@@ -9,9 +9,8 @@ from typing import Any
 import ray
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
-from raytrain2p.launch.progress import POLL_SECONDS, Console
+from raytrain2p.launch.progress import POLL_SECONDS, Console, cell
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel
@@ -95,19 +94,19 @@ class LiveTable:
         mode, best = self.sweep.options.mode, best_result(results, self.sweep.options.mode)
         table = Table(box=None, pad_edge=False)
         for heading in ("trial", "state", *map(short_name, self.settings)):
-            table.add_column(heading, no_wrap=True)
+            table.add_column(cell(heading), no_wrap=True)
         for heading in ("step", self.sweep.options.metric):
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(cell(heading), justify="right", no_wrap=True)
         table.add_column("now")  # cut where the terminal is narrow
         for result in results:
             found = result.best(mode)
             table.add_row(
                 str(result.trial.number),
                 self.state(result),
-                *(short(result.values.get(setting)) for setting in self.settings),
+                *(cell(short(result.values.get(setting))) for setting in self.settings),
                 str(result.steps),
                 "" if found is None else f"{found[1]:.4f}",
-                Text("" if result.state in OVER else self.progress.get(result.trial.number, ""), no_wrap=True, overflow="ellipsis"),
+                cell("" if result.state in OVER else self.progress.get(result.trial.number, ""), no_wrap=True, overflow="ellipsis"),
                 style="bold" if best is not None and result.trial.number == best.trial.number else None,
             )
         return table

@@ -15,6 +15,7 @@ from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState, create_trial
 from optuna.visualization import matplotlib as optuna_plots
 
+from raytrain2p.config.escaping import plot_text
 from raytrain2p.sweep.live_table import short_name
 from raytrain2p.sweep.results import EARLY, TrialResult, best_result
 from raytrain2p.sweep.space import NUMBERS, Axis
@@ -30,6 +31,7 @@ def draw_sweep(directory: Path, results: Sequence[TrialResult], axes: Sequence[A
     """Draw all plots into `plots/`; none if no trial has reported."""
     if all(result.best(mode) is None for result in results):
         return
+    metric = plot_text(metric)
     study = study_of(results, axes, mode)
     plots: dict[str, Callable[[], object]] = {
         "objective_by_trial": lambda: plot_history(study, results, mode, metric),
@@ -101,7 +103,7 @@ def param_of(axis: Axis, result: TrialResult) -> Any:
 
 
 def hashable(value: Any) -> Any:
-    return str(value) if isinstance(value, list | dict) else value
+    return plot_text(str(value)) if isinstance(value, str | list | dict) else value
 
 
 def plot_history(study: optuna.Study, results: Sequence[TrialResult], mode: str, metric: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
+from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.metadata import FREE, belongs_to, settings_where
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.config.settings import SettingsGroup
@@ -297,7 +298,7 @@ def sweep_page(run: Run, command: str) -> str:
     files = run.files
     return f"""# Sweep {run.run_id}
 
-Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a parent run, and a child run for each trial.
+Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experiment)}: a parent run, and a child run for each trial.
 
 | file | what it is |
 |---|---|
@@ -310,7 +311,7 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`: a p
 
 Started with
 
-    {command}
+{code_block(command)}
 
 Resume it, if it did not finish:
 

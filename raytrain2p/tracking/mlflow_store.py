@@ -161,7 +161,7 @@ def check_password(uri: str) -> None:
     Raises:
         InputError: the URI has a masked password.
     """
-    if f":{MASK}@" in uri:
+    if MASK in uri:
         raise InputError(Problem(f"tracking.uri={uri}", "its password is not recorded with the run", "give tracking.uri=... again with it"))
 
 
@@ -243,7 +243,7 @@ def check_server(uri: str) -> None:
     try:
         host, port = parts.hostname or "", parts.port or PORTS[scheme]
     except ValueError as error:
-        raise OSError(str(error)) from None
+        raise OSError("it has no valid port; in a password, write # / ? and @ as %23 %2F %3F and %40") from error
     socket.create_connection((host, port), timeout=SECONDS_TO_ANSWER).close()
     if scheme != "http":
         return

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from raytrain2p.config.escaping import plot_text
 from raytrain2p.storage.files import write_file
 from raytrain2p.tracking.metrics_file import read_points
 
@@ -40,7 +41,7 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
     if "val/loss" in found:
         upper.plot(*found["val/loss"], "o-", color=ORANGE, markersize=4, label="validation loss")
     upper.set_ylabel("loss")
-    upper.set_title(title, loc="left", fontsize=11)
+    upper.set_title(plot_text(title), loc="left", fontsize=11)
     upper.legend(frameon=False)
     lower.plot(*found["learning_rate"], color=GREY)
     lower.set_ylabel("learning rate")
@@ -68,13 +69,9 @@ def answer_sheet(rows: Sequence[dict[str, Any]], read_images: Callable[[dict[str
         right = row["answer"] == row["expected"]
         answer = textwrap.fill(row["answer"] or "(nothing)", 26)
         expected = "" if right else "\n" + textwrap.fill(f"expected: {row['expected']}", 26)
-        axes.set_title(
-            f"{textwrap.fill(row['question'], 28)}\n{answer}{expected}",
-            fontsize=8,
-            color="#276749" if right else "#9b2c2c",
-            parse_math=False,
-        )
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+        text = plot_text(f"{textwrap.fill(row['question'], 28)}\n{answer}{expected}")
+        axes.set_title(text, fontsize=8, color="#276749" if right else "#9b2c2c")
+    figure.suptitle(plot_text(title), fontsize=11, x=0.01, ha="left")
     save(figure, target)
 
 

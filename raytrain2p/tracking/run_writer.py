@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from raytrain2p.config import Settings
+from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import reporting_disk_errors
@@ -268,7 +269,7 @@ def _readme(run: Run, command: str) -> str:
     phase, files = PHASES_BY_NAME[run.phase], run.files
     return f"""# {run.phase} run {run.run_id}
 
-Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
+Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experiment)}.
 
 | file | content |
 |---|---|
@@ -282,7 +283,7 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment `{run.experiment}`.
 
 Trained with
 
-    {command}
+{code_block(command)}
 
 Use it:
 

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 SHAPES = ("circle", "square")
 PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))  # each test process has a Ray head of its own
-HEAD, PORT, DASHBOARD_PORT, WORKER_PORTS = f"127.0.{PROCESS}.2", 6399 + PROCESS, 8299 + PROCESS, 21_000 + 1000 * PROCESS
+PORT, DASHBOARD_PORT, WORKER_PORTS = 6399 + PROCESS, 8299 + PROCESS, 21_000 + 1000 * PROCESS
 SWEEP_STEPS = 60
 SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3e-2]}, "model.hidden": {"choice": [16, 32]}}
 
@@ -45,15 +45,24 @@ def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_head(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[str]:
-    """The address of a Ray head with 2 CPUs, started with cluster/head.sh; stopped by its process ID."""
-    options = ["--num-cpus=2", "--object-store-memory=200000000", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}"]
-    options += [f"--node-ip-address={HEAD}", f"--ray-client-server-port={PORT + 10}"]
-    options += [f"--min-worker-port={WORKER_PORTS}", f"--max-worker-port={WORKER_PORTS + 999}"]
-    command = ["bash", str(ROOT / "cluster" / "head.sh"), *options]
+def ray_head_pid(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[int]:
+    """A Ray head with 2 CPUs, started with cluster/head.sh; stopped by its process ID."""
     # The default port of the node's agent, which takes jobs, is in use, as beside another Ray cluster. Jobs use these features.
-    with port_in_use(52365), ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features):
-        yield f"{HEAD}:{PORT}"
+    with port_in_use(52365), ray_node(tmp_path_factory.mktemp("ray"), head(), RAYTRAIN2P_FEATURES=embedded_features) as pid:
+        yield pid
+
+
+@pytest.fixture(scope="session")
+def ray_head(ray_head_pid: int) -> str:
+    """The address of the Ray head."""
+    return f"127.0.0.1:{PORT}"
+
+
+def head(port: int = PORT, dashboard_port: int = DASHBOARD_PORT, worker_ports: int = WORKER_PORTS, *more: str) -> list[str]:
+    """The command that starts a head with ports of its own."""
+    options = ["--num-cpus=2", "--object-store-memory=200000000", f"--port={port}", f"--dashboard-port={dashboard_port}"]
+    options += [f"--ray-client-server-port={port + 10}", f"--min-worker-port={worker_ports}", f"--max-worker-port={worker_ports + 999}"]
+    return ["bash", str(ROOT / "cluster" / "head.sh"), *options, *more]
 
 
 @contextmanager
@@ -67,10 +76,9 @@ def port_in_use(port: int) -> Iterator[None]:
 
 
 @contextmanager
-def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator[None]:
-    """Within, the node that the command starts is running; stopped by its process ID."""
+def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator[int]:
+    """Within, the node that the command starts is running; stopped by its process ID, which is yielded."""
     environment = os.environ | {
-        "RAY_AUTH_MODE": "disabled",
         "RAYTRAIN2P_HOME": str(folder / "home"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **variables,
@@ -84,9 +92,10 @@ def ray_node(folder: Path, command: Sequence[str], **variables: str) -> Iterator
             assert node.poll() is None, log.read_text()
             assert time.monotonic() < deadline, "the node did not start"
             time.sleep(0.5)
-        yield
+        yield node.pid
     finally:
-        stop(node)
+        if node.poll() is None:
+            stop(node)
 
 
 def stop(node: subprocess.Popen[bytes]) -> None:
@@ -152,7 +161,6 @@ def command_environment(folder: Path, **environment: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "RAYTRAIN2P_HOME": str(folder),
         "RAYTRAIN2P_FEATURES": str(folder / "features"),
-        "RAY_AUTH_MODE": "disabled",
     }
     return os.environ | settings | environment
 
@@ -255,7 +263,7 @@ def ray_job(words: str) -> subprocess.CompletedProcess[str]:
     """`ray job ...` on the shared head, in the project's directory."""
     environment = os.environ | {
         "RAY_ADDRESS": f"http://127.0.0.1:{DASHBOARD_PORT}",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": "token",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     command = ["ray", "job", *words.split()]

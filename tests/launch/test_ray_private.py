@@ -1,6 +1,7 @@
 """What is used of Ray's private modules and methods exists in the installed version, and was checked against it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from raytrain2p.launch import ray_private
 
 PACKAGE = Path(__file__).parents[2] / "raytrain2p"
+PRIVATE = re.compile(r"\bray(\.\w+)*\.(_\w+|torch\.config)\b")  # modules
 # Private methods and attributes that our subclasses override or use, by class
 OVERRIDDEN = {
     TorchTrainer: {"_create_default_callbacks", "_initialize_and_run_controller"},  # launch/trainer.py LeanTrainer
     ray_private.FixedScalingPolicy: {"after_controller_start", "_maybe_send_resource_request"},  # WithoutAutoscaler
+    ray_private.TorchBackend: {"on_start"},  # launch/process_group.py OwnAddressBackend
     ray_private.TrainController: {"run", "get_result"},  # LeanTrainer
     PopulationBasedTraining: {"_exploit"},  # sweep/pbt.py ResumablePbt
 }
@@ -35,7 +38,16 @@ def test_the_installed_version_of_ray_is_the_one_that_was_checked() -> None:
 def test_each_private_name_comes_from_ray(name: str) -> None:
     found = getattr(ray_private, name)
     assert callable(found)
-    assert found.__module__.startswith(("ray._private", "ray._common", "ray.train.v2._internal"))
+    assert found.__module__.startswith(
+        (
+            "ray._private",
+            "ray._common",
+            "ray._raylet",
+            "ray.train._internal",
+            "ray.train.torch.config",
+            "ray.train.v2._internal",
+        )
+    )
 
 
 @pytest.mark.parametrize("kind", OVERRIDDEN, ids=lambda kind: kind.__name__)
@@ -57,7 +69,7 @@ def test_each_private_attribute_that_a_subclass_uses_exists() -> None:
 
 
 def test_private_modules_are_imported_in_one_file() -> None:
-    users = {path.name for path in PACKAGE.rglob("*.py") if "ray._private" in (text := path.read_text()) or "v2._internal" in text}
+    users = {path.name for path in PACKAGE.rglob("*.py") if PRIVATE.search(path.read_text())}
     assert users == {"ray_private.py"}
 
 

@@ -10,12 +10,26 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tests.chaos.killing import only_long
+from tests.chaos.killing import Launch, only_long
 from tests.chaos.mlflow_server import Server
-from tests.launch.launching import ROOT, Run, ray_node
+from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, Run, head, ray_node
+from tests.launch.sockets import METRICS, answers, listeners
 
 pytestmark = only_long
 OTHER_MACHINE = "other-machine"
+
+
+@pytest.fixture(scope="module")
+def ray_head_pid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """A head that nodes can join: the default one takes none."""
+    command = head(PORT + 100, DASHBOARD_PORT + 100, 25_000, "--node-ip-address=127.0.0.2")
+    with ray_node(tmp_path_factory.mktemp("head"), command) as pid:
+        yield pid
+
+
+@pytest.fixture(scope="module")
+def ray_head(ray_head_pid: int) -> str:
+    return f"127.0.0.2:{PORT + 100}"
 
 
 def node(head: str) -> list[str]:
@@ -24,10 +38,10 @@ def node(head: str) -> list[str]:
 
 
 @pytest.fixture
-def second_node(ray_head: str, tmp_path: Path) -> Iterator[None]:
-    """On this machine."""
-    with ray_node(tmp_path, node(ray_head)):
-        yield
+def second_node(ray_head: str, tmp_path: Path) -> Iterator[int]:
+    """On this machine; yields its process ID."""
+    with ray_node(tmp_path, node(ray_head)) as pid:
+        yield pid
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +72,27 @@ def three_workers(config: Path, *more: str) -> list[str]:
     return ["raytrain2p.train", *arguments, "launch.num_workers=3", "training.global_batch_size=12", *more]
 
 
-def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: None) -> None:
+def test_three_workers_train_on_two_nodes(run: Run, tiny_config: Path, second_node: int) -> None:
     done = run(*three_workers(tiny_config))
     assert done.losses[-1] < done.losses[0]
     assert "starting 3 workers" in done.err
+
+
+def test_what_listens_beyond_loopback_demands_a_token_or_shows_metrics_alone(
+    workdir: Path, tiny_config: Path, ray_head: str, ray_head_pid: int, second_node: int
+) -> None:
+    """Of the head, the node, the driver and the workers on both nodes. docs/security.md names the exceptions."""
+    arguments = three_workers(tiny_config, "training.max_steps=100000")[1:]
+    launch = Launch(workdir / "ports", arguments, {"RAY_ADDRESS": ray_head})
+    launch.start()
+    launch.wait_for_steps(1)
+    assert launch.process is not None
+    beyond = {one for pid in (ray_head_pid, second_node, launch.process.pid) for one in listeners(pid) if not one.on_loopback}
+    assert {one.process.split()[0].partition("::")[2] for one in beyond} >= {"DashboardAgent", "RayTrainWorker"}
+    found = {one: answers(one.port) for one in beyond}
+    exceptions = {one for one, answer in found.items() if answer == {METRICS}}
+    assert {one: answer for one, answer in found.items() if one not in exceptions and answer != {"refused"}} == {}
+    assert len(exceptions) <= 4, "of each node's agent, of the autoscaler, of the dashboard"
 
 
 def test_a_store_on_one_machines_disk_is_refused_on_two_machines(

@@ -1,13 +1,16 @@
 """Packaged models are fetched once, checked, and complete or absent. The wheel is small, the processes are real."""
 
 import hashlib
+import io
 import json
 import multiprocessing
 import os
 import signal
 import struct
+import tarfile
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,35 @@ def test_a_package_that_pip_cannot_fetch_is_reported_with_its_reason(cache: Path
         packaged_directory(NAME)
     assert "tiny-packaged==1.0" in str(caught.value)
     assert "No matching distribution" in str(caught.value)
+    assert left_in(cache) == []
+
+
+def test_pip_refuses_another_wheel_of_the_same_version(cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("tiny_packaged/evil.txt", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    with pytest.raises(InputError, match="tampered"):
+        packaged_directory(NAME)
+    assert left_in(cache) == []
+
+
+def test_a_source_package_is_refused_and_its_code_never_runs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = tmp_path / "it ran"
+    source = tmp_path / "sources" / "tiny_packaged-1.0.tar.gz"
+    source.parent.mkdir()
+    setup = f"open({str(trace)!r}, 'w'); from setuptools import setup; setup(name='tiny-packaged', version='1.0')".encode()
+    with tarfile.open(source, "w:gz") as archive:
+        entry = tarfile.TarInfo("tiny_packaged-1.0/setup.py")
+        entry.size = len(setup)
+        archive.addfile(entry, io.BytesIO(setup))
+    pinned = replace(PACKAGED_MODELS[NAME], sha256=hashlib.sha256(source.read_bytes()).hexdigest())
+    monkeypatch.setitem(PACKAGED_MODELS, NAME, pinned)  # even with the right hash
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(source.parent))
+    with pytest.raises(InputError, match="No matching distribution"):
+        packaged_directory(NAME)
+    assert not trace.exists()
     assert left_in(cache) == []
 
 

@@ -1,5 +1,6 @@
 """What a running sweep shows: the table in a terminal, and the lines elsewhere."""
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,15 @@ def test_elsewhere_each_change_of_state_is_a_line_and_is_printed_once(table: Liv
     assert "best so far: trial 1, 2.5" in said[0]
     table._print(RESULTS, all_trials=False)
     assert stream.getvalue().splitlines() == said
+
+
+def test_no_cell_is_markup_or_controls_the_terminal(table: LiveTable) -> None:
+    table.sweep = dataclasses.replace(table.sweep, options=table.sweep.options.model_copy(update={"metric": "test_[/x]/\x1b[31m"}))
+    table.settings = ["data.train"]
+    table.progress[1] = "[/INST]\x1b[0m"
+    drawn = RichConsole(file=io.StringIO(), width=200, record=True)
+    drawn.print(table.table([dataclasses.replace(RESULTS[1], values={"data.train": "[/INST]\x1b]0;title\x07"})]))
+    text = drawn.export_text(styles=False)
+    assert "\x1b" not in text
+    assert text.count("[/INST]\\x1b") == 2
+    assert "test_[/x]/\\x1b[31m" in text

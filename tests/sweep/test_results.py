@@ -21,6 +21,7 @@ from raytrain2p.sweep.results import (
     best_result,
     check_unchanged,
     sweep_config,
+    sweep_page,
     trial_table,
     write_results,
     write_table,
@@ -183,6 +184,20 @@ def test_a_resumed_sweep_may_have_more_trials_and_no_other_space(tmp_path: Path)
 def test_a_password_is_not_in_a_sweeps_settings() -> None:
     sweep = load_sweep(None, ["tracking.uri=postgresql://me:secret@host/db"])
     assert "secret" not in json.dumps(sweep_config(sweep))
+
+
+def test_choices_and_metrics_that_are_no_mathematics_can_be_plotted(trial_records: TrialRecords, tmp_path: Path) -> None:
+    hostile = "$\\bad{$ \x1b"
+    results = [replace(one, values={"data.train": f"{one.trial.number}{hostile}"}) for one in trial_records.results()]
+    draw_sweep(tmp_path / "sweep", results, [Axis("data.train", "choice", ("$", "$$"))], "min", hostile)
+    assert (tmp_path / "sweep" / "plots" / "each_setting.png").stat().st_size > 5000
+
+
+def test_the_page_of_a_sweep_holds_text_as_text(tmp_path: Path) -> None:
+    run = Run("a" * 32, str(tmp_path), "`<img src=x>", "t", "sweep-1", "sweeps", "u")
+    page = sweep_page(run, "python -m raytrain2p.tune 'x=\n# heading\n<script>'")
+    assert "`` `<img src=x> ``" in page
+    assert "\n    # heading\n    <script>'\n" in page
 
 
 def test_plots_are_drawn_of_every_kind_of_setting(trial_records: TrialRecords, tmp_path: Path) -> None:

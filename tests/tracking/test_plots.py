@@ -135,3 +135,12 @@ def test_several_images_stand_side_by_side(tmp_path: Path) -> None:
 def test_answers_are_shown_as_plain_text(tmp_path: Path, answer: str) -> None:
     answer_sheet(answers(answer), no_image, tmp_path / "sheet.png", "run")
     opened(tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("text", ["$\\bad{$", "\x1b[31m\ud800", "$$"])
+def test_text_that_is_no_mathematics_can_be_plotted(tmp_path: Path, text: str) -> None:
+    training_curve(write_metrics(tmp_path / "metrics.jsonl", 3), tmp_path / "curve.png", text)
+    row = {"question": text, "answer": text, "expected": text + "x"}
+    answer_sheet([row], no_image, tmp_path / "answers.png", text)
+    opened(tmp_path / "curve.png")
+    opened(tmp_path / "answers.png")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ def test_the_readme_has_the_command_and_the_next_steps(settings: Settings, phase
     assert run.run_id in page
     for line in lines:
         assert line.format(run.run_id[:8]) in page
+
+
+def test_the_readme_holds_text_as_text(settings: Settings) -> None:
+    run = replace(create(settings), experiment="`<img src=x>")
+    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train 'x=\n# heading\x1b[31m\n<script>'", {})
+    page = (run.path / "README.md").read_text()
+    assert "`` `<img src=x> ``" in page
+    assert "\n    # heading\\x1b[31m\n    <script>'\n" in page
 
 
 @pytest.mark.parametrize("phase", [1, 2])

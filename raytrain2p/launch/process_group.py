@@ -1,0 +1,62 @@
+"""The process group of the workers, reachable at the address of their node alone.
+
+Ray's own set-up has PyTorch listen on all interfaces, and neither PyTorch nor Gloo ask for a token. On a node with a loopback
+address, no other machine reaches the workers.
+"""
+
+import os
+import socket
+from datetime import timedelta
+
+import psutil
+import ray
+from ray.train.torch import TorchConfig
+
+from raytrain2p.launch.ray_private import TorchBackend, WorkerGroup, set_torch_environment
+
+
+class OwnAddressConfig(TorchConfig):
+    """As TorchConfig, with the backend below."""
+
+    @property
+    def backend_cls(self) -> type["OwnAddressBackend"]:
+        return OwnAddressBackend
+
+
+class OwnAddressBackend(TorchBackend):
+    """Starts the process group."""
+
+    def on_start(self, worker_group: WorkerGroup, backend_config: TorchConfig) -> None:
+        worker_group.execute(set_torch_environment)
+        timeout = timedelta(seconds=backend_config.timeout_s)
+        host, port = worker_group.execute_single(0, host_store, timeout)
+        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
+        size = len(worker_group)
+        ray.get([worker_group.execute_single_async(rank, join, backend, host, port, rank, size, timeout) for rank in range(size)])
+
+
+def host_store(timeout: timedelta) -> tuple[str, int]:
+    """On rank 0: start the store through which the workers find each other. Returns its address."""
+    from torch.distributed import TCPStore
+
+    global _store
+    host = ray.util.get_node_ip_address()
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port: int = listener.getsockname()[1]
+    _store = TCPStore(host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+    return host, port
+
+
+_store = None  # of rank 0; it ends with its process
+
+
+def join(backend: str, host: str, port: int, rank: int, size: int, timeout: timedelta) -> None:
+    """On each worker: connect to the others."""
+    from torch import distributed
+
+    if host.startswith("127."):
+        loopback = next(name for name, addresses in psutil.net_if_addrs().items() if "127.0.0.1" in [one.address for one in addresses])
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    store = _store if rank == 0 else distributed.TCPStore(host, port, is_master=False, timeout=timeout)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -1,0 +1,44 @@
+"""The workers' process group, in two real processes: it works, and no other machine reaches it."""
+
+import multiprocessing
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+
+from raytrain2p.launch.process_group import host_store, join
+from tests.launch.sockets import listeners
+
+TIMEOUT = timedelta(seconds=60)
+
+
+def worker(rank: int, address: Any, found: Any) -> None:
+    """Join a group of two, add up, and report the sum and the listening sockets."""
+    if rank == 0:
+        host, port = host_store(TIMEOUT)
+        address.put((host, port))
+    else:
+        host, port = address.get()
+    join("gloo", host, port, rank, 2, TIMEOUT)
+    total = torch.tensor(float(rank + 1))
+    torch.distributed.all_reduce(total)
+    found.put((total.item(), listeners(os.getpid())))
+    torch.distributed.barrier()
+
+
+@pytest.mark.timeout(180)
+def test_two_workers_add_up_and_listen_on_loopback_alone() -> None:
+    spawn = multiprocessing.get_context("spawn")
+    address, found = spawn.Queue(), spawn.Queue()
+    workers = [spawn.Process(target=worker, args=(rank, address, found)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    results = [found.get(timeout=150) for _ in workers]
+    for process in workers:
+        process.join()
+    assert [total for total, _ in results] == [3.0, 3.0]
+    sockets = {one for _, some in results for one in some}
+    assert len(sockets) >= 3, "the store, and a Gloo listener of each"
+    assert [one for one in sockets if not one.on_loopback] == []
