@@ -1,0 +1,224 @@
+"""Both phases on a GPU, through Ray: encoding, training, resuming, prediction. `make test-gpu` runs the tests that need one.
+
+All launches begin together, each in a Ray of its own: they are small, and a GPU is costly to wait for. RAYTRAIN2P_GPU_TESTS=cpu
+runs the same on CPUs, to try the tests themselves.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.models.artifacts import load_artifact
+from raytrain2p.models.distributed import GatherWithGradient, WorkerGroup
+from tests.chaos.killing import Launch, kill_rank_zero, last, losses
+from tests.launch.launching import Command, run_command
+
+ON_CPU = os.environ.get("RAYTRAIN2P_GPU_TESTS") == "cpu"
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not ON_CPU, reason="needs a CUDA GPU")
+gpu_alone = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+USE_GPU = "launch.use_gpu=" + str(not ON_CPU).lower()
+STEPS = 300
+
+
+BF16, FLOAT32, CPU = "training.precision=auto", "training.precision=float32", "launch.use_gpu=false"
+LAUNCHES = {  # phase and settings, by name
+    "undisturbed": (2, USE_GPU, BF16, "tracking.system_metrics=true"),
+    "again": (2, USE_GPU, BF16),
+    "killed": (2, USE_GPU, BF16),
+    "stopped": (2, USE_GPU, BF16),
+    "from_gpu": (2, USE_GPU, FLOAT32),
+    "from_cpu": (2, CPU, FLOAT32),
+    "online": (2, USE_GPU, BF16, "data.features=online"),
+    "phase_1": (1, USE_GPU, FLOAT32),
+    "phase_1_cpu": (1, CPU, FLOAT32),
+    "phase_1_online": (1, USE_GPU, FLOAT32, "data.features=online"),
+}
+PHASE_2 = (  # several passes a step, dropout, several checkpoints: what a resume must restore
+    f"training.max_steps={STEPS}",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
+    "training.log_every=3",
+    "checkpoint.every_steps=20",
+    "model.lora.dropout=0.2",
+    "model.soft_token_dropout=0.3",
+    "launch.max_failures=3",
+    "data.val=null",
+)
+
+
+class Launches:
+    """The launches of this file, each started when it is first asked for. Each encodes for itself, on the device that it is given."""
+
+    def __init__(self, folder: Path, tiny_config: Path, aligner: Path) -> None:
+        self.folder, self.config, self.aligner = folder, tiny_config, aligner
+        self.started: dict[str, Launch] = {}
+
+    def __getitem__(self, name: str) -> Launch:
+        if name not in self.started:
+            phase, *settings = LAUNCHES[name]
+            arguments = [f"--phase={phase}", f"--config={self.config}/phase{phase}.yaml", *map(str, settings)]
+            arguments += [f"model.aligner={self.aligner}", *PHASE_2] if phase == 2 else []
+            self.started[name] = Launch(self.folder / name / "run", arguments, {"RAY_ADDRESS": "local"})
+            self.started[name].start()
+        return self.started[name]
+
+    def finished(self, name: str) -> Launch:
+        assert self[name].wait() == 0, self[name].log[-4000:]
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def launches(workdir: Path, tiny_config: Path, untrained_aligner: Path) -> Iterator[Launches]:
+    made = Launches(workdir, tiny_config, untrained_aligner)
+    if not ON_CPU:
+        for name in LAUNCHES:
+            made[name]
+    yield made
+    for launch in made.started.values():
+        if launch.process is not None and launch.running():
+            launch.process.kill()
+            launch.process.wait()
+
+
+@pytest.fixture(autouse=True)
+def end_background_commands() -> None:
+    """Instead of the fixture that ends them after each test: these belong to the module."""
+
+
+def stop(launch: Launch) -> int:
+    """SIGTERM in the middle; returns the step."""
+    launch.wait_for_steps(30)
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 128 + signal.SIGTERM, launch.log[-4000:]
+    step = int(torch.load(launch.directories()[0] / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+    assert 30 <= step < STEPS
+    return step
+
+
+def resume(launch: Launch, *arguments: str) -> Command:
+    command = ["raytrain2p.train", "--phase=2", "--resume", "latest", "--json", *arguments]
+    return run_command(launch.folder, *command, **launch.variables)
+
+
+def distance(launch: Launch, other: Launch) -> float:
+    """The largest difference of the losses at a step."""
+    mine, theirs = losses(launch), losses(other)
+    assert sorted(mine) == sorted(theirs) == list(range(1, STEPS + 1))
+    return max(abs(mine[step] - theirs[step]) for step in mine)
+
+
+def test_a_killed_worker_is_replaced_and_the_run_is_the_undisturbed_one(launches: Launches) -> None:
+    launch = launches["killed"]
+    launch.wait_for_steps(30)
+    assert kill_rank_zero(launch)
+    launches.finished("killed")
+    assert distance(launch, launches.finished("undisturbed")) == 0
+
+
+def test_a_stopped_run_resumes_as_the_undisturbed_one(launches: Launches) -> None:
+    launch = launches["stopped"]
+    step = stop(launch)
+    done = resume(launch)
+    assert done.code == 0, done.err[-4000:]
+    assert f"at step {step}" in done.err
+    assert distance(launch, launches.finished("undisturbed")) == 0
+
+
+def test_two_runs_with_one_seed_are_equal(launches: Launches) -> None:
+    first, second = launches.finished("undisturbed"), launches.finished("again")
+    assert distance(first, second) == 0
+    assert all(torch.equal(value, last(second)[name]) for name, value in last(first).items())
+
+
+def test_it_trains_in_bf16_on_the_gpu_and_its_checkpoint_and_artifact_load_without_one(launches: Launches) -> None:
+    launch = launches.finished("undisturbed")
+    (directory,) = launch.directories()
+    config = json.loads((directory / "config.json").read_text())
+    assert config["training"]["precision"] == "bf16" or ON_CPU
+    values = list(losses(launch).values())
+    assert sum(values[-20:]) < 0.5 * sum(values[:20])
+    tensors = [*last(launch).values(), *load_artifact(directory / "model.pt", INSTRUCTION)["state_dict"].values()]
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    names = {point["name"] for point in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())}
+    assert ON_CPU or any("gpu_0_memory_percent" in name for name in names)
+
+
+def test_a_trained_assistant_answers_on_the_gpu(launches: Launches, shapes: Path) -> None:
+    launch = launches.finished("undisturbed")
+    answers = run_command(launch.folder, "raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
+    assert answers.code == 0, answers.err
+    rows = [json.loads(line) for line in answers.out.splitlines()]
+    expected = [json.loads(line)["response"] for line in (shapes / "phase2.jsonl").read_text().splitlines()]
+    assert sum(row["answer"] == right for row, right in zip(rows, expected, strict=True)) >= 24
+
+
+def test_a_run_moves_from_the_gpu_to_the_cpu_and_back(launches: Launches) -> None:
+    from_gpu, from_cpu = launches["from_gpu"], launches["from_cpu"]
+    stop(from_gpu)
+    stop(from_cpu)
+    assert resume(from_gpu, "launch.use_gpu=false").code == 0
+    assert resume(from_cpu, USE_GPU).code == 0
+    assert distance(from_gpu, from_cpu) < 0.05
+
+
+def test_encoding_in_the_step_trains_as_on_stored_features(launches: Launches) -> None:
+    assert distance(launches.finished("online"), launches.finished("undisturbed")) < 0.02
+    stored, online = (phase_1_losses(launches.finished(name)) for name in ("phase_1", "phase_1_online"))
+    assert online == pytest.approx(stored, abs=1e-3)
+
+
+def test_the_gpu_and_the_cpu_train_the_same_aligner(launches: Launches) -> None:
+    gpu, cpu = (phase_1_losses(launches.finished(name)) for name in ("phase_1", "phase_1_cpu"))
+    assert gpu == pytest.approx(cpu, abs=1e-2)
+
+
+def phase_1_losses(launch: Launch) -> list[float]:
+    return [value for _, value in sorted(losses(launch).items())]
+
+
+@pytest.fixture
+def nccl(tmp_path: Path) -> Iterator[torch.device]:
+    """A process group of this process alone, over NCCL."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    torch.cuda.set_device(0)
+    yield torch.device("cuda", 0)
+    dist.destroy_process_group()
+
+
+@gpu_alone
+def test_collectives_work_over_nccl(nccl: torch.device) -> None:
+    """With the size of a larger group, so that none takes the short way of a single worker."""
+    group = WorkerGroup(0, 2)
+    assert group.from_first(lambda: {"run": "a"}) == {"run": "a"}
+    assert group.flag_of_first(True, nccl)
+    assert group.mean(torch.full((3,), 4.0, device=nccl)).tolist() == [2.0] * 3
+    rows = torch.ones(2, 3, device=nccl, requires_grad=True)
+    GatherWithGradient.apply(rows).sum().backward()
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [[1.0] * 3] * 2
+
+
+@gpu_alone
+@pytest.mark.parametrize("shard", [False, True])
+def test_ddp_and_fsdp_step_over_nccl(nccl: torch.device, shard: bool) -> None:
+    module: nn.Module = nn.Linear(4, 4).to(nccl)
+    if shard:
+        fully_shard(module, mesh=init_device_mesh("cuda", (1,)))
+    else:
+        module = nn.parallel.DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    before = module(torch.ones(2, 4, device=nccl)).square().sum()
+    before.backward()
+    optimizer.step()
+    assert float(module(torch.ones(2, 4, device=nccl)).square().sum()) < float(before)
