@@ -7,6 +7,7 @@ runs the same on CPUs, to try the tests themselves.
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,12 +57,25 @@ PHASE_2 = (  # several passes a step, dropout, several checkpoints: what a resum
 )
 
 
+def terminate(launch: Launch) -> None:
+    assert launch.process is not None
+    launch.process.send_signal(signal.SIGTERM)
+
+
+def kill_worker(launch: Launch) -> None:
+    assert kill_rank_zero(launch)
+
+
+INTERRUPTED = {"killed": kill_worker, "stopped": terminate, "from_gpu": terminate, "from_cpu": terminate}  # after 30 steps
+
+
 class Launches:
     """The launches of this file, each started when it is first asked for. Each encodes for itself, on the device that it is given."""
 
     def __init__(self, folder: Path, tiny_config: Path, aligner: Path) -> None:
         self.folder, self.config, self.aligner = folder, tiny_config, aligner
         self.started: dict[str, Launch] = {}
+        self.interrupted: set[str] = set()
 
     def __getitem__(self, name: str) -> Launch:
         if name not in self.started:
@@ -71,6 +85,27 @@ class Launches:
             self.started[name] = Launch(self.folder / name / "run", arguments, {"RAY_ADDRESS": "local"})
             self.started[name].start()
         return self.started[name]
+
+    def interrupt(self, *names: str) -> None:
+        """Interrupt these launches in the middle, unless they were before."""
+        deadline = time.monotonic() + 150
+        while waiting := [name for name in names if name not in self.interrupted]:
+            for name in waiting:
+                assert self[name].running(), self[name].log[-4000:]
+                assert time.monotonic() < deadline, self[name].log[-4000:]
+                if len(self[name].steps()) >= 30:
+                    INTERRUPTED[name](self[name])
+                    self.interrupted.add(name)
+            time.sleep(0.02)
+
+    def stopped_at(self, name: str) -> int:
+        """The step at which a launch was stopped."""
+        self.interrupt(name)
+        launch = self[name]
+        assert launch.wait() == 128 + signal.SIGTERM, launch.log[-4000:]
+        step = int(torch.load(launch.directories()[0] / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"])
+        assert 30 <= step < STEPS
+        return step
 
     def finished(self, name: str) -> Launch:
         assert self[name].wait() == 0, self[name].log[-4000:]
@@ -83,6 +118,7 @@ def launches(workdir: Path, tiny_config: Path, untrained_aligner: Path) -> Itera
     if not ON_CPU:
         for name in LAUNCHES:
             made[name]
+        made.interrupt(*INTERRUPTED)
     yield made
     for launch in made.started.values():
         if launch.process is not None and launch.running():
@@ -93,17 +129,6 @@ def launches(workdir: Path, tiny_config: Path, untrained_aligner: Path) -> Itera
 @pytest.fixture(autouse=True)
 def end_background_commands() -> None:
     """Instead of the fixture that ends them after each test: these belong to the module."""
-
-
-def stop(launch: Launch) -> int:
-    """SIGTERM in the middle; returns the step."""
-    launch.wait_for_steps(30)
-    assert launch.process is not None
-    launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == 128 + signal.SIGTERM, launch.log[-4000:]
-    step = int(torch.load(launch.directories()[0] / "lightning_checkpoints" / "last.ckpt", weights_only=True)["global_step"])
-    assert 30 <= step < STEPS
-    return step
 
 
 def resume(launch: Launch, *arguments: str) -> Command:
@@ -119,16 +144,13 @@ def distance(launch: Launch, other: Launch) -> float:
 
 
 def test_a_killed_worker_is_replaced_and_the_run_is_the_undisturbed_one(launches: Launches) -> None:
-    launch = launches["killed"]
-    launch.wait_for_steps(30)
-    assert kill_rank_zero(launch)
-    launches.finished("killed")
-    assert distance(launch, launches.finished("undisturbed")) == 0
+    launches.interrupt("killed")
+    assert distance(launches.finished("killed"), launches.finished("undisturbed")) == 0
 
 
 def test_a_stopped_run_resumes_as_the_undisturbed_one(launches: Launches) -> None:
     launch = launches["stopped"]
-    step = stop(launch)
+    step = launches.stopped_at("stopped")
     done = resume(launch)
     assert done.code == 0, done.err[-4000:]
     assert f"at step {step}" in done.err
@@ -165,8 +187,8 @@ def test_a_trained_assistant_answers_on_the_gpu(launches: Launches, shapes: Path
 
 def test_a_run_moves_from_the_gpu_to_the_cpu_and_back(launches: Launches) -> None:
     from_gpu, from_cpu = launches["from_gpu"], launches["from_cpu"]
-    stop(from_gpu)
-    stop(from_cpu)
+    launches.stopped_at("from_gpu")
+    launches.stopped_at("from_cpu")
     assert resume(from_gpu, "launch.use_gpu=false").code == 0
     assert resume(from_cpu, USE_GPU).code == 0
     assert distance(from_gpu, from_cpu) < 0.05
