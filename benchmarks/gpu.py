@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -318,7 +319,7 @@ class TrainerContestant:
         self.model, self.folder = HuggingFace(module, folder).to(DEVICE), folder
 
     def run(self, batches: list[Batch], steps: int) -> float:
-        from transformers import Trainer, TrainerCallback, TrainingArguments
+        from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
         class Clock(TrainerCallback):
             times: list[float] = []  # noqa: RUF012
@@ -351,7 +352,7 @@ class TrainerContestant:
             data_collator=lambda rows: rows[0],
             callbacks=[clock],
         )
-        trainer.pop_callback(__import__("transformers").PrinterCallback)
+        trainer.pop_callback(PrinterCallback)
         trainer.train()
         return (clock.times[1] - clock.times[0]) / steps
 
@@ -628,8 +629,8 @@ def measure_launch(folder: Path, options: argparse.Namespace, write: Callable[[d
 
 def ceilings() -> dict[str, Any]:
     """What this machine is, and the rate of a large matrix product."""
-    found: dict[str, Any] = {"torch": torch.__version__, "transformers": __import__("transformers").__version__}
-    found |= {"peft": __import__("peft").__version__, "device": DEVICE.type, "cpus": os.cpu_count()}
+    found: dict[str, Any] = {name: version(name) for name in ("torch", "transformers", "peft", "pytorch-lightning")}
+    found |= {"device": DEVICE.type, "cpus": os.cpu_count()}
     if DEVICE.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name()
         left, right = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
