@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test checks lint types imports unit chaos install install-dev clean
+.PHONY: quickstart test checks lint types imports unit chaos test-gpu bench-gpu install install-dev clean
 
 quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
@@ -37,6 +37,13 @@ chaos: install-dev
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resume.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
 	RAYTRAIN2P_FUZZ_CASES=300 $(BIN)/python -m pytest tests/test_fuzz.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
+
+# On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
+test-gpu: install-dev
+	$(BIN)/python -m pytest tests/launch/test_gpu.py
+
+bench-gpu: install-dev
+	$(BIN)/python -m benchmarks.gpu build/gpu $(ARGS)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -215,7 +215,8 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
         if job.store.missing(job.items):
             say_if_waiting(cpus * workers, console)
             with console.progress_bar(f"encoding {job.modality}") as progress:
-                computed = job.store.complete(job.items, job.spec.build, workers, cpus, int(settings.launch.use_gpu), progress)
+                build = partial(job.spec.build, "cuda" if settings.launch.use_gpu else "cpu")
+                computed = job.store.complete(job.items, build, workers, cpus, int(settings.launch.use_gpu), progress)
         if job.items:
             found = len(job.items) - computed
             console.say(f"{job.modality} features of {len(job.items)} items: {computed} computed, {found} found in the store")

@@ -42,7 +42,7 @@ class EncoderSpec:
         """Of the features that the encoder gives."""
         return ENCODERS[self.modality].fingerprint_of(self.directory(), self.options)
 
-    def build(self, device: str | None = None) -> FrozenEncoder:
+    def build(self, device: str = "cpu") -> FrozenEncoder:
         return ENCODERS[self.modality](self.directory(), self.where, self.options, device)
 
     def item_check(self) -> Callable[[Any], None]:

@@ -25,7 +25,7 @@ class FrozenEncoder:
         directory: of a transformers model and its preprocessing.
         where: the setting and its value, for messages.
         options: the settings beside the name, such as `size` of images; None is the model's own.
-        device: of the model and of the features (default: a GPU if this process has one).
+        device: of the model and of the features. A GPU only where the caller was given one: Ray hides them from nobody.
 
     Raises:
         InputError: transformers cannot load it as an encoder of this modality.
@@ -37,10 +37,10 @@ class FrozenEncoder:
     output_form: ClassVar[int] = 2  # part of the fingerprint: raise it when the same encoder gives different vectors
     config_part: ClassVar[str]  # of a model with several encoders, as CLIP is
 
-    def __init__(self, directory: Path, where: str, options: Mapping[str, Any], device: str | None = None) -> None:
+    def __init__(self, directory: Path, where: str, options: Mapping[str, Any], device: str = "cpu") -> None:
         self.where = where
         self.options = {key: value for key, value in options.items() if value is not None}
-        self.device = torch.device(device or default_device())
+        self.device = torch.device(device)
         model, self.missing = load_pretrained(AutoModel, directory, where, dtype=torch.float32)
         spoil(model, self.missing)
         self.model = self.encoder_of(model).eval().requires_grad_(False).to(self.device)
@@ -67,6 +67,12 @@ class FrozenEncoder:
     def item_check(cls, directory: Path) -> Callable[[Any], None]:
         """A function that raises ValueError for a decoded item that `preprocess` would refuse; it needs no weights."""
         return lambda item: None
+
+    def to(self, device: torch.device) -> "FrozenEncoder":
+        """Itself, moved to this device."""
+        self.device = device
+        self.model = self.model.to(device)
+        return self
 
     def load_preprocessing(self, directory: Path) -> None:
         raise NotImplementedError
@@ -101,10 +107,6 @@ class FrozenEncoder:
 
     def __call__(self, items: Sequence[Any]) -> list[torch.Tensor]:
         return self.encode(self.preprocess(items))
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Frozen encoders that run within the step (`data.features=online`)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,22 +18,22 @@ class OnlineEncoders:
         self.specs = specs
         self.built: dict[str, FrozenEncoder] = {}
 
-    def of(self, modality: str, device: torch.device) -> FrozenEncoder:
+    def of(self, modality: str) -> FrozenEncoder:
         if modality not in self.built:
-            self.built[modality] = self.specs[modality].build(device.type)
+            self.built[modality] = self.specs[modality].build()
         return self.built[modality]
 
-    def preprocess(self, tables: Mapping[str, MediaTable], device: torch.device) -> dict[str, Preprocess]:
+    def preprocess(self, tables: Mapping[str, MediaTable]) -> dict[str, Preprocess]:
         """By modality, of tables without features: decoded items to what their encoder takes, in the data loader's process."""
-        return {modality: self.of(modality, device).preprocess for modality, table in tables.items() if table.online}
+        return {modality: self.of(modality).preprocess for modality, table in tables.items() if table.online}
 
-    def features(self, items: Mapping[str, Any]) -> dict[str, Features]:
-        """Features by modality: as they were stored, or else of what `preprocess` made of the items."""
+    def features(self, items: Mapping[str, Any], device: torch.device) -> dict[str, Features]:
+        """Features by modality, on the device: as they were stored, or else of what `preprocess` made of the items."""
         return {
-            modality: loaded
-            if isinstance(loaded, Features)
-            else padded(self.of(modality, loaded[0].device).encode(loaded))
-            if loaded
-            else padded([])
+            modality: loaded if isinstance(loaded, Features) else self._encoded(modality, loaded, device)
             for modality, loaded in items.items()
         }
+
+    def _encoded(self, modality: str, loaded: Sequence[torch.Tensor], device: torch.device) -> Features:
+        """The encoder was built before Lightning moved the module to its device."""
+        return padded(self.of(modality).to(device).encode(loaded)) if loaded else Features(padded([]).values.to(device))

@@ -184,6 +184,12 @@ def test_encoding_does_not_depend_on_the_precision_of_the_step(tiny_vit: Path) -
     assert all(map(torch.equal, inside, encoder(images())))
 
 
+def test_an_encoder_takes_no_gpu_that_it_was_not_given(tiny_vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray hides GPUs from no process: with launch.use_gpu=false, encoders would take the first one of the machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert EncoderSpec("image", str(tiny_vit)).build().device.type == "cpu"
+
+
 def test_an_encoder_has_nothing_that_trains(tiny_vit: Path, tiny_bert: Path) -> None:
     for model in (image_encoder(tiny_vit).model, text_encoder(tiny_bert).model):
         assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -43,7 +43,7 @@ class AlignmentModule(PhaseModule):
     def vectors(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Unit vectors by modality of the items that the records have, (at most b, S)."""
         features = {}
-        for modality, (values, positions) in self.encoders.features(batch["items"]).items():
+        for modality, (values, positions) in self.encoders.features(batch["items"], self.device).items():
             if not len(values):  # DDP waits for gradients of every branch
                 values = values.new_zeros(0, 1, self.aligner.shape["widths"][modality])
             features[modality] = (values.float(), positions)
@@ -81,7 +81,7 @@ def build(settings: AlignmentSettings, total_steps: int, precision: str) -> Alig
 
 def online(module: AlignmentModule, data: Mapping[str, AlignmentSplit]) -> dict[str, AlignmentSplit]:
     """The splits with the encoders' preprocessing, where media are encoded in the step."""
-    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables, module.device)) for name, split in data.items()}
+    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables)) for name, split in data.items()}
 
 
 @torch.inference_mode()

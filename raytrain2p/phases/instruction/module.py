@@ -34,7 +34,7 @@ class InstructionModule(PhaseModule):
         return [*layers, *(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
 
     def assemble(self, batch: Batch) -> AssistantBatch:
-        return AssistantBatch(features=self.encoders.features(batch["items"]), **batch["tokens"])
+        return AssistantBatch(features=self.encoders.features(batch["items"], self.device), **batch["tokens"])
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self.assistant(self.assemble(batch))
@@ -70,7 +70,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
 
 def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> dict[str, InstructionSplit]:
     """The splits with the encoders' preprocessing, where media are encoded in the step."""
-    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables, module.device)) for name, split in data.items()}
+    return {name: replace(split, preprocess=module.encoders.preprocess(split.tables)) for name, split in data.items()}
 
 
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
