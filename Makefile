@@ -26,10 +26,9 @@ types: install-dev
 imports: install-dev
 	$(BIN)/lint-imports
 
-# What computes little in two processes, each with a Ray of its own: half of a launch is imports, on one core.
+# In two processes, each with a Ray of its own: half of a launch is imports, on one core.
 unit: install-dev
-	$(BIN)/python -m pytest -m "not real" --numprocesses=2 --dist=loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
 chaos: install-dev

@@ -22,8 +22,8 @@ from transformers import (
 
 pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures", "tests.disks"]
 
-# Files with many launches: they run last, one in each test process.
-LONG = ("launch/test_training.py", "chaos/test_kills.py")
+# Files with many launches, the longest first: they run last, side by side in two test processes.
+LONG = ("test_docs.py", "launch/test_job.py", "launch/test_training.py", "chaos/test_kills.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
