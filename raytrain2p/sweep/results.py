@@ -23,6 +23,7 @@ from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
 from raytrain2p.tracking.metrics_file import read_points
+from raytrain2p.tracking.mlflow_store import store_exists
 from raytrain2p.tracking.run import Run, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
@@ -287,7 +288,7 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
             f"{key}={new.get(key)}", f"cannot change: sweep {run.run_id[:8]} began with {old.get(key)}", "leave it, or start a new sweep"
         )
         for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not belongs_to(key, free)
+        if old.get(key) != new.get(key) and not belongs_to(key, free) and not (key == "tracking.uri" and not store_exists(old[key]))
     ]
     if problems:
         raise InputError(problems)

@@ -20,7 +20,7 @@ from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, swe
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
-from raytrain2p.tracking.mlflow_store import check_store_is_shared, prepare_store
+from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, get_or_create_run, launch_lock
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
 from raytrain2p.worker.channel import SweepChannel
@@ -58,6 +58,8 @@ def _run_sweep(
     with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
         if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
             raise InputError(problems)
+        if resumed is not None and not store_exists(sweep.base.tracking.uri):
+            raise InputError(missing_store(sweep.base.tracking.uri))
         experiment = PHASES[options.phase].experiment
         prepare_store(sweep.base, experiment)
         lock = launch_lock(root, launch_id)

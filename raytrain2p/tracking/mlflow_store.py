@@ -1,6 +1,7 @@
 """The MLflow store: checked and prepared once, in the driver; and searched."""
 
 import http.client
+import shlex
 import socket
 import sqlite3
 import urllib.error
@@ -109,7 +110,9 @@ def _migration_problem(uri: str, path: Path, error: Exception) -> Problem | None
     what = (
         f"{older}a migration of its tables was interrupted{left}: they are at revision {revision}, this MLflow's at {script.get_heads()[0]}"
     )
-    return Problem(f"tracking.uri={uri}", what, f"stop what uses it, and run `python -m raytrain2p.tracking.mlflow_repair {path}`")
+    return Problem(
+        f"tracking.uri={uri}", what, f"stop what uses it, and run `python -m raytrain2p.tracking.mlflow_repair {shlex.quote(str(path))}`"
+    )
 
 
 def schema_of(path: Path) -> tuple[set[str], str | None]:
@@ -124,15 +127,15 @@ def schema_of(path: Path) -> tuple[set[str], str | None]:
         return tables, row and row[0]
 
 
-def runs_with_tag(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
-    """The runs of all experiments that have this value of a tag."""
+def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "") -> list[MlflowRun]:
+    """The runs of all experiments that have this value of a tag, and meet a further condition."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'"))
+    return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'{condition}"))
 
 
 def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
     """Those of them that are RUNNING in MLflow."""
-    return [run for run in runs_with_tag(client, tag, value) if run.info.status == "RUNNING"]
+    return runs_with_tag(client, tag, value, " AND attributes.status = 'RUNNING'")
 
 
 def store_exists(uri: str) -> bool:
