@@ -117,3 +117,10 @@ def test_every_page_that_is_linked_exists() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", "".join(page.read_text() for page in PAGES))
+    assert len(named) >= 50
+    for path, name in named:
+        assert f"def {name}" in (ROOT / path).read_text(), f"{path}::{name}"
