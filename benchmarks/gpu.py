@@ -556,6 +556,7 @@ def loop_with_loader(folder: Path, batch: int, steps: int) -> list[float]:
     from raytrain2p.data.batches import StepSampler
     from raytrain2p.phases.instruction import data as instruction_data
 
+    torch.set_num_threads(1)  # as a worker with one CPU
     settings: Any = load_settings(2, None, overrides(folder, batch, steps))
     inputs = instruction_data.read_inputs(settings)
     encode(inputs)
@@ -595,6 +596,7 @@ def launched(folder: Path, batch: int, steps: int) -> list[float]:
             f"output.root={root}",
             f"tracking.uri=sqlite:///{root}/mlflow.db",
             f"launch.use_gpu={str(DEVICE.type == 'cuda').lower()}",
+            "launch.cpus_per_worker=1",
         ]
         environment = os.environ | {"RAY_ADDRESS": "local", "RAYTRAIN2P_HOME": root}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
