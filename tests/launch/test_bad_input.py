@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from raytrain2p import train
+from raytrain2p import predict, train
 from raytrain2p.config import InputError
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.launch.cluster import existing_address
@@ -217,10 +217,12 @@ def test_a_pipe_or_a_device_in_place_of_records_is_refused_and_never_read(refuse
     assert output.count("is a pipe or a device") == 2
 
 
-def test_a_name_that_no_file_system_takes_is_refused(refused: Refuse) -> None:
+def test_a_name_that_no_file_system_takes_is_refused(refused: Refuse, capsys: pytest.CaptureFixture[str]) -> None:
     for setting in ("data.train", "output.root", "model.encoders.image", "tracking.experiment"):
         assert "more than 255 bytes in one name" in refused(1, f"{setting}={'x' * 300}")
-    assert "no file system takes so long a name" in refused(1, "--resume", "x" * 300)
+    assert "there is no such run" in refused(1, "--resume", "x" * 300)
+    assert predict.main(["--run", "x" * 300, "What is it?"]) == 2
+    assert "no file system takes so long a name" in capsys.readouterr().err
 
 
 def test_an_object_store_larger_than_memory_is_refused_before_ray_starts(refused: Refuse) -> None:
