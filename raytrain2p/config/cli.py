@@ -66,6 +66,7 @@ def exit_code(command: Callable[[], int]) -> int:
     UNREAD: the reader of stdout went away, as `head` does, or its terminal; the code is that of a program that SIGPIPE ends.
     """
     sys.excepthook = report_bug
+    sys.stdout = sys.stdout or io.StringIO()  # closed by the shell, as `>&-` does
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters
     try:
@@ -98,7 +99,7 @@ def unread(stream: Any) -> bool:
 
 def report(line: str) -> None:
     """Print a line for the user beside a command's output."""
-    print(printable(f"raytrain2p: {line}"), file=sys.stderr)
+    print(printable(masked(f"raytrain2p: {line}")), file=sys.stderr)
 
 
 def report_bug(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from raytrain2p.config.settings import NAMES_A_MODEL, Settings, SettingsGroup, Source
 
@@ -46,7 +47,7 @@ def absolute_paths(settings: Settings) -> Settings:
     uri = settings.tracking.uri
     for scheme in ("sqlite:///", "file:"):
         if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}//")):
-            uri = f"{scheme}{resolve(uri.removeprefix(scheme))}"
+            uri = f"{scheme}{quote(str(base))}/{uri.removeprefix(scheme)}"
     return settings.model_copy(
         update={
             "data": data.model_copy(

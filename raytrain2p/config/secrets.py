@@ -1,5 +1,6 @@
 """Masks credentials in what others can read: parameters, pages, logs, recorded commands, messages."""
 
+import functools
 import json
 import os
 import re
@@ -11,12 +12,12 @@ MASK = "***"
 
 _PORT = r"(?!\d+(?:[/?#\s\"',)\]]|$))"
 # user:password@host, with any scheme; not host:port. Up to the last @ of the word: a password may have one.
-PASSWORD = re.compile(rf"(//[^\s:/@\[]*:){_PORT}(?:\S*|(?:(?!//)[^@\n])*)(?=@)")
+PASSWORD = re.compile(rf"(//[^\s:/@\[]*:){_PORT}(?:\S{{0,500}}|(?:(?!//)[^@\n]){{0,500}})(?=@)")
 # https://token@host
 USER = re.compile(r"(\bhttps?://)[^\s:/@]+(?=@)")
 _NAME = (  # of a credential, at its end: `MLFLOW_TRACKING_TOKEN`, `AccountKey`, `X-Amz-Signature`, but not `max_new_tokens`
-    r"[\w.-]*(?:token|password|passwd|passphrase|pwd|secret|credentials?|signature|apikey|api[_-]key|[._-]key|"
-    r"(?:access|account|private|shared|client|encryption)key)|sig|SAS"
+    r"[\w.-]*(?:token|password|passwd|passphrase|[._-]pass|pwd|secret|credentials?|signature|apikey|api[_-]key|[._-]key|"
+    r"(?:access|account|private|shared|client|encryption)key)|sig|SAS|pass"
 )
 # What follows a name: in quotes up to the closing one, else up to a space or the next parameter of a URL
 _VALUE = rf"(?:\"(?:[^\"\\\n]|\\.)*\"|'(?:[^'\\\n]|\\.)*'|(?!{re.escape(MASK)}|(?:none|null|true|false|value)\b)[^\s'\"&]+)"
@@ -29,7 +30,7 @@ KNOWN = re.compile(
     r"\b(?:(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
 )
 # Environment variables whose values are credentials; a path to one is not
-VARIABLE = re.compile(r"(?i)PASSWORD|PASSWD|PASSPHRASE|(?<!^)_PWD|TOKEN(?!IZER)|SECRET|KEY|CREDENTIAL")
+VARIABLE = re.compile(r"(?i)PASSWORD|PASSWD|PASSPHRASE|(?<!^)_PWD|TOKEN(?!IZER)|SECRET|(?:^|_)(?:[A-Z]*ACCESS|API)?KEYS?(?:$|_)|CREDENTIAL")
 PATH_VARIABLE = re.compile(r"(?i)(PATH|FILE|DIR|SOCK)$")
 SHORTEST = 6  # of a variable's value that is masked wherever it occurs: shorter ones are words, such as `true`
 
@@ -58,13 +59,14 @@ def _without_value(match: re.Match[str]) -> str:
 
 def _of_environment() -> Iterator[str]:
     """The credentials in environment variables, also as they are written in JSON and in URLs; the longest first."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if len(value) >= SHORTEST and value != MASK and VARIABLE.search(name) and not PATH_VARIABLE.search(name)
-    }
+    values = {value for name, value in os.environ.items() if _is_credential(name) and len(value) >= SHORTEST and value != MASK}
     written = {form for value in values for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value), quote_plus(value))}
     return iter(sorted(written, key=len, reverse=True))
+
+
+@functools.cache
+def _is_credential(variable: str) -> bool:
+    return VARIABLE.search(variable) is not None and PATH_VARIABLE.search(variable) is None
 
 
 def one_line(error: object, most: int = 200) -> str:

@@ -97,9 +97,10 @@ def check_token(address: str | None) -> None:
     if address is None:
         try:
             ensure_token()
-        except OSError as error:
-            what = f"Ray's token cannot be made there: {error.strerror}"
-            raise InputError(Problem(str(error.filename), what, "set RAY_AUTH_TOKEN to a secret of at least 32 characters")) from None
+        except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home directory
+            where, why = getattr(error, "filename", None) or "~/.ray/auth_token", getattr(error, "strerror", None) or error
+            fix = "set RAY_AUTH_TOKEN to a secret of at least 32 characters"
+            raise InputError(Problem(str(where), f"Ray's token cannot be made there: {why}", fix)) from None
     elif "://" not in address and os.environ.get("RAY_AUTH_MODE") == "token" and is_open(address):
         what = "demands no token, so whoever reaches it can run code, and its nodes cannot answer this launch"
         fix = "start it with RAY_AUTH_MODE=token, as cluster/head.sh does; or set RAY_AUTH_MODE here as the cluster has it"

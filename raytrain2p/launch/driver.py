@@ -12,6 +12,7 @@ import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, PHASES
+from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.monitor import PreparedSplits, train
@@ -122,7 +123,7 @@ def resolve_aligner(settings: Settings, console: Console, run: Run | None = None
     wanted = settings.model.aligner
     if run is not None and wanted == "latest" and (config := run.files.read_config()):
         wanted = str(flatten_tree(config).get("model.aligner", wanted))
-    path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings))
+    path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings, console), console.say)
     console.say(f"aligner: {path}")
     return with_aligner(settings, path)
 
@@ -131,11 +132,12 @@ def with_aligner(settings: InstructionSettings, path: Path) -> InstructionSettin
     return settings.model_copy(update={"model": settings.model.model_copy(update={"aligner": str(path)})})
 
 
-def fits(settings: InstructionSettings, path: Path) -> bool:
-    """Whether an aligner was trained with the encoders of these settings."""
+def fits(settings: InstructionSettings, console: Console, path: Path) -> bool:
+    """Whether an aligner was trained with the encoders of these settings; why not is printed."""
     try:
         check_encoders(with_aligner(settings, path))
-    except InputError:
+    except InputError as error:
+        console.say(f"model.aligner=latest passes over {path}: {one_line(error.problems[0], 300)}")
         return False
     return True
 

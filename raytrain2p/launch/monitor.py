@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import ray
 
-from raytrain2p.config import Settings
+from raytrain2p.config import InputError, Settings
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.progress import Console, followed
@@ -28,6 +28,8 @@ from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
+
+EXPECTED = (StorageError.__name__, InputError.__name__)  # errors of a worker whose text is for the user
 
 
 class TrainingFailedError(RuntimeError):
@@ -188,7 +190,7 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
-    if StorageError.__name__ in type(first).__name__ or isinstance(first.__cause__, StorageError):
+    if type(first).__name__ in EXPECTED or isinstance(first.__cause__, (StorageError, InputError)):
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)
@@ -206,8 +208,10 @@ def lost_worker(failure: Exception) -> str | None:
     reason = getattr(failure, "health_check_failure", failure)
     if type(failure).__name__ == "WorkerHealthCheckTimeoutError":
         return "did not answer for longer than launch.hang_timeout_s: its process is stopped, or its node does not answer"
-    if isinstance(reason, ray.exceptions.OutOfMemoryError) or "out of memory" in str(reason).lower() or "low on memory" in str(reason):
+    if not isinstance(reason, (ray.exceptions.OutOfMemoryError, ray.exceptions.RayActorError)):
+        return None
+    if isinstance(reason, ray.exceptions.OutOfMemoryError) or any(
+        f"{words} memory" in str(reason).lower() for words in ("out of", "low on")
+    ):
         return "was ended because its node ran out of memory: lower training.micro_batch_size or data.loader_workers"
-    if isinstance(reason, ray.exceptions.RayActorError):
-        return "was ended from outside, as by `kill` or by the system, which does so when it runs out of memory"
-    return None
+    return "was ended from outside, as by `kill` or by the system, which does so when it runs out of memory"

@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
+from raytrain2p.config import InputError
 from raytrain2p.interrupts import StoppedError, end_at_once, handle
 from raytrain2p.tracking.run import recorded_run
 from raytrain2p.worker.channel import RunChannel
@@ -24,7 +25,8 @@ def naming_run(root: str, launch_id: str) -> Iterator[None]:
     try:
         yield
     except StoppedError as stopped:
-        stopped.run = recorded_run(root, launch_id)
+        with suppress(InputError, OSError):  # its record is damaged, or its disk gone
+            stopped.run = recorded_run(root, launch_id)
         raise
 
 

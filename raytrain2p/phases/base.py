@@ -123,8 +123,6 @@ class PhaseModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning counts passes and epochs. A resumed run may have other numbers of passes per step, and of records, than before."""
         assert self.steps_per_epoch is not None
-        for group in checkpoint["optimizer_states"][0]["param_groups"]:
-            group["fused"] = True  # in a checkpoint of an earlier version it is not
         set_progress(checkpoint["loops"]["fit_loop"], checkpoint["global_step"], self.steps_per_epoch, self.passes_per_step)
 
     def configure_optimizers(self) -> Any:
@@ -136,6 +134,7 @@ class PhaseModule(pl.LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
+        optimizer.register_load_state_dict_pre_hook(_fused)
         warmup = min(settings.warmup_steps, max(1, self.total_steps // 2))
 
         def factor(step: int) -> float:
@@ -151,6 +150,12 @@ class PhaseModule(pl.LightningModule):
 def whole(value: torch.Tensor) -> torch.Tensor:
     """The value of a norm; that of sharded parameters is in parts."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """In a checkpoint of an earlier version it is not."""
+    for group in state["param_groups"]:
+        group["fused"] = True
 
 
 def set_progress(loops: dict[str, Any], step: int, steps_per_epoch: int, passes_per_step: int) -> None:

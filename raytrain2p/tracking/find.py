@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -116,9 +117,11 @@ def is_alive(run: Run, root: str) -> bool:
     if launch_lock(root, run.launch_id).is_held() or lock.is_held():
         return True
     if (sweep := run.files.tags().get(SWEEP_TAG)) is not None:
-        parents = [directory for directory in run_directories(root, [SWEEPS]) if directory.name.startswith(sweep)]
-        if any(launch_lock(root, read_run(directory).launch_id).is_held() for directory in parents):
-            return True
+        parents = Path(root, SWEEPS).glob(f"{sweep}_*")
+        for directory in parents:
+            with suppress(DamagedFileError):  # no sweep works with that
+                if launch_lock(root, read_run(directory).launch_id).is_held():
+                    return True
     elsewhere = run.files.read_status()["host"] not in ("", socket.gethostname())
     return elsewhere and lock.path.is_file() and time.time() - lock.path.stat().st_mtime < SILENCE
 
@@ -153,7 +156,7 @@ def _one(runs: list[Path], wanted: str, root: str, setting: str, report: Callabl
         newest_first = _undamaged([partial(read_run, directory) for directory in reversed(runs)], report)
         if (newest := next((run for run in newest_first if not is_trial(run.path)), None)) is not None:
             return newest
-    fitting = [run for run in runs if run.name.startswith(wanted)]
+    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
     if len(fitting) == 1:
         return read_run(fitting[0])
     what = _several(fitting, root) if fitting else f"there is no such run in {root}"
@@ -193,7 +196,7 @@ def find_artifact(
     runs, folder = run_directories(root, [phase.name]), Path(root) / phase.name
     if wanted == "latest":
         return _latest_artifact(runs, folder, phase, setting, fits, report)
-    fitting = [run for run in runs if run.name.startswith(wanted)]
+    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
     if len(fitting) != 1:
         what = _several(fitting, folder) if fitting else f"is neither a file nor the start of a run ID in {folder}"
         raise InputError(Problem(f"{setting}={wanted}", what, "give a path, more of the run ID, or `latest`"))

@@ -4,17 +4,19 @@ SQLite commits each step of a migration by itself, so `mlflow db upgrade` finds 
 copied into a new database with the tables of the last complete revision, and that one is migrated.
 """
 
-import shlex
 import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
 
 from alembic import command
+from alembic.util import CommandError
 from mlflow.store.db.utils import _get_alembic_config
 from mlflow.store.tracking.dbmodels.initial_models import Base as InitialTables
 from sqlalchemy import create_engine
+from sqlalchemy.exc import SQLAlchemyError
 
+from raytrain2p.config.cli import FAILED, Parser, report, say
 from raytrain2p.config.secrets import one_line
 from raytrain2p.storage.files import link_file, written_aside
 from raytrain2p.tracking.mlflow_store import HALF_DONE, only_opener, schema_of
@@ -76,12 +78,18 @@ def copy_rows(source: Path, target: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, or 1 if the database could not be repaired; it is unchanged then."""
-    (path,) = map(Path, sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(
+        prog="python -m raytrain2p.tracking.mlflow_repair", description="Rebuild an MLflow database whose migration was interrupted."
+    )
+    parser.add_argument("file", type=Path, help="the database, SQLite")
+    path = parser.parse_args(arguments).file
+    if not path.is_file():
+        parser.error(f"{path}: no such file")
     try:
-        print(repair(path.absolute()))
-    except (OSError, sqlite3.Error) as error:
-        print(f"{shlex.quote(str(path))} is unchanged: {one_line(error)}", file=sys.stderr)
-        return 1
+        say(repair(path.absolute()))
+    except (OSError, sqlite3.Error, SQLAlchemyError, CommandError) as error:
+        report(f"{path} is unchanged: {one_line(error)}")
+        return FAILED
     return 0
 
 

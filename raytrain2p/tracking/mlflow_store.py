@@ -26,7 +26,7 @@ from raytrain2p.tracking.mlflow_errors import store_problem
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
-SECONDS_TO_OPEN = 300.0  # while other processes create or open the same database: 2 to 10 seconds each on busy cores
+SECONDS_TO_OPEN = 60.0  # while other processes create or open the same database: 2 to 10 seconds each on busy cores
 HALF_DONE = "_alembic_tmp_"  # begin of the names of tables that only a migration under way has
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
@@ -59,14 +59,15 @@ def only_opener(uri: str) -> Iterator[None]:
     """Within, no other process of ours opens or makes a store in files: several that make the tables of one SQLite file break it.
 
     Raises:
-        OSError: another process does not end.
+        UnusableStoreError: another process does not end.
     """
     if (path := local_path(uri)) is None:
         yield
         return
     with Lock(path.with_name(f".{path.name}.lock")).held(SECONDS_TO_OPEN) as holder:
         if holder is not None:
-            raise OSError(f"{holder} is opening {path}, and does not end")
+            what = f"{holder} has been opening {path} for {SECONDS_TO_OPEN:.0f} seconds, and does not end"
+            raise UnusableStoreError(Problem(f"tracking.uri={uri}", what, "end that process"))
         yield
 
 
@@ -130,7 +131,8 @@ def schema_of(path: Path) -> tuple[set[str], str | None]:
 def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "") -> list[MlflowRun]:
     """The runs of all experiments that have this value of a tag, and meet a further condition."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    return list(client.search_runs(experiments, f"tags.`{tag}` = '{value}'{condition}"))
+    mark = '"' if "'" in value else "'"
+    return list(client.search_runs(experiments, f"tags.`{tag}` = {mark}{value}{mark}{condition}"))
 
 
 def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
@@ -185,7 +187,7 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
     """Create the store and the experiment once, in the driver, unless another launch does at the same moment.
 
     Raises:
-        InputError: the store cannot be used. Found within 15 seconds.
+        InputError: the store cannot be used. Found within 15 seconds, or within 60 if another process opens the same file.
     """
     uri, name = settings.tracking.uri, experiment_name(settings, default_experiment)
     location = None

@@ -97,9 +97,13 @@ class MlflowSync:
         self.damage: list[str] = []
         self.state: dict[str, Any] = {"sent": 0, "sending": self._size(), "described": None, "status": None, "artifacts": {}, "refused": {}}
         try:
-            self.state |= read_as(self.state_path, SyncState, "MLflow was asked what it has") or {}
+            known: dict[str, Any] = read_as(self.state_path, SyncState, "MLflow was asked what it has") or {}
         except DamagedFileError as error:
+            known = {}
             self.damage.append(error.line)
+        self.state |= known
+        if known and "artifacts" not in known and known.get("status") == self.files.read_status():
+            self.state["artifacts"] = self._artifacts_now()  # an earlier version, which sent them before the status
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -130,13 +134,12 @@ class MlflowSync:
             self.damage.append(f"{self.metrics_file} has lost {lost:,} bytes that were sent: MLflow has points that are not here any more")
             self._note(sent=0, sending=self._size())
         self._send_description()
-        end = int(self.state["sent"]) + self._left()  # training may write points faster than MLflow takes them
-        while self.state["sent"] < end and self._send_points():
+        size = int(self.state["sent"]) + self._left()  # training may write points faster than MLflow takes them
+        while self.state["sent"] < size and self._send_points():
             pass
         status = self.files.read_status()
         if self.state["status"] != status and self.is_behind():  # MLflow keeps the status and the artifacts of the other one
-            kept = {str(file.relative_to(self.run.path)): now for file, _, now in self._artifacts_left()}
-            self._note(status=status, artifacts=self.state["artifacts"] | kept)
+            self._note(status=status, artifacts=self.state["artifacts"] | self._artifacts_now())
             return
         failure = self._send_artifacts()  # raised after the status was sent: artifacts may be on another server, or another disk
         if self.state["status"] != status:
@@ -280,6 +283,10 @@ class MlflowSync:
                 if self.state["artifacts"].get(name) != now and f"artifact `{name}`" not in self.state["refused"]:
                     yield file, folder if inner == "." else f"{folder}/{inner}", now
 
+    def _artifacts_now(self) -> dict[str, list[int]]:
+        """As they are recorded once MLflow has them."""
+        return {str(file.relative_to(self.run.path)): now for file, _, now in self._artifacts_left()}
+
     def _send_artifacts(self) -> Exception | None:
         """Send files. Returns the first error of one that MLflow may take later; unless MLflow is away, the others are sent."""
         failure: Exception | None = None
@@ -331,6 +338,7 @@ class MlflowSyncThread:
     def _work(self) -> None:
         wait, failed, hung = SEND_SECONDS, 0, 0.0
         reported: Kind | None = None
+        damaged_line = ""
         refused = self.mlflow_sync.refusals()
         while True:
             closing = self.closing.wait(wait)
@@ -350,7 +358,11 @@ class MlflowSyncThread:
                 if closing:
                     return
                 continue
-            if not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
+            if isinstance(error, DamagedFileError):
+                if error.line != damaged_line:
+                    damaged_line = error.line
+                    self.report(damaged_line)
+            elif not isinstance(error, RunDirectoryError):  # a failed disk ends training, which reports it
                 problem = store_problem(error)
                 if problem.kind is not reported:
                     reported = problem.kind

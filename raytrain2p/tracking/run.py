@@ -3,6 +3,7 @@
 The launch ID is a tag of the MLflow run, and a record on disk. Rank 0 looks for both before it creates a run.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -171,14 +172,18 @@ def check_not_elsewhere(tags: Mapping[str, str], run_id: str, phase: str, root: 
 
 
 def check_launch_is_free(settings: Settings, phase: str, launch_id: str) -> None:
-    """Check in MLflow that no other output root has a run of this launch.
+    """Check in MLflow that a launch that this output root has no record of has no run elsewhere, be it on another machine.
 
     Raises:
-        InputError: one has.
+        InputError: it has.
     """
     with suppress(*STORE_ERRORS):  # rank 0 checks it again, and waits for a store that is away
         for found in runs_with_tag(client_of(settings.tracking.uri), LAUNCH_TAG, launch_id):
-            check_not_elsewhere(found.data.tags, found.info.run_id, phase, settings.output.root, launch_id)
+            tags, run_id = found.data.tags, found.info.run_id
+            check_not_elsewhere(tags, run_id, phase, settings.output.root, launch_id)
+            if COMMAND_TAG in tags and not is_reachable(Path(tags.get(DIRECTORY_TAG, ""))):
+                what = f"belongs to run {run_id[:8]}, whose directory {tags.get(DIRECTORY_TAG)} is not here"
+                raise InputError(Problem(f"--launch-id {launch_id}", what, "mount its disk again, or take another launch ID"))
 
 
 def get_or_create_run(settings: Settings, phase: str, default_experiment: str, launch_id: str, tags: dict[str, str] | None = None) -> Run:
@@ -230,7 +235,8 @@ def _create_run(settings: Settings, phase: str, default_experiment: str, launch_
     _retried(lambda: client_of(uri).set_tag(run_id, DIRECTORY_TAG, directory))
     (run.files.trials if phase == SWEEPS else run.checkpoints).mkdir(parents=True, exist_ok=True)
     with Lock(record.with_name(".sequence.lock")).held(SECONDS_TO_CREATE):  # without it, two runs may have one number
-        sequence = run.files.sequence() or next_sequence(root)
+        known = run.files.sequence()
+        sequence = int(known) if 0 < known < math.inf else next_sequence(root, record.with_name(".sequence"))
         run.files.write_record(asdict(run) | {"tags": tags, "sequence": sequence})
     write_json(record, asdict(run))
     return run

@@ -19,7 +19,7 @@ from raytrain2p.config import Findings, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
+from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
 
 RUN_ID_LENGTH = 32  # the name of a run directory begins with the MLflow run ID
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
@@ -46,14 +46,20 @@ class RecordShape(TypedDict, total=False):
     sequence: int
 
 
+class ConfigShape(TypedDict, total=False):
+    """What is read of config.json here."""
+
+    output: dict[str, Any]
+
+
 class ResumeRow(TypedDict):
     """A row of changes.jsonl: a resume, when it was launched (seconds since 1970), its command, the settings that it changed as
     [before, after], and the parts of inputs whose other content was accepted, by setting."""
 
-    at: float
-    command: str
-    changes: dict[str, Any]
-    inputs: dict[str, list[str]]
+    at: Annotated[float, Field(ge=0, le=1e11)]
+    command: NotRequired[str]
+    changes: dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]]
+    inputs: NotRequired[dict[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class RunDirectory:
     def read_config(self) -> dict[str, Any] | None:
         """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
         those of where it is now."""
-        config: dict[str, Any] | None = read_as(self.config, dict[str, Any])
+        config: dict[str, Any] | None = read_as(self.config, ConfigShape)
         before = (config or {}).get("output", {}).get("root")
         if before is None or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
             return config
@@ -153,7 +159,7 @@ class RunDirectory:
 
     def moved_settings(self) -> list[str]:
         """`key=value` for each setting of config.json that differs now because the output root was moved."""
-        before, now = flatten_tree(read_as(self.config, dict[str, Any]) or {}), flatten_tree(self.read_config() or {})
+        before, now = flatten_tree(read_as(self.config, ConfigShape) or {}), flatten_tree(self.read_config() or {})
         return [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
 
     def write_config(self, config: dict[str, Any]) -> None:
@@ -161,8 +167,8 @@ class RunDirectory:
 
     def read_changes(self) -> list[ResumeRow]:
         """The resumes of the run, the oldest first; rows of earlier versions have settings alone."""
-        lines = self.changes.read_text().splitlines(keepends=True) if self.changes.is_file() else []
-        rows = (json.loads(line) for line in lines if line.endswith("\n"))
+        lines = self.changes.read_bytes().splitlines(keepends=True) if self.changes.is_file() else []
+        rows = [row_of(self.changes, line) for line in lines if line.endswith(b"\n")]
         return [
             ResumeRow(at=row["at"], command=row.get("command", ""), changes=row["changes"], inputs=row.get("inputs", {})) for row in rows
         ]
@@ -186,7 +192,7 @@ class RunDirectory:
             InputError: every damaged file.
         """
         findings = Findings()
-        for read in (self.read_record, self.read_config, self.read_status):
+        for read in (self.read_record, self.read_config, self.read_status, self.read_changes):
             with findings:
                 read()
         findings.raise_any()
@@ -195,6 +201,20 @@ class RunDirectory:
         """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
         row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.status, row | ({"reason": reason} if reason else {}))
+
+
+def row_of(path: Path, line: bytes) -> Any:
+    """A row of changes.jsonl.
+
+    Raises:
+        DamagedFileError: it is not one.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"has a line that is not JSON: {error}") from None
+    check_shape(path, row, ResumeRow)
+    return row
 
 
 def _moved(value: Any, before: str, now: str) -> Any:
@@ -208,10 +228,19 @@ def _moved(value: Any, before: str, now: str) -> Any:
     return value
 
 
-def next_sequence(root: str) -> int:
-    """The number of a new run under an output root: clocks may be wrong, or change to winter time, but this is larger than any."""
-    numbers = [RunDirectory(folder).sequence() for folder in Path(root).glob(f"[!.]*/{'?' * RUN_ID_LENGTH}_*")]
-    return 1 + int(max((number for number in numbers if number < math.inf), default=0))
+def next_sequence(root: str, kept: Path) -> int:
+    """The number of a new run under an output root: clocks may be wrong, or change to winter time, but this is larger than any.
+
+    Args:
+        kept: file with the last number. If it is missing or damaged, the numbers of all runs are read.
+    """
+    try:
+        last = int(kept.read_text())
+    except (OSError, ValueError):
+        numbers = [RunDirectory(folder).sequence() for folder in Path(root).glob(f"[!.]*/{'?' * RUN_ID_LENGTH}_*")]
+        last = int(max((number for number in numbers if number < math.inf), default=0))
+    write_file(kept, f"{last + 1}\n")
+    return last + 1
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:

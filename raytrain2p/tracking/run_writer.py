@@ -173,9 +173,9 @@ def _resumes(history: Sequence[ResumeRow]) -> str:
     """The resumes of a run, for README.md."""
     text = ""
     for row in history:
-        text += f"\nResumed at {_local_time(row['at'])} with\n\n    {row['command']}\n"
-        lines = [f"- `{key}`: {old!r} -> {new!r}" for key, (old, new) in row["changes"].items()]
-        lines += [f"- other content accepted: `{where}` ({', '.join(parts)})" for where, parts in row["inputs"].items()]
+        text += f"\nResumed at {_local_time(row['at'])} with\n\n{code_block(row['command'])}\n"
+        lines = [f"- {code_span(key)}: {code_span(repr(old))} -> {code_span(repr(new))}" for key, (old, new) in row["changes"].items()]
+        lines += [f"- other content accepted: {code_span(where)} ({code_span(', '.join(parts))})" for where, parts in row["inputs"].items()]
         text += "".join(f"\n{line}" for line in lines) + "\n" * bool(lines)
     return text
 

@@ -166,7 +166,7 @@ def test_accepted_inputs_are_recorded_with_the_time_and_the_command(begin: Begin
     assert row == {"at": 1_800_000_000.0, "command": again, "changes": {}, "inputs": accepted}
     assert f"2027-01-15 08:00:00+00:00: {where} (spiece.model)" in run.files.tags()["raytrain2p.accepted_inputs"]
     page = run.files.readme.read_text()
-    assert f"- other content accepted: `{where}` (spiece.model)" in page
+    assert f"- other content accepted: `{where}` (`spiece.model`)" in page
     check(settings, 2, Console(), run)  # it has these inputs now
 
 

@@ -12,6 +12,7 @@ FEW = "evaluation.max_records=16 evaluation.samples=4 --json"
 
 
 @pytest.mark.real
+@pytest.mark.timeout(1200)
 def test_both_phases_run_as_submitted_jobs_the_losses_fall_and_the_result_answers(ray_head: str, tmp_path: Path) -> None:
     first = submit(f"python -m raytrain2p.train --phase 1 training.max_epochs=4 {FEW}")
     losses = points(first, "train_loss")

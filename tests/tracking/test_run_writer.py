@@ -213,7 +213,7 @@ def test_a_resumed_run_keeps_its_first_command_and_lists_each_resume(settings: S
         < page.index("with\n\n    second --resume")
         < page.index("with\n\n    third --resume")
     )
-    assert f"- `training.max_steps`: {settings.training.max_steps} -> 65" in page
+    assert f"- `training.max_steps`: `{settings.training.max_steps}` -> `65`" in page
     assert page.count("Resumed at 2027-01-15") == 2
     assert run.files.tags()["raytrain2p.command"] == "first seed=3"
     assert run.files.tags()["raytrain2p.resumed"].startswith("2 times, the last at 2027-01-15")
