@@ -29,10 +29,12 @@ BEARER = re.compile(r"(\b[Bb]earer\s+)(?:[\w.~+/=-]{20,}|(?=\S*\d)[\w.~+/=-]{8,}
 KNOWN = re.compile(
     r"\b(?:(?:hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-)[\w-]{16,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
 )
-# Environment variables whose values are credentials; a path to one is not
-VARIABLE = re.compile(r"(?i)PASSWORD|PASSWD|PASSPHRASE|(?<!^)_PWD|TOKEN(?!IZER)|SECRET|(?:^|_)(?:[A-Z]*ACCESS|API)?KEYS?(?:$|_)|CREDENTIAL")
+# Environment variables whose values are credentials; a path to one is not. Those of the second kind may be words, such as a name
+VARIABLE = re.compile(r"(?i)PASSWORD|PASSWD|PASSPHRASE|(?<!^)_PWD")
+TOKEN_VARIABLE = re.compile(r"(?i)TOKEN(?!IZER)|SECRET|KEY$|CREDENTIAL")
 PATH_VARIABLE = re.compile(r"(?i)(PATH|FILE|DIR|SOCK)$")
-SHORTEST = 6  # of a variable's value that is masked wherever it occurs: shorter ones are words, such as `true`
+TOKEN = re.compile(r"(?=.*\d).{8,}|.{16,}")
+PASSWORD_VALUE = re.compile(".{6,}")  # shorter ones are words, such as `true`
 
 
 def masked(text: str) -> str:
@@ -59,14 +61,21 @@ def _without_value(match: re.Match[str]) -> str:
 
 def _of_environment() -> Iterator[str]:
     """The credentials in environment variables, also as they are written in JSON and in URLs; the longest first."""
-    values = {value for name, value in os.environ.items() if _is_credential(name) and len(value) >= SHORTEST and value != MASK}
+    values = {
+        value
+        for name, value in os.environ.items()
+        if (kind := _value_of(name)) is not None and kind.match(value) and value != MASK and not value.startswith("/")
+    }
     written = {form for value in values for form in (value, json.dumps(value)[1:-1], repr(value)[1:-1], quote(value), quote_plus(value))}
     return iter(sorted(written, key=len, reverse=True))
 
 
 @functools.cache
-def _is_credential(variable: str) -> bool:
-    return VARIABLE.search(variable) is not None and PATH_VARIABLE.search(variable) is None
+def _value_of(variable: str) -> re.Pattern[str] | None:
+    """What a credential in this environment variable looks like; None if it has none."""
+    if PATH_VARIABLE.search(variable):
+        return None
+    return PASSWORD_VALUE if VARIABLE.search(variable) else TOKEN if TOKEN_VARIABLE.search(variable) else None
 
 
 def one_line(error: object, most: int = 200) -> str:

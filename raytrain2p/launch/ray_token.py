@@ -1,5 +1,6 @@
 """The token that every request to Ray needs: where Ray looks for it, and a new one if there is none."""
 
+import errno
 import os
 import secrets
 import tempfile
@@ -15,11 +16,15 @@ def ensure_token() -> None:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     if not path.is_file():
         descriptor, aside = tempfile.mkstemp(dir=path.parent)  # mode 600
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_hex(32))
-        with suppress(FileExistsError):  # another launch has just made one: all must use the same
-            os.link(aside, path)
-        Path(aside).unlink()
+        try:
+            with os.fdopen(descriptor, "w") as stream:
+                stream.write(secrets.token_hex(32))
+            with suppress(FileExistsError):  # another launch has just made one: all must use the same
+                os.link(aside, path)
+        finally:
+            Path(aside).unlink()
+        if not path.is_file():
+            raise OSError(errno.EEXIST, "it is there, but is not a file", str(path))
     with suppress(OSError):  # mounted read-only
         path.chmod(0o600)
 

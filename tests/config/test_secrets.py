@@ -177,7 +177,16 @@ def test_the_value_of_a_variable_with_such_a_name_is_hidden_wherever_it_occurs(n
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("TOKENIZERS_PARALLELISM", "false-value"), ("PWD", "/home/me"), ("RAY_AUTH_TOKEN_PATH", "/a/token")]
+    ("name", "value"),
+    [
+        ("XKB_KEYMAP", "checkpoints"),
+        ("GPG_KEY", "alignment"),
+        ("SSH_KEY_NAME", "mlflow"),
+        ("GNOME_KEYRING_CONTROL", "/home/me"),
+        ("TOKENIZERS_PARALLELISM", "false-value"),
+        ("PWD", "/home/me"),
+        ("RAY_AUTH_TOKEN_PATH", "/a/token"),
+    ],
 )
 def test_a_variable_without_a_secret_hides_nothing(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)

@@ -9,6 +9,7 @@ import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import TrainingFailedError
 
+from raytrain2p.config import InputError, Problem
 from raytrain2p.launch.monitor import cause_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.tracking.run import disk_gone
@@ -66,6 +67,18 @@ def test_a_worker_that_ray_lost_has_one_line(failure: Exception, line: str) -> N
     text = cause_of(WorkersFailed(failure), None)
     assert text.startswith(line)
     assert "\n" not in text
+
+
+def test_a_gpu_without_memory_is_an_error_of_the_worker_with_its_traceback() -> None:
+    text = cause_of(WorkersFailed(raised(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))), None)
+    assert "node" not in text
+    assert "CUDA out of memory" in text
+
+
+def test_bad_input_that_a_worker_finds_is_shown_without_a_traceback() -> None:
+    text = cause_of(WorkersFailed(raised(InputError(Problem("--launch-id x", "belongs to another root", "take another one")))), None)
+    assert "Traceback" not in text
+    assert "belongs to another root" in text
 
 
 @pytest.mark.parametrize("line", ["last.ckpt cannot be written: no space left", "run.json cannot be written: gone"])

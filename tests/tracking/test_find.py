@@ -319,3 +319,11 @@ def test_latest_passes_over_a_damaged_run_and_says_so(tmp_path: Path) -> None:
 
 def test_a_name_that_is_too_long_for_a_path_is_no_run(tmp_path: Path) -> None:
     assert "there is no such run" in no_run(tmp_path, "a" * 5000)
+
+
+def test_an_empty_name_is_no_run(tmp_path: Path) -> None:
+    """As `--resume "$RUN"` gives it if there is no such variable."""
+    noted_run(tmp_path, "a" * 32, "20260101_000000")
+    make_run(tmp_path, "b" * 32, "20260101_000000")
+    assert "there is no such run" in no_run(tmp_path, "", "phase2")
+    assert "is neither a file nor the start of a run ID" in message(tmp_path, "")

@@ -22,6 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from raytrain2p.config import InputError, Settings
+from raytrain2p.tracking import mlflow_repair
 from raytrain2p.tracking import mlflow_store as store_module
 from raytrain2p.tracking.mlflow_repair import make_tables, migrate
 from raytrain2p.tracking.mlflow_store import UnusableStoreError, check_server, check_store_is_shared, client_of, local_path, prepare_store
@@ -326,3 +327,17 @@ def test_telemetry_of_mlflow_is_off_whichever_module_is_imported_first(module: s
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "DO_NOT_TRACK") and "MLFLOW" not in name}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "None\n"
+
+
+@pytest.mark.parametrize("content", [None, b"not a database"])
+def test_only_a_database_can_be_repaired(tmp_path: Path, content: bytes | None, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mlflow.db"
+    if content is None:
+        with pytest.raises(SystemExit, match="2"):
+            mlflow_repair.main([str(path)])
+    else:
+        path.write_bytes(content)
+        assert mlflow_repair.main([str(path)]) == 1
+        assert "is unchanged: file is not a database" in capsys.readouterr().err
+        assert path.read_bytes() == content
+    assert [one.name for one in tmp_path.iterdir() if one != path and one.suffix != ".lock"] == []

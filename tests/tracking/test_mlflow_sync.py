@@ -674,3 +674,16 @@ def test_the_sync_command_names_what_mlflow_never_takes(settings: Settings, repo
         assert sync(run, settings.output.root, None, reported.append)
         assert f"{done}; without metric `what colour?`, which MLflow does not take (" in reported[-1]
     assert history(settings, run) == values(1)
+
+
+def test_a_run_that_an_earlier_version_sent_is_complete(settings: Settings) -> None:
+    """It did not record each artifact, and sent them before the status."""
+    run = create(settings)
+    (run.path / "model.pt").write_bytes(b"model")
+    run.files.write_status("FINISHED")
+    mlflow_sync = sync_of(settings, run)
+    mlflow_sync.send()
+    write_json(run.files.sync_state, {key: mlflow_sync.state[key] for key in ("sent", "sending", "described", "status")})
+    assert sync_of(settings, run).complete()
+    run.files.write_status("FAILED")
+    assert not sync_of(settings, run).complete()

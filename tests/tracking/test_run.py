@@ -20,7 +20,7 @@ from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking import run as run_module
 from raytrain2p.tracking import run_directory as run_directory_module
 from raytrain2p.tracking.find import RUN_DIRECTORY, find_run, run_directories
-from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, prepare_store
+from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, prepare_store, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import (
     DIRECTORY_TAG,
@@ -418,3 +418,29 @@ def test_a_launch_whose_record_is_gone_keeps_its_directory(settings: Settings) -
     path.unlink()
     write_json(path, {"launch_id": "launch-1", "timestamp": "20260101_120000", "since": 0.0})  # a second later, that is
     assert create(settings) == first
+
+
+def test_a_launch_of_another_machine_is_refused_though_its_root_has_the_same_path(settings: Settings, tmp_path: Path) -> None:
+    """Each machine has a disk of its own under that path, and both send to one server."""
+    run = create(settings)
+    describe_run(run, resolved_config(settings, {}), "command", {})
+    MlflowSync(run, settings.tracking.uri).send()
+    Path(settings.output.root).rename(tmp_path / "the other machine's")
+    with pytest.raises(InputError, match="is not here"):
+        check_launch_is_free(settings, "phase2", run.launch_id)
+
+
+def test_an_output_root_may_have_a_quotation_mark_in_its_name(settings: Settings, tmp_path: Path) -> None:
+    quoted = settings.model_copy(update={"output": settings.output.model_copy(update={"root": str(tmp_path / "it's")})})
+    Path(quoted.output.root, ".launches").mkdir(parents=True)
+    run = create(quoted)
+    assert [found.info.run_id for found in running_runs(client_of(settings.tracking.uri), ROOT_TAG, quoted.output.root)] == [run.run_id]
+
+
+def test_a_damaged_record_of_a_run_is_written_anew_with_a_number_that_can_be_read(settings: Settings) -> None:
+    run = create(settings)
+    run.files.record.write_bytes(bytes(100))
+    path = launch_record(settings.output.root, "launch-1")
+    write_json(path, {"launch_id": "launch-1", "timestamp": run.timestamp, "since": 0.0})
+    assert create(settings) == run
+    assert run.files.sequence() == 2
