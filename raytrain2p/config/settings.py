@@ -182,8 +182,8 @@ class LaunchSettings(SettingsGroup):
     max_failures: Count = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
     hang_timeout_s: PositiveInt = setting(
         120,
-        "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; long steps, "
-        "validation and evaluation do not count, since another thread answers",
+        "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; Ray "
+        "then ends it within 40 seconds. Long steps, validation and evaluation do not count, since another thread answers",
         _OF_ALL_TRIALS,
     )
     object_store_mb: Annotated[int, Field(ge=80, le=MOST)] = setting(

@@ -190,15 +190,18 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
-    if type(first).__name__ in EXPECTED or isinstance(first.__cause__, (StorageError, InputError)):
+    if any(name in type(first).__name__ for name in EXPECTED) or isinstance(first.__cause__, (StorageError, InputError)):
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)
     if is_disk_failure(first):
         return masked(one_line(first))
-    for rank, failure in (failures or {}).items():
-        if (lost := lost_worker(failure)) is not None:
-            return f"worker {rank} {lost}"
+    lost = {f"worker {rank}": failure for rank, failure in (failures or {}).items()}
+    if (failure := getattr(error, "controller_failure", None)) is not None:
+        lost["Ray's controller"] = failure
+    for which, failure in lost.items():
+        if (end := lost_worker(failure)) is not None:
+            return f"{which} {end}"
     text = str(error).partition("\n")[2] if failures else "".join(traceback.format_exception(first))
     return masked(text).rstrip() + "\n(more with --ray-logs)"
 

@@ -34,7 +34,6 @@ POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one reques
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
 TRIES_AT_THE_END = 5  # a second apart
 SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
-POINTS_TRIED = 3  # of a metric: once so many were refused, no more of it are sent
 CHANGED_TAG = "raytrain2p.changed."
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
 
@@ -42,13 +41,6 @@ Item = TypeVar("Item", Metric, Param, RunTag)
 
 
 Bytes = Annotated[int, Field(ge=0)]
-
-
-class Refused(TypedDict):
-    """Of an item that MLflow will never take: how many of it were tried, and why."""
-
-    items: int
-    reason: str
 
 
 class SyncState(TypedDict, total=False):
@@ -59,7 +51,7 @@ class SyncState(TypedDict, total=False):
     described: float | None
     status: RunStatus | None
     artifacts: dict[str, list[int]]
-    refused: dict[str, Refused]
+    refused: dict[str, str]
 
 
 class RunDirectoryError(OSError):
@@ -86,7 +78,7 @@ class MlflowSync:
     The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
     of it as `sending`. After a kill or a time-out in between, MLflow is asked which points up to there it has; so it is for the whole
     file if that state is lost, or if the file is shorter than what was sent. `artifacts` has the size and the time of each file that
-    was sent; `refused`, by name, how many items MLflow will never take, and why.
+    was sent; `refused`, by name, why MLflow will never take an item.
 
     `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
     """
@@ -118,7 +110,7 @@ class MlflowSync:
 
     def refusals(self) -> dict[str, str]:
         """What MLflow will never take: the name of each item, and why."""
-        return {name: refused["reason"] for name, refused in self.state["refused"].items()}
+        return dict(self.state["refused"])
 
     def send(self) -> None:
         """Send what MLflow does not have yet: settings and tags, points, and, once the run has ended, artifacts and status.
@@ -248,8 +240,7 @@ class MlflowSync:
         Args:
             kind: metrics, params or tags.
         """
-        tries = POINTS_TRIED if kind == "metrics" else 1
-        items = [item for item in items if self.state["refused"].get(item_name(kind, item), {"items": 0})["items"] < tries]
+        items = [item for item in items if item_name(kind, item) not in self.state["refused"]]
         if not items:
             return
         try:
@@ -267,8 +258,7 @@ class MlflowSync:
             self._set_aside(item_name(kind, items[0]), problem)
 
     def _set_aside(self, name: str, problem: StoreProblem) -> None:
-        count = self.state["refused"].get(name, {"items": 0})["items"] + 1
-        self._note(refused=self.state["refused"] | {name: {"items": count, "reason": problem.reason}})
+        self._note(refused=self.state["refused"] | {name: problem.reason})
 
     def _artifacts_left(self) -> Iterator[tuple[Path, str | None, list[int]]]:
         """The files that MLflow lacks: each with its folder among the run's artifacts, and its size and time."""

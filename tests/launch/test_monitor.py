@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import TrainingFailedError
+from ray.train.v2.api.exceptions import ControllerError
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.launch.monitor import cause_of
@@ -79,6 +80,12 @@ def test_bad_input_that_a_worker_finds_is_shown_without_a_traceback() -> None:
     text = cause_of(WorkersFailed(raised(InputError(Problem("--launch-id x", "belongs to another root", "take another one")))), None)
     assert "Traceback" not in text
     assert "belongs to another root" in text
+
+
+def test_a_controller_that_ray_ended_for_memory_has_one_line() -> None:
+    text = cause_of(ControllerError(OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")), None)
+    assert text.startswith("Ray's controller was ended because its node ran out of memory")
+    assert "\n" not in text
 
 
 @pytest.mark.parametrize("line", ["last.ckpt cannot be written: no space left", "run.json cannot be written: gone"])
