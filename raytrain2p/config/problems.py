@@ -58,6 +58,10 @@ class InputError(ValueError):
         return f"{count:,} problem{'s' if count > 1 else ''}; nothing was started\n{shown}"
 
 
+class ReportedError(InputError):
+    """Something is missing that another check reports: `Findings` leaves it out."""
+
+
 class Findings:
     """Collects the problems of several checks, each of which raises its own, so that they are reported together."""
 
@@ -76,7 +80,7 @@ class Findings:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> bool:
         """Collect an InputError; any other exception is a bug and propagates."""
         if isinstance(error, InputError):
-            self.problems += error.problems
+            self.problems += [] if isinstance(error, ReportedError) else error.problems
             return True
         return False
 

@@ -225,6 +225,12 @@ def test_a_name_that_no_file_system_takes_is_refused(refused: Refuse, capsys: py
     assert "no file system takes so long a name" in capsys.readouterr().err
 
 
+def test_a_latest_aligner_that_is_not_there_is_the_only_problem(refused: Refuse) -> None:
+    output = refused(2)
+    assert "1 problem;" in output
+    assert "model.aligner=latest" in output
+
+
 def test_an_object_store_larger_than_memory_is_refused_before_ray_starts(refused: Refuse) -> None:
     assert "MB of memory that this machine has" in refused(1, "launch.object_store_mb=1000000000")
 

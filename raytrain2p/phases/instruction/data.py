@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig
 
-from raytrain2p.config import Findings, InstructionSettings
+from raytrain2p.config import Findings, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.config.problems import ReportedError
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.data.media import TEXT, MediaRef
@@ -190,7 +191,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
                     stores[modality] = FeatureStore(str(settings.data.feature_store), specs[modality].fingerprint())
     media_keys = read_media_keys(splits.values(), specs, stores, findings)
     tokens, shares, notes = dict[str, TokenRecords](), read.shares, read.notes
-    if chat is not None:
+    if chat is not None and used <= specs.keys():  # else it is reported: what the aligner lacks, or the aligner itself
         for name, records in splits.items():
             with findings:
                 setting = f"data.{name}" if name in (TRAIN, VAL) else f"data.test.{name}"
@@ -201,6 +202,8 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
     check_shares(settings, shares, findings)
     findings.raise_any()
+    if not Path(model.aligner).is_file():
+        raise ReportedError(Problem(f"model.aligner={model.aligner}", "there is no such file"))  # where it was resolved to a path
     items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in stores}
     if settings.data.features == "stored":
         for ref in (ref for records in splits.values() for record in records for ref in record.media()):
