@@ -5,6 +5,7 @@ its encoder, S width of the shared space, K soft tokens per item, E embedding wi
 positions in the batch, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -256,4 +257,6 @@ def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
         target_modules=lora["target_modules"],
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(language_model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute that is about to go
+        return get_peft_model(language_model, config)
