@@ -33,7 +33,7 @@ unit: install-dev
 # What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
 chaos: install-dev
 	mkdir -p build
-	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/launch/test_resume.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/test_docs.py tests/launch/test_resume.py tests/launch/test_job.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
 	RAYTRAIN2P_FUZZ_CASES=300 $(BIN)/python -m pytest tests/test_fuzz.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
 

@@ -22,15 +22,16 @@ from transformers import (
 
 pytest_plugins = ["tests.launch.launching", "tests.tracking.store_fixtures", "tests.disks"]
 
-# Files with many launches, the longest first: they run last, side by side in two test processes.
-LONG = ("test_docs.py", "launch/test_job.py", "launch/test_training.py", "chaos/test_kills.py")
+# Files with many launches. One test process begins with the longest, the other with quick tests; the others come last.
+FIRST, LAST = "test_docs.py", ("launch/test_job.py", "launch/test_training.py", "chaos/test_kills.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run quick tests first."""
+    """Two test processes are busy to the end."""
 
     def place(item: pytest.Item) -> int:
-        return next((number for number, name in enumerate(LONG, 1) if item.path.as_posix().endswith(f"tests/{name}")), 0)
+        path = item.path.as_posix()
+        return -1 if path.endswith(f"tests/{FIRST}") else next((n for n, name in enumerate(LAST, 1) if path.endswith(f"tests/{name}")), 0)
 
     items.sort(key=place)
 

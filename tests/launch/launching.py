@@ -40,8 +40,10 @@ SWEEP_SPACE: dict[str, Any] = {"training.learning_rate": {"loguniform": [1e-4, 3
 
 @pytest.fixture(scope="session")
 def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A feature store for the embedded set, whose images take a minute to encode: shared by all tests that use them."""
-    return str(tmp_path_factory.mktemp("embedded_features"))
+    """A feature store for the embedded set, whose images take a minute to encode: shared by all tests and test processes that use
+    them."""
+    base = tmp_path_factory.getbasetemp()
+    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded_features")
 
 
 @pytest.fixture(scope="session")

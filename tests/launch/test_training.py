@@ -120,6 +120,7 @@ def test_a_run_on_its_own_cluster_is_not_ended_by_another_cluster_on_the_machine
     assert alone.code == 0, alone.err
 
 
+@only_long
 def test_ctrl_c_and_a_closed_terminal_end_the_run_as_killed_with_the_command_that_resumes_it(
     tiny_config: Path, workdir: Path, ray_head: str
 ) -> None:
