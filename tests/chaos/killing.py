@@ -76,7 +76,7 @@ class Launch:
 
     def command(self) -> list[str]:
         """What follows `python -m`."""
-        return ["raytrain2p.train", *self.arguments, "--launch-id", f"chaos{self.experiment}", "--json"]
+        return ["raytrain2p.train", *self.arguments, "--launch-id", f"chaos-{self.experiment}".replace("_", "-"), "--json"]
 
     @property
     def variables(self) -> dict[str, str]:
