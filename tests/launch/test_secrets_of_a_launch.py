@@ -3,11 +3,9 @@ For credentials in the environment see tests/test_third_modality.py.
 """
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
-import pytest
 
 from tests.chaos.killing import only_long
 from tests.chaos.mlflow_server import Server
@@ -16,14 +14,6 @@ from tests.launch.sockets import Seen, files_with, watched
 
 pytestmark = only_long
 SECRET = "hunt-er2.pass"
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.stop()
 
 
 def launched(folder: Path, tiny_config: Path, *arguments: str, **environment: str) -> tuple[Command, Seen]:

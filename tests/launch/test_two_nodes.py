@@ -54,14 +54,6 @@ def second_machine(ray_head: str, tmp_path_factory: pytest.TempPathFactory) -> I
         yield
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("server"))
-    server.start()
-    yield server
-    server.stop()
-
-
 def hosts(folder: Path) -> set[str]:
     """The machines of the processes that wrote to the run directories."""
     return {json.loads(path.read_text())["host"] for path in folder.glob("*/status.json")}
