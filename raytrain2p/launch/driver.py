@@ -24,9 +24,10 @@ from raytrain2p.launch.signals import naming_run
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
+from raytrain2p.tracking.create_run import check_launch_is_free
 from raytrain2p.tracking.find import check_original, find_artifact
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
-from raytrain2p.tracking.run import Run, check_launch_is_free, launch_lock, recorded_run
+from raytrain2p.tracking.run import Run, launch_lock, recorded_run
 from raytrain2p.worker.job import Outcome
 
 
