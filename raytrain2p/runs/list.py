@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sort",
         metavar="NAME",
-        help="sort by a metric, a setting, `best`, `steps` or `bytes`, the smallest first (default: the oldest first)",
+        help="sort by a metric, a setting, `best`, `steps` or `bytes` (default: by age)",
     )
     parser.add_argument("--reverse", action="store_true", help="the other way round")
 
