@@ -188,8 +188,8 @@ def find_artifact(
 
     Args:
         root: `output.root`.
-        wanted: a path of a file or of a run directory, a run ID, the start of one, a launch ID, or `latest` (the newest that has an artifact and
-            is not a trial of a sweep).
+        wanted: a path of a file or of a run directory, a run ID, the start of one, a launch ID, or `latest` (the newest that has an
+            artifact and is not a trial of a sweep).
         setting: where `wanted` came from, for messages.
         fits: which ones `latest` prefers. If none fits, it is the newest of all: the caller finds out why it does not fit.
         report: called with a line for each damaged run that `latest` passes over.
