@@ -15,7 +15,7 @@ class Request:
     """A verb's command line.
 
     Args:
-        names: runs as typed: a directory, a run ID or its start, or `latest`.
+        names: runs as typed: a directory, a run ID or its start, a launch ID, or `latest`.
         settings: of them `output.root` and `tracking.uri` count.
         uri: the tracking URI, if it was given; else each run has its own on record.
         options: of the verb; `json` is one of all verbs.
@@ -49,7 +49,9 @@ class Request:
 
 def parse(verb: str, meaning: str, add_arguments: Callable[[argparse.ArgumentParser], None], arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog=f"python -m raytrain2p.runs {verb}", description=f"{meaning[0].upper()}{meaning[1:]}.")
-    help_text = "runs: a directory, a run ID or its start, or `latest` (default: all); and settings: output.root=DIR, tracking.uri=URI"
+    help_text = (
+        "runs: a directory, a run ID or its start, a launch ID, or `latest` (default: all); and settings: output.root=DIR, tracking.uri=URI"
+    )
     parser.add_argument("words", nargs="*", metavar="RUN|key=value", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_arguments(parser)
