@@ -6,19 +6,25 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
-from raytrain2p.runs.comparison import SETTINGS, ComparedRun, Row, as_json, read_compared, rows_of, short_names
+from raytrain2p.config.secrets import masked
+from raytrain2p.runs.comparison import SETTINGS, ComparedRun, Row, as_json, phase_of, read_compared, read_remote, rows_of, short_names
 from raytrain2p.runs.output import print_json, print_table
 from raytrain2p.runs.request import Request
+from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import write_file
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import find_runs, read_run, run_directories
-from raytrain2p.tracking.run import SWEEP_TAG, Run
+from raytrain2p.tracking.run import LAUNCH_ID, LAUNCH_TAG, SWEEP_TAG, Run
+
+if TYPE_CHECKING:  # MLflow
+    from raytrain2p.tracking.mlflow_runs import RemoteRun
 
 NARROW = 80  # columns of a terminal, and of a table that many read in a pipe
 LEAST = 16  # characters of a cell's line, as in `0.3267 at 1400 *`
@@ -26,7 +32,10 @@ MOST_IDS = 8  # in a file's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "A sweep stands for all its trials. `*` marks the best value: the lowest loss, the highest recall or exact match."
+    parser.epilog = (
+        "A sweep stands for all its trials. `*` marks the best value: the lowest loss, the highest recall or exact match. "
+        "A run without a directory here is compared as MLflow has it."
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw their learning curves in one plot")
     parser.add_argument(
         "--log",
@@ -44,12 +53,12 @@ def run(request: Request) -> int:
     options, findings, damaged = request.options, Findings(), list[str]()
     with findings:
         check_target(options.plot)
-    named = list[Run]()
+    named = list["Run | RemoteRun"]()
     for name in request.names:
         with findings:
-            named += find_runs(request.root, [name], damaged.append)
+            named += find_named(name, request, damaged)
     findings.raise_any()
-    runs = read_all(named, request.root, damaged)
+    runs = read_all(named, request, damaged)
     for line in damaged:
         report(line)
     if len(runs) < 2 and not damaged:
@@ -60,7 +69,7 @@ def run(request: Request) -> int:
     return 0 if len(runs) >= 2 and complete and not damaged else FAILED
 
 
-def output(request: Request, named: Sequence[Run], runs: Sequence[ComparedRun]) -> bool:
+def output(request: Request, named: Sequence["Run | RemoteRun"], runs: Sequence[ComparedRun]) -> bool:
     """Print the table or JSON, and write the plot. Returns whether it is where it was to go."""
     options, rows, complete = request.options, rows_of(runs), True
     if options.plot or options.log:
@@ -111,7 +120,37 @@ def write_plot(target: Path, png: bytes) -> None:
         raise InputError(Problem(f"--plot {target}", f"cannot be written: {error.strerror}", "choose another place")) from None
 
 
-def read_all(named: Sequence[Run], root: str, damaged: list[str]) -> list[ComparedRun]:
+def find_named(name: str, request: Request, damaged: list[str]) -> Sequence["Run | RemoteRun"]:
+    """The run of a name; one that has no directory here, as MLflow has it; none if it is damaged.
+
+    Raises:
+        InputError: neither has such a run.
+    """
+    try:
+        return find_runs(request.root, [name], damaged.append)
+    except InputError:
+        if not re.fullmatch(LAUNCH_ID, name) or name == "latest":
+            raise
+        query = f"attributes.run_id LIKE '{name}%'" if re.fullmatch("[0-9a-f]{4,}", name) else f"tags.`{LAUNCH_TAG}` = '{name}'"
+        found = remote_runs(request, query)
+        if len(found) != 1:
+            raise
+        report(f"{name} has no directory in {request.root}; it is compared as MLflow has it, {masked(request.settings.tracking.uri)}")
+        return found
+
+
+def remote_runs(request: Request, query: str) -> list["RemoteRun"]:
+    """The runs that MLflow has and that are not deleted; none, and a line, if it does not answer."""
+    from raytrain2p.tracking.mlflow_runs import our_runs  # MLflow
+
+    try:
+        return [one for one in our_runs(request.settings.tracking.uri, query) if one.lifecycle == "active"]
+    except StorageError as error:
+        report(str(error))
+        return []
+
+
+def read_all(named: Sequence["Run | RemoteRun"], request: Request, damaged: list[str]) -> list[ComparedRun]:
     """The runs to compare, each once: for a sweep its trials.
 
     Args:
@@ -122,15 +161,19 @@ def read_all(named: Sequence[Run], root: str, damaged: list[str]) -> list[Compar
     """
     found, findings = dict[str, ComparedRun](), Findings()
     for one in named:
-        for each in trials_of(one, damaged.append) if one.phase == SWEEPS else [one]:
+        is_sweep = (one.phase if isinstance(one, Run) else phase_of(one)) == SWEEPS
+        for each in trials_of(one, request) if is_sweep else [one]:
             try:
-                compared = read_compared(each, root)
+                compared = read_compared(each, request.root) if isinstance(each, Run) else read_remote(each, request.settings.tracking.uri)
             except DamagedFileError as error:
                 damaged.append(error.line)
                 continue
+            except StorageError as error:
+                damaged.append(str(error))
+                continue
             if "train_loss" in compared.points:
                 found.setdefault(each.run_id, compared)
-            elif one.phase == SWEEPS:
+            elif is_sweep:
                 report(f"{each.run_id[:8]}, trial {compared.trial}, has no metrics, and is left out")
             else:
                 findings.add(Problem(f"RUN {each.run_id[:8]}", "has no metrics: it ended before its first step", "leave it out"))
@@ -138,8 +181,11 @@ def read_all(named: Sequence[Run], root: str, damaged: list[str]) -> list[Compar
     return list(found.values())
 
 
-def trials_of(sweep: Run, report: Callable[[str], None]) -> Iterator[Run]:
+def trials_of(sweep: "Run | RemoteRun", request: Request) -> Iterator["Run | RemoteRun"]:
     """The trials of a sweep, in the order in which they began."""
+    if not isinstance(sweep, Run):
+        yield from remote_runs(request, f"tags.`{SWEEP_TAG}` = '{sweep.run_id}'")
+        return
     for directory in run_directories(str(sweep.path.parent.parent), PHASES_BY_NAME):
         try:
             run = read_run(directory)
@@ -149,7 +195,7 @@ def trials_of(sweep: Run, report: Callable[[str], None]) -> Iterator[Run]:
             continue  # whose it was is not known
 
 
-def log_plot(named: Sequence[Run], png: bytes, request: Request) -> bool:
+def log_plot(named: Sequence["Run | RemoteRun"], png: bytes, request: Request) -> bool:
     """Keep a plot in each run named, and send it to MLflow. Returns whether all have it, or will send it at their end."""
     from raytrain2p.runs.sync import sync  # MLflow
     from raytrain2p.tracking.mlflow_sync import RunDirectoryError, reporting_run_disk_errors
@@ -160,6 +206,10 @@ def log_plot(named: Sequence[Run], png: bytes, request: Request) -> bool:
         ids = [*ids[:MOST_IDS], f"and_{len(ids) - MOST_IDS}_more", hashlib.sha256("".join(ids).encode()).hexdigest()[:8]]
     complete = True
     for run in runs.values():
+        if not isinstance(run, Run):
+            report(f"{run.run_id[:8]} has no directory in {request.root}, where the plot would be kept")
+            complete = False
+            continue
         path = run.files.comparison(ids)
         try:
             with reporting_run_disk_errors(path):

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from raytrain2p.config.escaping import plot_text
 from raytrain2p.storage.files import write_file
-from raytrain2p.tracking.metrics_file import read_points
+from raytrain2p.tracking.metrics_file import MetricPoint, read_points
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 SMOOTHING = 0.9
@@ -23,8 +23,13 @@ SMOOTHING = 0.9
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """metrics.jsonl as (steps, values) by metric name."""
+    return curves(read_points(path))
+
+
+def curves(points: Iterable[MetricPoint]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Points as (steps, values) by metric name."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for point in read_points(path):
+    for point in points:
         steps, values = found.setdefault(point.name, ([], []))
         steps.append(point.step)
         values.append(point.value)

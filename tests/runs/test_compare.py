@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -26,9 +27,9 @@ from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.plots import GREY
-from raytrain2p.tracking.run import SWEEP_TAG, TRIAL_TAG, Run
+from raytrain2p.tracking.run import CHANGED_TAG, SWEEP_TAG, TRIAL_TAG, Run
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
-from tests.tracking.stores import create, settings_in
+from tests.tracking.stores import NOBODY, create, settings_in
 
 Train = Callable[..., Run]
 
@@ -51,7 +52,7 @@ def train(settings: Settings, tmp_path: Path) -> Train:
         facts = {"train_records": 4006, "train_digest": digest, "inputs": {"model.language_model=x": {"weights": "b" * 64}}}
         describe_run(one, resolved_config(made, {}), "command", facts)
         points = [MetricPoint("train_loss", loss, step, 1.7e9 + 10 * step) for step, loss in enumerate(losses, 1)]
-        points += [MetricPoint("val/loss", loss, len(losses) - len(val) + n, 1.7e9) for n, loss in enumerate(val, 1)]
+        points += [MetricPoint("val/loss", loss, len(losses) - len(val) + n, 1.7e9 + 50) for n, loss in enumerate(val, 1)]
         MetricsFile(one.files.metrics).append(points)
         write_json(one.files.test_metrics, tests or {})
         one.checkpoints.mkdir(exist_ok=True)
@@ -239,6 +240,33 @@ def test_the_plot_is_kept_with_each_run_and_sent_to_mlflow(settings: Settings, t
         assert [one.path for one in listed] == [f"plots/comparison_{ids}.png"]
         assert not any(MlflowSync(run, settings.tracking.uri)._artifacts_left())
     assert not third.files.plots.exists()
+
+
+def test_runs_whose_directories_are_gone_are_compared_as_mlflow_has_them(
+    settings: Settings, train: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = create(settings, "sweep", SWEEPS)
+    runs_of_it = [train(f"model.lora.rank={rank}", losses=(3.0, rank / 8), val=(rank / 8,)) for rank in (8, 16)]
+    for n, trial in enumerate(runs_of_it):
+        trial.add_tags({SWEEP_TAG: sweep.run_id, TRIAL_TAG: str(n)})
+    changed = train("training.weight_decay=0.5")
+    changed.add_tags({f"{CHANGED_TAG}training.weight_decay": "0.25"})
+    for run in (sweep, *runs_of_it, changed):
+        MlflowSync(run, settings.tracking.uri).send()
+    where = [f"output.root={settings.output.root}", f"tracking.uri={settings.tracking.uri}"]
+    before = compare(capsys, *where, sweep)
+    for run in (sweep, changed, runs_of_it[1]):
+        shutil.rmtree(run.path)
+    both = compare(capsys, *where, runs_of_it[0], runs_of_it[1].run_id[:8], changed.launch_id)
+    assert cells(both, "model.lora.rank") == ["8", "16", "16"]
+    assert cells(both, "training.weight_decay") == ["0.0", "0.0", "0.25"]
+    shutil.rmtree(runs_of_it[0].path)
+    after = compare(capsys, *where, sweep.run_id)
+    assert after == before
+    assert runs.main(["compare", *where, sweep.run_id[:8], "--log"]) == 1
+    assert f"{sweep.run_id[:8]} has no directory in" in capsys.readouterr().err
+    assert runs.main(["compare", where[0], f"tracking.uri={NOBODY}", sweep.run_id]) == 2
+    assert "there is no such run in" in capsys.readouterr().err
 
 
 def test_neither_mlflow_nor_matplotlib_is_imported_unless_needed(train: Train, tmp_path: Path) -> None:
