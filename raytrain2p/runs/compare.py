@@ -57,9 +57,11 @@ def run(request: Request) -> int:
     for name in request.names:
         with findings:
             named += find_named(name, request, damaged)
-    findings.raise_any()
-    runs = read_all(named, request, damaged)
     for line in damaged:
+        report(line)
+    findings.raise_any()
+    reported, runs = len(damaged), read_all(named, request, damaged)
+    for line in damaged[reported:]:
         report(line)
     if len(runs) < 2 and not damaged:
         fix = f"name them, or a sweep: python -m raytrain2p.runs {options.verb} RUN RUN"
@@ -132,21 +134,21 @@ def find_named(name: str, request: Request, damaged: list[str]) -> Sequence["Run
         if not re.fullmatch(LAUNCH_ID, name) or name == "latest":
             raise
         query = f"attributes.run_id LIKE '{name}%'" if re.fullmatch("[0-9a-f]{4,}", name) else f"tags.`{LAUNCH_TAG}` = '{name}'"
-        found = remote_runs(request, query)
+        found = remote_runs(request, query, damaged)
         if len(found) != 1:
             raise
         report(f"{name} has no directory in {request.root}; it is compared as MLflow has it, {masked(request.settings.tracking.uri)}")
         return found
 
 
-def remote_runs(request: Request, query: str) -> list["RemoteRun"]:
-    """The runs that MLflow has and that are not deleted; none, and a line, if it does not answer."""
+def remote_runs(request: Request, query: str, damaged: list[str]) -> list["RemoteRun"]:
+    """The runs that MLflow has and that are not deleted; none, and a line, if it does not answer or there is no store."""
     from raytrain2p.tracking.mlflow_runs import our_runs  # MLflow
 
     try:
         return [one for one in our_runs(request.settings.tracking.uri, query) if one.lifecycle == "active"]
     except StorageError as error:
-        report(str(error))
+        damaged += [] if str(error) in damaged else [str(error)]
         return []
 
 
@@ -162,7 +164,7 @@ def read_all(named: Sequence["Run | RemoteRun"], request: Request, damaged: list
     found, findings = dict[str, ComparedRun](), Findings()
     for one in named:
         is_sweep = (one.phase if isinstance(one, Run) else phase_of(one)) == SWEEPS
-        for each in trials_of(one, request) if is_sweep else [one]:
+        for each in trials_of(one, request, damaged) if is_sweep else [one]:
             try:
                 compared = read_compared(each, request.root) if isinstance(each, Run) else read_remote(each, request.settings.tracking.uri)
             except DamagedFileError as error:
@@ -181,10 +183,10 @@ def read_all(named: Sequence["Run | RemoteRun"], request: Request, damaged: list
     return list(found.values())
 
 
-def trials_of(sweep: "Run | RemoteRun", request: Request) -> Iterator["Run | RemoteRun"]:
+def trials_of(sweep: "Run | RemoteRun", request: Request, damaged: list[str]) -> Iterator["Run | RemoteRun"]:
     """The trials of a sweep, in the order in which they began."""
     if not isinstance(sweep, Run):
-        yield from remote_runs(request, f"tags.`{SWEEP_TAG}` = '{sweep.run_id}'")
+        yield from remote_runs(request, f"tags.`{SWEEP_TAG}` = '{sweep.run_id}'", damaged)
         return
     for directory in run_directories(str(sweep.path.parent.parent), PHASES_BY_NAME):
         try:
@@ -218,6 +220,7 @@ def log_plot(named: Sequence["Run | RemoteRun"], png: bytes, request: Request) -
             report(str(error))
             complete = False
         else:
+            report(f"{run.phase} {run.run_id[:8]}  plot: {path}")
             complete &= sync(run, request.root, request.uri, report)
     return complete
 

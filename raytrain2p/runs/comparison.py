@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config.escaping import json_line
+from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_duration, number
 from raytrain2p.runs.summary import RunSummary, last_values, steps_of, summary_of
 from raytrain2p.tracking.metrics_file import MetricSummary, read_points, read_summary, summarize_points
@@ -188,7 +189,7 @@ def differing_settings(runs: Sequence[ComparedRun]) -> dict[str, list[str]]:
 def readable(settings: Sequence[dict[str, Any]], key: str) -> list[str]:
     """The values of a setting as they are typed; of long paths what differs, and of run directories the start of the run ID."""
     values = [one.get(key, MISSING) for one in settings]
-    texts = [typed(value) for value in values]
+    texts = [masked(typed(value)) for value in values]  # before they are cut: half a password is not found
     paths = {text for text in texts if "/" in text}
     shared = os.path.commonprefix([*paths]).rpartition("/")[0] if len(paths) > 1 else ""  # noqa: RUF071 - of URIs, too
     shortened = [f"...{text.removeprefix(shared)}" if text in paths and len(shared) > LONG else text for text in texts]

@@ -1,5 +1,6 @@
 """The learning curves of several runs in one plot."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ from matplotlib.lines import Line2D
 
 from raytrain2p.config.escaping import plot_text
 from raytrain2p.config.phases import PHASES_BY_NAME
-from raytrain2p.config.secrets import masked
 from raytrain2p.runs.comparison import MISSING, ComparedRun, differing_settings, ranked, short_names
 from raytrain2p.tracking.plots import GREY, png_of, smoothed
 
@@ -82,12 +82,13 @@ def labels(runs: Sequence[ComparedRun]) -> list[str]:
     for n, run in enumerate(runs):
         values = ", ".join(f"{names[key]}={value(settings[key][n])}" for key in first if settings[key][n] != MISSING)
         trial = "" if run.trial == MISSING else f"trial {run.trial}  "
-        texts.append(plot_text(cut(masked(f"{run.summary.run_id[:8]}  {trial}{values}"), LEGEND)))
+        texts.append(plot_text(cut(f"{run.summary.run_id[:8]}  {trial}{values}", LEGEND)))
     return texts
 
 
 def value(text: str) -> str:
-    """A setting's value, of a long path the end."""
+    """A setting's value: of a drawn number four digits, of a long path the end."""
+    text = re.sub(r"\d+\.\d{6,}(e-?\d+)?", lambda match: f"{float(match[0]):.4g}", text)
     return cut(text, VALUE) if "/" not in text or len(text) <= VALUE else f"...{text[3 - VALUE :]}"
 
 
