@@ -1,5 +1,6 @@
 """What is known of a run at a glance, from its directory or from MLflow; and conditions on it."""
 
+import ast
 import operator
 import os
 import re
@@ -16,7 +17,7 @@ from raytrain2p.runs.output import age_of
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.metrics_file import LOSSES, MetricSummary, read_summary
-from raytrain2p.tracking.run import DIRECTORY_TAG, LAUNCH_TAG, SWEEP_TAG, TIMESTAMP_TAG, Run
+from raytrain2p.tracking.run import CHANGED_TAG, DIRECTORY_TAG, LAUNCH_TAG, NOT_SET, SWEEP_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, best_of_name
 
 if TYPE_CHECKING:  # MLflow takes 2 s
@@ -46,7 +47,7 @@ class RunSummary:
         bytes: of all files, hard links once.
         sweep: run ID of the sweep that a trial belongs to.
         aligner: run ID of the phase 1 run that a phase 2 run took its aligner from, if it is one.
-        settings: by dotted path; MLflow has them as text.
+        settings: by dotted path.
         inputs: digests of the records, the models and the aligner, by `SETTING=VALUE` and part.
     """
 
@@ -125,15 +126,16 @@ def summary_of(run: Run, root: str) -> RunSummary:
 
 def remote_summary(found: "RemoteRun") -> RunSummary:
     """The summary of a run as MLflow has it, which keeps no best value, and no sizes."""
-    tags, settings = found.tags, dict[str, Any](found.params)
+    tags = found.tags
+    changed = {key.removeprefix(CHANGED_TAG): value for key, value in tags.items() if key.startswith(CHANGED_TAG)}
+    settings = {key: from_param(value) for key, value in (found.params | changed).items() if value != NOT_SET}
     timestamp = tags.get(TIMESTAMP_TAG) or time.strftime("%Y%m%d_%H%M%S", time.localtime(found.start))
-    directory = tags.get(DIRECTORY_TAG)
     return RunSummary(
         found.run_id,
-        Path(directory).parent.name if directory else found.name.partition("_")[0],
+        phase_of(found),
         found.status,
         timestamp,
-        directory,
+        tags.get(DIRECTORY_TAG),
         found.experiment,
         tags.get(LAUNCH_TAG, ""),
         found.tracking_uri,
@@ -145,6 +147,21 @@ def remote_summary(found: "RemoteRun") -> RunSummary:
         aligner=aligner_of(settings),
         settings=settings,
     )
+
+
+def phase_of(found: "RemoteRun") -> str:
+    """The phase of a run in MLflow, or `sweeps`, by the directory that it had, if it came that far."""
+    return Path(found.tags[DIRECTORY_TAG]).parent.name if DIRECTORY_TAG in found.tags else found.name.partition("_")[0]
+
+
+def from_param(text: str) -> Any:
+    """A setting's value from MLflow, which has it as Python prints it."""
+    if text.startswith("/") or (text[:1].isalpha() and text not in ("None", "True", "False")):
+        return text  # of a thousand runs, most are
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
 
 
 def inputs_of(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, dict[str, str]]:

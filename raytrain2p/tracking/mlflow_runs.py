@@ -11,7 +11,7 @@ from mlflow.entities import ViewType
 from raytrain2p.config import InputError
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.tracking.metrics_file import LOSSES
+from raytrain2p.tracking.metrics_file import LOSSES, MetricPoint
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, UnusableStoreError, check_password, check_server, client_of
 from raytrain2p.tracking.run import LAUNCH_TAG
@@ -91,6 +91,22 @@ def _runs(uri: str, query: str) -> Iterator[RemoteRun]:
 
     for found in _pages(page) if names else ():
         yield _remote(found, names, uri)
+
+
+def metric_points(uri: str, run_id: str, names: Sequence[str]) -> list[MetricPoint]:
+    """Every point that MLflow has of these metrics of a run, by step.
+
+    Raises:
+        StorageError: see `our_runs`.
+    """
+    with one_line_errors(uri):
+        client = client_of(uri)
+        found = [
+            MetricPoint(name, one.value, one.step, one.timestamp / 1000)
+            for name in names
+            for one in client.get_metric_history(run_id, name)
+        ]
+    return sorted(found, key=lambda point: point.step)
 
 
 def registered_versions(uri: str) -> dict[str, list[str]]:

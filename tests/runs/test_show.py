@@ -62,7 +62,7 @@ def test_a_run_whose_directory_is_not_here_is_shown_from_mlflow(
     run = sent(trained(settings_in(tmp_path, "training.max_steps=7"), "own", [3.0, 2.0]))
     (one,) = printed(tmp_path / "nothing", capsys, "show", f"tracking.uri={settings.tracking.uri}", run.run_id[:8])
     assert (one["status"], one["command"], one["files"]) == ("FINISHED", "command", [])
-    assert one["changed_settings"] == {"training.max_steps": ["7", 200]}
+    assert one["changed_settings"] == {"training.max_steps": [7, 200]}
     assert one["metrics"]["val/loss"] == {"last": 2.0}
 
 
