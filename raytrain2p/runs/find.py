@@ -1,6 +1,7 @@
 """`find`: the directory and the MLflow run of each other, whichever was typed; and the runs of a sweep, an aligner or some data."""
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import ALIGNMENT, SWEEPS
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.runs.known import fitting_runs, summaries
 from raytrain2p.runs.lineage import ALIGNER, came_from_aligner, content_of_aligner, read_data
 from raytrain2p.runs.output import print_json
@@ -57,7 +58,8 @@ def run(request: Request) -> int:
     known = local + [remote_summary(found) for run_id, found in mlflow.runs.items() if run_id not in here]
     for line in [*damaged, *(mlflow.away or {}).values()]:
         report(line)
-    chosen = [one for one in fitting_all(known, request.names) if all(fits(one) for fits in conditions(request, known))]
+    demanded = conditions(request, known)
+    chosen = [one for one in fitting_all(known, request.names) if all(fits(one) for fits in demanded)]
     found = [described(one, one.run_id in here, mlflow) for one in chosen]
     if options.json:
         print_json(found)
@@ -83,7 +85,7 @@ def local_runs(request: Request, damaged: list[str]) -> list[RunSummary]:
 
 
 def ask_mlflow(request: Request, local: Sequence[RunSummary]) -> InMlflow:
-    """The runs of ours in the store that was named, else in those that the runs have on record and in that of this directory."""
+    """The runs of ours in the store that was named, else in those that the runs have on record and in the one that the settings name."""
     from raytrain2p.tracking.mlflow_runs import our_runs
     from raytrain2p.tracking.mlflow_store import store_exists
 
@@ -94,10 +96,22 @@ def ask_mlflow(request: Request, local: Sequence[RunSummary]) -> InMlflow:
     away = dict[str, str]()
     for uri in dict.fromkeys(uris):
         try:
-            found |= {run.run_id: run for run in our_runs(uri)}
+            found |= {run.run_id: run for run in our_runs(uri, mlflow_condition(request, local))}
         except StorageError as error:
             away[uri] = str(error)
     return InMlflow(found, away)
+
+
+def mlflow_condition(request: Request, local: Sequence[RunSummary]) -> str:
+    """What of MLflow may fit, in its own words; all, if only the runs themselves show that."""
+    options, names = request.options, request.names
+    if not names or options.sweep or options.aligner or options.data:
+        return ""
+    if len(names) == 1 and re.fullmatch("[0-9a-f]+", names[0]):
+        return f"attributes.run_id LIKE '{names[0]}%'"
+    fitting = [fitting_runs(local, name) for name in names]
+    ids = ", ".join(f"'{run.run_id}'" for runs in fitting for run in runs)
+    return f"attributes.run_id IN ({ids})" if all(fitting) else ""
 
 
 def fitting_all(known: Sequence[RunSummary], names: Sequence[str]) -> list[RunSummary]:
@@ -119,7 +133,7 @@ def fitting_all(known: Sequence[RunSummary], names: Sequence[str]) -> list[RunSu
     return [run for run in known if run.run_id in chosen or not names]
 
 
-def conditions(request: Request, known: Sequence[RunSummary]) -> Iterable[Callable[[RunSummary], bool]]:
+def conditions(request: Request, known: Sequence[RunSummary]) -> list[Callable[[RunSummary], bool]]:
     """What `--sweep`, `--aligner` and `--data` demand.
 
     Raises:
@@ -150,7 +164,11 @@ def aligner_wanted(wanted: str, known: Sequence[RunSummary]) -> tuple[str | None
     run_id = run_of(wanted, [one for one in known if one.phase == ALIGNMENT.name], [one.aligner for one in known], "--aligner")
     directory = next((one.directory for one in known if one.run_id == run_id), None)
     artifact = RunDirectory(Path(directory or "/nowhere")).artifact(ALIGNMENT)
-    return run_id, content_of_aligner(artifact) if artifact.is_file() else None
+    try:
+        return run_id, content_of_aligner(artifact) if artifact.is_file() else None
+    except InputError as error:
+        report(f"copies of the aligner are not found: {artifact} {one_line(error.problems[0].what)}")
+        return run_id, None
 
 
 def run_of(wanted: str, runs: Sequence[RunSummary], recorded: Iterable[str | None], option: str) -> str:

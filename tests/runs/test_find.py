@@ -76,6 +76,8 @@ def test_a_run_is_found_from_its_directory_and_from_its_id_with_what_mlflow_has(
     assert (by["copied"][0]["directory"], by["copied"][0]["recorded_directory"]) == (None, family["copied"].directory)
     assert runs.main(["find", f"output.root={root}", uri, family["copied"].run_id[:8]]) == 0
     assert f"directory  not here, recorded as {family['copied'].directory}" in capsys.readouterr().out
+    pair = printed(root, capsys, "find", uri, "latest", "aligner")
+    assert [one["mlflow"]["status"] for one in pair] == ["FINISHED", "FINISHED"]
     nowhere = tmp_path / "nowhere"
     (one,) = printed(nowhere, capsys, "find", uri, family["direct"].directory)  # the directory is of another root
     assert (one["directory"], one["mlflow"]["status"]) == (family["direct"].directory, "FINISHED")
@@ -107,6 +109,11 @@ def test_what_fits_nothing_is_a_problem_and_a_damaged_run_a_line(family: dict[st
     ):
         assert runs.main(["find", "--no-mlflow", root, *words]) == 2
         assert problem in capsys.readouterr().err
+    family["aligner"].files.artifact(ALIGNMENT).write_bytes(b"torn")
+    assert runs.main(["find", "--no-mlflow", root, "--aligner", "aligner"]) == 0  # by the place alone
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == f"{family['direct'].run_id}  phase2"
+    assert out.count("directory") == err.count("copies of the aligner are not found") == 1
     family["copied"].files.config.write_text("{")
     assert runs.main(["find", "--no-mlflow", root]) == 1
     out, err = capsys.readouterr()
