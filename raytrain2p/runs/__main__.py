@@ -11,6 +11,10 @@ from raytrain2p.runs.request import parse, read_request
 # Verb: module whose `run` does it, and what it does
 VERBS = {
     "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
+    "show": ("raytrain2p.runs.show", "show everything about a run: settings, metrics, files, lineage, inputs, MLflow"),
+    "latest": ("raytrain2p.runs.latest", "print the path of the newest run, for scripts"),
+    "find": ("raytrain2p.runs.find", "find the directory and the MLflow run of each other; by sweep, aligner or data"),
+    "tree": ("raytrain2p.runs.tree", "show which runs came from which: aligner, phase 2, registered versions; sweep, trials"),
     "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),

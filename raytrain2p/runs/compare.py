@@ -14,9 +14,10 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
 from raytrain2p.config.secrets import masked
-from raytrain2p.runs.comparison import SETTINGS, ComparedRun, Row, as_json, phase_of, read_compared, read_remote, rows_of, short_names
+from raytrain2p.runs.comparison import SETTINGS, ComparedRun, Row, as_json, read_compared, read_remote, rows_of, short_names
 from raytrain2p.runs.output import print_json, print_table
 from raytrain2p.runs.request import Request
+from raytrain2p.runs.summary import phase_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import write_file
 from raytrain2p.tracking.damage import DamagedFileError

@@ -1,19 +1,17 @@
 """What differs between runs: settings, inputs, metrics; and which run is the best in each metric."""
 
-import ast
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config.escaping import json_line
 from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_duration, number
-from raytrain2p.runs.summary import RunSummary, last_values, steps_of, summary_of
+from raytrain2p.runs.summary import RunSummary, last_values, remote_summary, steps_of, summary_of
 from raytrain2p.tracking.metrics_file import MetricSummary, read_points, read_summary, summarize_points
-from raytrain2p.tracking.run import CHANGED_TAG, DIRECTORY_TAG, LAUNCH_TAG, NOT_SET, SWEEP_TAG, TIMESTAMP_TAG, TRIAL_TAG, Run
+from raytrain2p.tracking.run import TRIAL_TAG, Run
 from raytrain2p.tracking.run_directory import RUN_ID_LENGTH
 
 if TYPE_CHECKING:  # MLflow
@@ -108,28 +106,12 @@ def read_remote(found: "RemoteRun", uri: str) -> ComparedRun:
     """
     from raytrain2p.tracking.mlflow_runs import metric_points  # MLflow
 
-    changed = {key.removeprefix(CHANGED_TAG): value for key, value in found.tags.items() if key.startswith(CHANGED_TAG)}
-    settings = {key: from_param(value) for key, value in (found.params | changed).items() if value != NOT_SET}
     history = metric_points(uri, found.run_id, [*found.metrics])
     points, first = summarize_points(history), min((point.time for point in history), default=None)
-    monitor, side = str(settings.get("checkpoint.monitor", "")), "highest" if settings.get("checkpoint.mode") == "max" else "lowest"
-    scored: dict[str, Any] = dict(points.get(f"{monitor}_epoch") or points.get(monitor) or {})
-    summary = RunSummary(
-        found.run_id,
-        phase_of(found),
-        found.status,
-        found.tags.get(TIMESTAMP_TAG, ""),
-        None,
-        found.experiment,
-        found.tags.get(LAUNCH_TAG, ""),
-        monitor,
-        scored.get(side),
-        steps_of(points),
-        last_values(points),
-        tags=found.tags,
-        sweep=found.tags.get(SWEEP_TAG),
-        settings=settings,
-    )
+    summary = remote_summary(found)
+    side = "highest" if summary.settings.get("checkpoint.mode") == "max" else "lowest"
+    scored: dict[str, Any] = dict(points.get(f"{summary.monitor}_epoch") or points.get(summary.monitor) or {})
+    summary = replace(summary, directory=None, best=scored.get(side), steps=steps_of(points), metrics=last_values(points))
     duration = found.end - first if found.end is not None and first is not None else None
 
     def read_curves() -> dict[str, Any]:
@@ -138,19 +120,6 @@ def read_remote(found: "RemoteRun", uri: str) -> ComparedRun:
         return curves(history)
 
     return ComparedRun(summary, points, {}, None, duration, read_curves)
-
-
-def phase_of(found: "RemoteRun") -> str:
-    """The phase of a run in MLflow, or `sweeps`, by the directory that it had."""
-    return Path(found.tags.get(DIRECTORY_TAG, "")).parent.name
-
-
-def from_param(text: str) -> Any:
-    """A setting's value from MLflow, which has it as Python prints it."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return text
 
 
 @dataclass(frozen=True)

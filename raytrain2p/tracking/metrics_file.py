@@ -16,6 +16,8 @@ from typing_extensions import TypedDict
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 
+LOSSES = ("train_loss", "train_loss_epoch")  # a point of them is an optimizer step
+
 
 @dataclass(frozen=True)
 class MetricPoint:

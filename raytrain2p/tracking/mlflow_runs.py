@@ -5,14 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.entities import ViewType
 
 from raytrain2p.config import InputError
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.tracking.metrics_file import MetricPoint
+from raytrain2p.tracking.metrics_file import LOSSES, MetricPoint
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, UnusableStoreError, check_password, check_server, client_of
 from raytrain2p.tracking.run import LAUNCH_TAG
@@ -31,6 +30,8 @@ class RemoteRun:
         start: seconds since 1970; so is `end`, None while the run is RUNNING.
         params: as text; values may be cut off at MLflow's limit.
         metrics: the last value of each.
+        steps: the last step of the training loss.
+        tracking_uri: of the store.
     """
 
     run_id: str
@@ -45,6 +46,8 @@ class RemoteRun:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    tracking_uri: str = ""
 
 
 @contextmanager
@@ -76,17 +79,18 @@ def our_runs(uri: str, condition: str = "") -> Iterator[RemoteRun]:
         StorageError: the store does not answer, which takes 10 seconds at most, or not as it should. One line.
     """
     with one_line_errors(uri):
-        yield from _runs(client_of(uri), f"{OURS} AND {condition}" if condition else OURS)
+        yield from _runs(uri, f"{OURS} AND {condition}" if condition else OURS)
 
 
-def _runs(client: MlflowClient, query: str) -> Iterator[RemoteRun]:
+def _runs(uri: str, query: str) -> Iterator[RemoteRun]:
+    client = client_of(uri)
     names = {one.experiment_id: one.name for one in _pages(lambda token: client.search_experiments(ViewType.ALL, page_token=token))}
 
     def page(token: str | None) -> Any:
         return client.search_runs(list(names), query, ViewType.ALL, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
 
     for found in _pages(page) if names else ():
-        yield _remote(found, names)
+        yield _remote(found, names, uri)
 
 
 def metric_points(uri: str, run_id: str, names: Sequence[str]) -> list[MetricPoint]:
@@ -130,7 +134,7 @@ def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
             return
 
 
-def _remote(found: MlflowRun, names: dict[str, str]) -> RemoteRun:
+def _remote(found: MlflowRun, names: dict[str, str], uri: str) -> RemoteRun:
     info, data = found.info, found.data
     return RemoteRun(
         info.run_id,
@@ -145,4 +149,6 @@ def _remote(found: MlflowRun, names: dict[str, str]) -> RemoteRun:
         dict(data.params),
         dict(data.tags),
         dict(data.metrics),
+        max((last.step for last in data._metric_objs if last.key in LOSSES), default=0),  # no request for each run, as public ways need
+        uri,
     )
