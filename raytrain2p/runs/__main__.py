@@ -11,6 +11,8 @@ from raytrain2p.runs.request import parse, read_request
 # Verb: module whose `run` does it, and what it does
 VERBS = {
     "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
+    "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
+    "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
 }
