@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from raytrain2p.config import Findings, InputError, Problem
@@ -29,7 +30,7 @@ from raytrain2p.runs.request import Request
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.find import find_run
-from raytrain2p.tracking.run import RUN_FOLDERS, Run, launch_record, original_of
+from raytrain2p.tracking.run import ROOT_TAG, RUN_FOLDERS, Run, launch_record, original_of
 
 # MLflow is imported where it is asked: its import takes 2 s, and `--without-mlflow` needs none of it.
 
@@ -95,7 +96,7 @@ def run(request: Request) -> int:
     criteria = read_criteria(request, unfinished)
     remote = {} if options.without_mlflow else ask_mlflow(found, request)
     sent_on = options.mlflow or options.without_mlflow or options.checkpoints_only
-    unsent = (lambda run: False) if sent_on else partial(is_unsent, request, remote)
+    unsent = (lambda run: False) if sent_on else partial(is_unsent, request)
     decide(found, root, criteria, remote, options.checkpoints_only, unsent)
     for one in found:
         if one.damage:
@@ -153,20 +154,25 @@ def read_criteria(request: Request, unfinished: list[Path]) -> Criteria:
 
 
 def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
-    """What the stores of these runs have: all runs of ours, by run ID.
+    """What the stores of these runs have, by run ID: of runs that are registered or tagged, of damaged ones, and of those of other roots.
 
     Raises:
         InputError: a store does not answer: what is registered or tagged there is not known.
     """
     from raytrain2p.tracking.mlflow_runs import our_runs, registered_versions
 
+    mark = '"' if "'" in request.root else "'"
+    conditions = [f"tags.{KEEP} LIKE '%'", f"tags.`{ROOT_TAG}` != {mark}{request.root}{mark}"]
+    if damaged := [f"'{one.run_id}'" for one in found if one.damage]:
+        conditions.append(f"attributes.run_id IN ({', '.join(damaged)})")
     uris = [request.uri] if request.uri else sorted({one.run.tracking_uri for one in found if one.run is not None})
     remote, findings = dict[str, Remote](), Findings()
     for uri in uris:
         try:
             versions = registered_versions(uri)
-            for one in our_runs(uri):
-                remote[one.run_id] = Remote(one.tags, one.params, one.run_id in versions, one.lifecycle == "deleted")
+            remote |= {run_id: Remote({}, {}, True) for run_id in versions}
+            for one in chain(*(our_runs(uri, condition) for condition in conditions)):
+                remote[one.run_id] = Remote(one.tags, one.params, one.run_id in versions)
         except StorageError as error:
             what = f"cannot be asked what is tagged `{KEEP}` or registered ({error})"
             fix = "give tracking.uri=URI of where it is now, or --without-mlflow: then what the directories say is all that counts"
@@ -175,14 +181,22 @@ def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
     return remote
 
 
-def is_unsent(request: Request, remote: dict[str, Remote], run: Run) -> bool:
-    """Whether MLflow has a run of this directory, which stays, and lacks something of it."""
+def is_unsent(request: Request, run: Run) -> bool:
+    """Whether MLflow has a run of this directory, which stays, and lacks something of it.
+
+    Raises:
+        InputError: MLflow does not answer any more.
+    """
+    from raytrain2p.tracking.mlflow_runs import our_runs
     from raytrain2p.tracking.mlflow_sync import MlflowSync
 
-    known = remote.get(run.run_id)
-    if known is None or known.deleted or original_of(run) is not None:
+    uri = request.uri or run.tracking_uri
+    if original_of(run) is not None or MlflowSync(run, uri).complete():
         return False
-    return not MlflowSync(run, request.uri or run.tracking_uri).complete()
+    try:
+        return any(one.lifecycle == "active" for one in our_runs(uri, f"attributes.run_id = '{run.run_id}'"))
+    except StorageError as error:
+        raise InputError(Problem(f"tracking.uri={masked(uri)}", f"does not answer any more ({error})", "try again")) from None
 
 
 def show(found: list[Candidate], unfinished: list[Path], criteria: Criteria, request: Request) -> int:
@@ -230,13 +244,17 @@ def sentence(criteria: Criteria) -> str:
         "is one of those named" if criteria.named is not None else "",
         f"is of {criteria.phase}" if criteria.phase else "",
         f"is {' or '.join(sorted(criteria.statuses))}" if criteria.statuses else "",
-        f"ended more than {criteria.older_than / 86400:g} days ago" if criteria.older_than is not None else "",
+        f"ended more than {in_words(criteria.older_than)} ago" if criteria.older_than is not None else "",
     ]
     kept = [
         f"is not one of the last {criteria.keep_last} of its phase" if criteria.keep_last else "",
         f"is not one of the best {criteria.keep_best} of its phase by {criteria.by}" if criteria.keep_best else "",
     ]
     return f"A run goes if it {' and '.join(filter(None, [*meets, *kept]))}"
+
+
+def in_words(seconds: float) -> str:
+    return f"{seconds / SECONDS['d']:g} days" if seconds >= SECONDS["d"] else f"{seconds / SECONDS['h']:g} hours"
 
 
 class Pruning:

@@ -51,7 +51,6 @@ class Remote(NamedTuple):
     tags: Mapping[str, str]
     params: Mapping[str, str]
     registered: bool
-    deleted: bool = False
 
 
 NOTHING = Remote({}, {}, False)
