@@ -16,6 +16,8 @@ VERBS = {
     "find": ("raytrain2p.runs.find", "find the directory and the MLflow run of each other; by sweep, aligner or data"),
     "tree": ("raytrain2p.runs.tree", "show which runs came from which: aligner, phase 2, registered versions; sweep, trials"),
     "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
+    "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
+    "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
 }

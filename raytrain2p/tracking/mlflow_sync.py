@@ -105,7 +105,7 @@ class MlflowSync:
         """Whether MLflow has everything that it takes, the final status included."""
         status = self.files.read_status()
         ended = status["status"] != "RUNNING" and self.state["status"] == status
-        return ended and not self._lines_left() and not any(self._artifacts_left())
+        return ended and not self._lines_left() and not self._description_left() and not any(self._artifacts_left())
 
     def refusals(self) -> dict[str, str]:
         """What MLflow will never take: the name of each item, and why."""
@@ -176,13 +176,16 @@ class MlflowSync:
     def _note_sent(self, end: int) -> None:
         self._note(sent=end, sending=self.state["sending"] if (self.state["sending"] or 0) > end else None)
 
+    def _description_left(self) -> bool:
+        """Whether settings or tags are not sent. There are none if the launch was killed before it described the run."""
+        record = self.files.read_record() or {}
+        return "described" in record and self.state["described"] != record["described"] and self.files.config.is_file()
+
     def _send_description(self) -> None:
         """Every setting as a parameter, and the tags. MLflow cannot change a parameter: a setting that a resumed run changed
         is a tag from then on."""
         record, config = self.files.read_record(), self.files.read_config()
-        if record is None or config is None or "described" not in record:
-            return  # the launch was killed before it described the run
-        if self.state["described"] == record["described"]:
+        if record is None or config is None or not self._description_left():
             return
         params = {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
         known = self.client.get_run(self.run.run_id).data
@@ -198,6 +201,9 @@ class MlflowSync:
         }
         tags = {key: str(value) for key, value in record["tags"].items()} | changed
         self._log("tags", [RunTag(key, value) for key, value in tags.items()])
+        for key in record.get("removed_tags", []):
+            if key in known.tags:
+                self.client.delete_tag(self.run.run_id, key)
         self._note(described=record["described"])
 
     def _send_points(self) -> bool:

@@ -42,6 +42,7 @@ class RecordShape(TypedDict, total=False):
 
     run_id: str
     tags: dict[str, str]
+    removed_tags: list[str]
     described: float
     sequence: int
 

@@ -146,7 +146,7 @@ def describe_run(
     write_file(files.readme, (page or _readme)(run, first) + _resumes(history))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
     tags |= {ROOT_TAG: str(run.path.parent.parent)} | _history_tags(history)  # the root may have been moved
-    kept = {"sequence": files.sequence(), "tags": files.tags() | tags}
+    kept = {"sequence": files.sequence(), "tags": files.tags() | tags, "removed_tags": record.get("removed_tags", [])}
     files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
     return lines + [f"{where}: other content ({', '.join(parts)}), accepted" for where, parts in inputs.items()]
