@@ -17,7 +17,7 @@ from raytrain2p.runs.reconcile import reconcile, reconcile_unborn
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import size_of
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.tracking.damage import DamagedFileError
+from raytrain2p.tracking.damage import DamagedFileError, reading_once
 from raytrain2p.tracking.find import find_run, is_alive, is_empty, read_run, run_directories
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_errors import store_problem
@@ -91,7 +91,8 @@ def verify(request: Request) -> Findings:
     if everything:
         found.differences += check_launches(request.root)
     for each in with_progress(runs):
-        found.differences += dict.fromkeys(whole(each, check(each, request, stores, lineage, found)))
+        with reading_once():
+            found.differences += dict.fromkeys(whole(each, check(each, request, stores, lineage, found)))
     if everything:
         here = {path.name[:RUN_ID_LENGTH] for path in run_directories(request.root, RUN_FOLDERS) if not is_empty(path)}
         here |= {one.run_id for one in found.differences}
