@@ -20,6 +20,7 @@ VERBS = {
     "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
+    "verify": ("raytrain2p.runs.verify", "check that directories and MLflow are whole, and hold the same"),
 }
 USAGE = "\n".join(
     [

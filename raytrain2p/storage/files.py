@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 # What a path answers at which there is no file that this process may read. Other errors are the disk's.
 NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+PARTIAL = ".*.aside-*"  # files that are half written, or were when their process was killed
 
 
 @contextmanager
@@ -84,7 +85,7 @@ def link_file(source: Path, path: Path) -> None:
 
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half written below a directory. No other process may be writing there."""
-    for aside in folder.rglob(".*.aside-*"):
+    for aside in folder.rglob(PARTIAL):
         aside.unlink(missing_ok=True)
 
 

@@ -93,16 +93,19 @@ def point_of(line: bytes) -> MetricPoint | None:
         return None
 
 
-def read_points(path: Path, damaged: list[bytes] | None = None) -> Iterator[MetricPoint]:
+def read_points(path: Path, damaged: list[bytes] | None = None, end: int | None = None) -> Iterator[MetricPoint]:
     """The complete lines of a metrics.jsonl, which another process may be writing to; none if it does not exist.
 
     Args:
         damaged: gets the damaged lines, which are left out.
+        end: bytes of the file after which to stop.
     """
     if not path.is_file():
         return
     with path.open("rb") as stream:
         for line in stream:
+            if end is not None and (end := end - len(line)) < 0:
+                return
             if not line.endswith(b"\n") or not line.strip():
                 continue
             if (point := point_of(line)) is not None:

@@ -24,6 +24,7 @@ CHANGED_TAG, NOT_SET = "raytrain2p.changed.", "not set"  # of a setting that a r
 LAUNCH_ID = r"\w[\w.-]{0,99}"  # the name of a file, and part of an MLflow filter
 PRUNED_TAG = "raytrain2p.pruned"  # `checkpoints`: the run has none any more; `directory`: nor has it a directory
 PRUNED_CHECKPOINTS, PRUNED_DIRECTORY = "checkpoints", "directory"
+EARLY_TAG = "raytrain2p.stopped_early"  # of a trial that its sweep ended: it is FINISHED without a result
 RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 
 
