@@ -13,6 +13,7 @@ VERBS = {
     "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
+    "migrate": ("raytrain2p.runs.migrate", "take directories of older layouts into this one, with an MLflow run for each; and back"),
 }
 USAGE = "\n".join(
     [
