@@ -11,6 +11,7 @@ from raytrain2p.runs.request import parse, read_request
 # Verb: module whose `run` does it, and what it does
 VERBS = {
     "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
+    "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
     "migrate": ("raytrain2p.runs.migrate", "take directories of older layouts into this one, with an MLflow run for each; and back"),

@@ -62,6 +62,14 @@ def human_age(timestamp: str) -> str:
     return f"{max(0, seconds):.0f} s"
 
 
+def human_duration(seconds: float) -> str:
+    """As in `2 h 5 min`."""
+    minutes, hours = round(seconds) // 60, round(seconds / 60) // 60
+    if hours:
+        return f"{hours} h {round(seconds / 60) % 60} min"
+    return f"{minutes} min {round(seconds) % 60} s" if minutes else f"{seconds:.0f} s"
+
+
 def number(value: float | None) -> str:
     """A metric for a table, as in `2.148`."""
     return "" if value is None else f"{value:.5g}"

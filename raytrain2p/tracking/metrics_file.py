@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,8 +150,12 @@ def write_summary(path: Path, kept: Path) -> None:
 
 
 def summarize(path: Path) -> dict[str, MetricSummary]:
+    return summarize_points(read_points(path))
+
+
+def summarize_points(points: Iterable[MetricPoint]) -> dict[str, MetricSummary]:
     found = dict[str, MetricSummary]()
-    for point in read_points(path):
+    for point in points:
         name, value, step = point.name, point.value, point.step
         summary = found.get(name)
         if summary is None:

@@ -27,14 +27,13 @@ from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import point_of
 from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, store_problem
 from raytrain2p.tracking.mlflow_store import client_of
-from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run import CHANGED_TAG, NOT_SET, Run
 from raytrain2p.tracking.run_directory import RunStatus
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
 TRIES_AT_THE_END = 5  # a second apart
 SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
-CHANGED_TAG = "raytrain2p.changed."
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
 
 Item = TypeVar("Item", Metric, Param, RunTag)
@@ -191,7 +190,7 @@ class MlflowSync:
         missing = [Param(key, value) for key, value in params.items() if key not in logged]
         for start in range(0, len(missing), PARAMS_PER_BATCH):
             self._log("params", missing[start : start + PARAMS_PER_BATCH])
-        ours = params | {key: "not set" for key in logged if key not in params and key.partition(".")[0] in config}
+        ours = params | {key: NOT_SET for key in logged if key not in params and key.partition(".")[0] in config}
         changed = {
             f"{CHANGED_TAG}{key}": value
             for key, value in ours.items()

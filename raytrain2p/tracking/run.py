@@ -18,7 +18,8 @@ from raytrain2p.tracking.damage import check_shape, read_as
 from raytrain2p.tracking.run_directory import RunDirectory
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
-ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
+ROOT_TAG, SWEEP_TAG, TRIAL_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.trial", "raytrain2p.command"
+CHANGED_TAG, NOT_SET = "raytrain2p.changed.", "not set"  # of a setting that a resumed run changed; and its value if it has none now
 LAUNCH_ID = r"\w[\w.-]{0,99}"  # the name of a file, and part of an MLflow filter
 RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,10 @@ class RunDirectory:
 
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact
+
+    def comparison(self, ids: Sequence[str]) -> Path:
+        """The plot of this run and others."""
+        return self.plots / f"comparison_{'_'.join(ids)}.png"
 
     def mlflow_artifacts(self) -> Iterator[tuple[Path, str | None]]:
         """What goes to MLflow when the run has ended: each file or folder, and its folder among the run's artifacts."""
