@@ -185,5 +185,5 @@ def _find_or_make(
         for run in runs[:1]:
             for key, value in tags.items():
                 client.set_tag(run.info.run_id, key, value)
-    made = runs[0] if runs else client.create_run(found.experiment_id, run_name=name, tags=tags)
+    made = runs[0] if runs else client.create_run(found.experiment_id, round(1000 * intent["since"]), tags, name)
     return str(made.info.run_id), str(made.data.tags.get(TIMESTAMP_TAG, intent["timestamp"])), COMMAND_TAG in made.data.tags
