@@ -20,7 +20,7 @@ ARTIFACT_TAG, STEPS_TAG = "raytrain2p.artifact", "raytrain2p.steps"
 
 
 def run_description(run: Run, tags: dict[str, str]) -> str:
-    """What a run is, as Markdown: what it trains, its command, its directory.
+    """What a run is, as Markdown: what it trains, its directory, its command. The UI shows three lines, and the rest on demand.
 
     Args:
         tags: of its record.
@@ -28,9 +28,9 @@ def run_description(run: Run, tags: dict[str, str]) -> str:
     phase = PHASES_BY_NAME.get(run.phase)
     what = f"Phase {phase.number}: {phase.meaning}" if phase else "A sweep; its trials are its child runs"
     trial = f", a trial of sweep {code_span(tags[SWEEP_TAG][:8])}" if SWEEP_TAG in tags else ""
+    where, command = code_span(tags.get(DIRECTORY_TAG, run.directory)), code_block(tags.get(COMMAND_TAG, ""))
     use = f"\n\nUse it:\n\n{code_block(phase.next_command.format(run=run.run_id[:8]))}" if phase else ""
-    command = code_block(tags.get(COMMAND_TAG, ""))
-    return f"{what}{trial}.\n\nStarted with\n\n{command}\n\nDirectory: {code_span(tags.get(DIRECTORY_TAG, run.directory))}{use}"
+    return f"{what}{trial}, in {where}\n\n{command}{use}"
 
 
 def data_of(record: dict[str, Any]) -> list[DatasetInput]:

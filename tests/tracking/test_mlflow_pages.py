@@ -101,9 +101,8 @@ def test_a_description_says_what_the_run_is_and_cannot_become_other_markdown(set
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train 'x=\n# a `heading`'", {})
     text = run_description(run, run.files.tags() | {SWEEP_TAG: "0123456789abcdef"})
-    assert text.startswith("Phase 2: instruction-tunes a language model, a trial of sweep `01234567`.\n")
+    assert text.startswith(f"Phase 2: instruction-tunes a language model, a trial of sweep `01234567`, in `{run.directory}`\n")
     assert "\n    python -m raytrain2p.train 'x=\n    # a `heading`'\n" in text
-    assert f"`{run.directory}`" in text
     assert f"    python -m raytrain2p.predict --run {run.run_id[:8]}" in text
 
 
