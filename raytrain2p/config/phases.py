@@ -11,6 +11,7 @@ class Phase:
 
     Args:
         number: as in `--phase`.
+        meaning: what it does, in a few words.
         name: directory of its runs under `output.root`, and the beginning of their names.
         artifact: file name of its result.
         experiment: MLflow experiment, unless another is set.
@@ -18,6 +19,7 @@ class Phase:
     """
 
     number: int
+    meaning: str
     name: str
     artifact: str
     experiment: str
@@ -26,6 +28,7 @@ class Phase:
 
 ALIGNMENT = Phase(
     1,
+    "aligns frozen encoders",
     "alignment",
     "aligner.pt",
     "phase1_alignment",
@@ -33,6 +36,7 @@ ALIGNMENT = Phase(
 )
 INSTRUCTION = Phase(
     2,
+    "instruction-tunes a language model",
     "phase2",
     "model.pt",
     "phase2_training_with_pretrained_aligner",

@@ -204,7 +204,9 @@ class TrackingSettings(SettingsGroup):
 
     uri: Text = setting("sqlite:///mlflow.db", "MLflow tracking URI", _OF_ALL_TRIALS.but(resume=FIXED))
     experiment: Text | None = setting(None, "MLflow experiment (default: one per phase)", _OF_ALL_TRIALS.but(resume=FIXED))
-    system_metrics: bool = setting(False, "also record CPU, memory and GPU use of each node", _OF_ALL_TRIALS)
+    system_metrics: bool | None = setting(
+        None, "also record CPU, memory and GPU use of each node (default: with launch.use_gpu)", _OF_ALL_TRIALS
+    )
 
 
 class EvaluationSettings(SettingsGroup):

@@ -26,6 +26,7 @@ from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
+from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
 
@@ -101,7 +102,7 @@ def train(
         environment=mlflow_environment(),
         launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
-        tags=trial.tags if trial else {},
+        tags=trial.tags if trial else source_tags("raytrain2p.train"),
     )
     signal = run_workers(job, console, trial, own_cluster)
     return outcome_of(job, console, signal)

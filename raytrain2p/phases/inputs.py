@@ -55,12 +55,14 @@ class InputDigests:
     Args:
         train_records: number of training records.
         train_digest: sha256 of their content, see `digest_records`.
+        split_records: number of records of every split, by setting, as `SETTING=SOURCES`.
         inputs: all else by setting, as `SETTING=VALUE`, and part: each model's files, the aligner's content, the records of other splits.
     """
 
     train_records: int
     train_digest: str
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    split_records: dict[str, int] = field(default_factory=dict)
 
 
 def digest_records(records: Iterable[Record], media_keys: Mapping[MediaRef, bytes]) -> str:
@@ -114,12 +116,10 @@ class CheckedRecords:
     @cached_property
     def digests(self) -> InputDigests:
         of = {name: digest_records(records, self.media_keys) for name, records in self.splits.items()}
-        others = {
-            f"{setting}={described(listed)}": {"records": of[name]}
-            for name, (setting, listed) in split_sources(self.settings).items()
-            if name != TRAIN
-        }
-        return InputDigests(self.records, of[TRAIN], others | self.models())
+        where = {name: f"{setting}={described(listed)}" for name, (setting, listed) in split_sources(self.settings).items()}
+        others = {where[name]: {"records": of[name]} for name in where if name != TRAIN}
+        counts = {where[name]: len(self.splits[name]) for name in where}
+        return InputDigests(self.records, of[TRAIN], others | self.models(), counts)
 
     def models(self) -> dict[str, dict[str, str]]:
         """The content of the models by setting and file."""

@@ -29,6 +29,8 @@ STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
 SECONDS_TO_OPEN = 60.0  # while other processes create or open the same database: 2 to 10 seconds each on busy cores
 HALF_DONE = "_alembic_tmp_"  # begin of the names of tables that only a migration under way has
+KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+GUESSED = "_inferred"  # end of a kind that nobody chose: the UI looked at what the experiment had
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -217,7 +219,9 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
                 location = (path.parent / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
                 if not path.exists() or not path.stat().st_size:
                     _make_database(path)
-            experiment = _get_or_create_experiment(_opened(uri), name, location)
+            client = _opened(uri)
+            experiment = _get_or_create_experiment(client, name, location)
+            mark_experiment(client, experiment)
     except UnusableStoreError as error:
         raise InputError(error.problem) from None
     except (*STORE_ERRORS, ImportError, ValueError) as error:
@@ -249,6 +253,13 @@ def _get_or_create_experiment(client: MlflowClient, name: str, location: str | N
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
     return experiment
+
+
+def mark_experiment(client: MlflowClient, experiment: Experiment) -> None:
+    """Without a kind, the UI takes an experiment for one of generative AI, and training runs for evaluation runs."""
+    kind = experiment.tags.get(KIND_TAG, "")
+    if (not kind or kind.endswith(GUESSED)) and experiment.lifecycle_stage == "active":
+        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, MODEL_TRAINING)
 
 
 def check_server(uri: str) -> None:

@@ -16,22 +16,25 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from raytrain2p.config import flatten_tree
+from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import point_of
-from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, store_problem
+from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, is_unknown_request, store_problem
+from raytrain2p.tracking.mlflow_pages import NOTE_TAG, data_of, record_model, run_description
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import CHANGED_TAG, NOT_SET, Run
 from raytrain2p.tracking.run_directory import RunStatus
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
+MODEL = "the logged model"  # as `refused` names it
 TRIES_AT_THE_END = 5  # a second apart
 SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
@@ -51,6 +54,8 @@ class SyncState(TypedDict, total=False):
     status: RunStatus | None
     artifacts: dict[str, list[int]]
     refused: dict[str, str]
+    note: str
+    model: float | None
 
 
 class RunDirectoryError(OSError):
@@ -77,7 +82,8 @@ class MlflowSync:
     The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
     of it as `sending`. After a kill or a time-out in between, MLflow is asked which points up to there it has; so it is for the whole
     file if that state is lost, or if the file is shorter than what was sent. `artifacts` has the size and the time of each file that
-    was sent; `refused`, by name, why MLflow will never take an item.
+    was sent; `refused`, by name, why MLflow will never take an item; `note`, the description that was sent, unless a user wrote another;
+    `model`, the end of the run whose logged model MLflow has.
 
     `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
     """
@@ -95,6 +101,8 @@ class MlflowSync:
         self.state |= known
         if known and "artifacts" not in known and known.get("status") == self.files.read_status():
             self.state["artifacts"] = self._artifacts_now()  # an earlier version, which sent them before the status
+        if known and "model" not in known and known.get("status") == self.files.read_status():
+            self.state["model"] = self.files.read_status()["at"]  # an earlier version, which recorded none
 
     @cached_property
     def client(self) -> MlflowClient:
@@ -103,11 +111,12 @@ class MlflowSync:
 
     def _nothing_sent(self) -> dict[str, Any]:
         """A state with which MLflow is asked which points it has."""
-        return {"sent": 0, "sending": self._size(), "described": None, "status": None, "artifacts": {}, "refused": {}}
+        what = {"described": None, "status": None, "artifacts": {}, "refused": {}, "note": "", "model": None}
+        return {"sent": 0, "sending": self._size()} | what
 
     def forget(self) -> None:
         """Forget what was sent, so that `send` sends whatever MLflow does not have: its database may be an older one."""
-        self._note(**self._nothing_sent())
+        self._note(**self._nothing_sent() | {"note": self.state["note"]})
 
     def complete(self) -> bool:
         """Whether MLflow has everything that it takes, the final status included."""
@@ -119,6 +128,7 @@ class MlflowSync:
             "settings and tags": self._description_left(),
             "points": self._lines_left(),
             "files": any(self._artifacts_left()),
+            MODEL: self._model_left(),
             "status": self.state["status"] != self.files.read_status(),
         }
         return [what for what, is_left in left.items() if is_left]
@@ -149,6 +159,8 @@ class MlflowSync:
             self._note(status=status, artifacts=self.state["artifacts"] | self._artifacts_now())
             return
         failure = self._send_artifacts()  # raised after the status was sent: artifacts may be on another server, or another disk
+        if self._model_left():
+            failure = failure or self._send_model()
         if self.state["status"] != status:
             if status["status"] != "RUNNING":
                 end = round(status["at"] * 1000)
@@ -209,11 +221,16 @@ class MlflowSync:
         for start in range(0, len(missing), PARAMS_PER_BATCH):
             self._log("params", missing[start : start + PARAMS_PER_BATCH])
         tags = tags_of(record["tags"], config, logged, known.tags)
-        self._log("tags", [RunTag(key, value) for key, value in tags.items()])
+        note = run_description(self.run, tags)
+        if known.tags.get(NOTE_TAG, self.state["note"]) == self.state["note"]:
+            tags[NOTE_TAG] = note
+        self._log("tags", [RunTag(key, value) for key, value in tags.items() if known.tags.get(key) != value])
         for key in record.get("removed_tags", []):
             if key in known.tags:
                 self.client.delete_tag(self.run.run_id, key)
-        self._note(described=record["described"])
+        for data in data_of(record):
+            self._send_data(data)
+        self._note(described=record["described"], note=note)
 
     def _send_points(self) -> bool:
         """Send one batch. Returns whether there may be another."""
@@ -270,6 +287,42 @@ class MlflowSync:
             self._log(kind, items[middle:])
         else:
             self._set_aside(item_name(kind, items[0]), problem)
+
+    def _send_data(self, data: DatasetInput) -> None:
+        """Send the data of a split. MLflow has it once, however often it is sent."""
+        name = f"data `{data.dataset.name}`"
+        if name in self.state["refused"]:
+            return
+        for is_last_try in (False, True):  # of two runs that send the same data at once, as trials do, a database refuses one
+            try:
+                self.client.log_inputs(self.run.run_id, [data])
+                return
+            except Exception as error:
+                problem = store_problem(error)
+                if problem.kind is not Kind.REFUSED:
+                    raise
+                if is_last_try:
+                    self._set_aside(name, problem)
+
+    def _model_left(self) -> bool:
+        """Whether MLflow lacks the logged model of a finished run, or it is that of an earlier end."""
+        status, phase = self.files.read_status(), PHASES_BY_NAME.get(self.run.phase)
+        finished = status["status"] == "FINISHED" and phase is not None and self.files.artifact(phase).is_file()
+        return finished and self.state["model"] != status["at"] and MODEL not in self.state["refused"]
+
+    def _send_model(self) -> Exception | None:
+        """Returns the error if MLflow may take it later. A server before MLflow 3 has no logged models."""
+        try:
+            result: dict[str, Any] = read_as(self.files.result, dict[str, Any]) or {}
+            record_model(self.client, self.run, self.files.tags(), int(result.get("steps", 0)))
+        except Exception as error:
+            problem = store_problem(error)
+            if problem.kind is not Kind.REFUSED and not is_unknown_request(error):
+                return error
+            self._set_aside(MODEL, problem)
+        else:
+            self._note(model=self.files.read_status()["at"])
+        return None
 
     def _set_aside(self, name: str, problem: StoreProblem) -> None:
         self._note(refused=self.state["refused"] | {name: problem.reason})

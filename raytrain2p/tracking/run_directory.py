@@ -189,8 +189,14 @@ class RunDirectory:
         write_file(self.changes, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_mlflow_run_id(self, run_id: str, experiment: str, timestamp: str) -> None:
-        lines = {"run_id": run_id, "directory": self.path, "experiment": experiment, "timestamp": timestamp}
-        write_file(self.mlflow_run_id, "".join(f"{label}: {value}\n" for label, value in lines.items()))
+        lines = {"MLflow Run ID": run_id, "Checkpoint Dir": self.path, "Experiment": experiment, "Timestamp": timestamp}
+        note = f"""
+Note: the name of this directory begins with the MLflow run ID, followed by the time at which the run began:
+  Directory:     {self.path.name}
+  MLflow Run ID: {run_id}
+  Timestamp:     {timestamp:>{len(self.path.name)}}
+"""
+        write_file(self.mlflow_run_id, "".join(f"{label}: {value}\n" for label, value in lines.items()) + note)
 
     def read_status(self) -> RunStatus:
         """The last status; RUNNING at time 0 if none was written."""

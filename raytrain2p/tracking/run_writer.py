@@ -20,6 +20,7 @@ from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_ru
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import ResumeRow
+from raytrain2p.tracking.source import version_tags
 
 RESUMED_TAG, ACCEPTED_TAG = "raytrain2p.resumed", "raytrain2p.accepted_inputs"
 TRAIN_INPUT = "data.train"
@@ -145,7 +146,7 @@ def describe_run(
     first = files.tags().get(COMMAND_TAG, masked(command))
     write_file(files.readme, (page or _readme)(run, first) + _resumes(history))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
-    tags |= {ROOT_TAG: str(run.path.parent.parent)} | _history_tags(history)  # the root may have been moved
+    tags |= {ROOT_TAG: str(run.path.parent.parent)} | version_tags() | _history_tags(history)  # the root may have been moved
     kept = {"sequence": files.sequence(), "tags": files.tags() | tags, "removed_tags": record.get("removed_tags", [])}
     files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]

@@ -1,5 +1,6 @@
 """Both phases through Ray and Lightning, with small random models, on the CPU over Gloo."""
 
+import getpass
 import json
 import shlex
 import signal
@@ -77,6 +78,21 @@ def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, work
     assert recorded.data.params["training.global_batch_size"] == "16"
     assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
     assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
+
+
+def test_mlflow_shows_who_trained_what_on_which_data(aligned: Command, workdir: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+    recorded = client.get_run(aligned.outcome["run_id"])
+    tags, inputs = recorded.data.tags, recorded.inputs.dataset_inputs
+
+    assert client.get_experiment(recorded.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == (getpass.getuser(), "raytrain2p.train")
+    assert "python -m raytrain2p.train --phase 1" in tags["mlflow.note.content"]
+    assert tags["version.torch"] == torch.__version__
+    assert [one.tags[0].value for one in sorted(inputs, key=lambda one: one.dataset.name)] == ["test", "train", "val"]
+    assert {json.loads(one.dataset.profile)["num_rows"] for one in inputs} == {60}, "each split has the same file"
+    (output,) = recorded.outputs.model_outputs
+    assert client.get_logged_model(output.model_id).status == "READY"
 
 
 def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command) -> None:

@@ -38,6 +38,7 @@ def children(folder: Path) -> tuple[Any, list[Any]]:
     runs = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} <= {parent.info.run_id}
+    assert {run.data.tags["mlflow.source.name"] for run in runs} == {"raytrain2p.tune"}
     return parent, sorted((run for run in runs if run is not parent), key=lambda run: int(run.data.tags["raytrain2p.trial"]))
 
 

@@ -27,6 +27,7 @@ from raytrain2p.tracking.run_writer import (
     setting_changes,
     sole_writer,
 )
+from raytrain2p.tracking.source import version_tags
 from tests.tracking.stores import NOBODY, away, create, elsewhere, fill, history, lock_holder, mlflow_run, points, settings_in
 
 
@@ -102,18 +103,31 @@ def test_nothing_is_removed_while_another_process_writes(settings: Settings, mon
 def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train --phase 2 seed=3", {"train_records": 60})
-    lines = dict(line.split(": ", 1) for line in (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines())
-    assert lines == {"run_id": run.run_id, "directory": run.directory, "experiment": run.experiment, "timestamp": run.timestamp}
+    lines = (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines()
+    assert dict(line.split(": ", 1) for line in lines[:4]) == {
+        "MLflow Run ID": run.run_id,
+        "Checkpoint Dir": run.directory,
+        "Experiment": run.experiment,
+        "Timestamp": run.timestamp,
+    }
+    name, run_id, timestamp = lines[-3:]
+    assert name.endswith(f" {run.path.name}")
+    assert name.index(run.run_id) == run_id.index(run.run_id), "one stands below the other"
+    assert name.index(run.timestamp) == timestamp.index(run.timestamp)
     noted = read_json(run.path / "run.json")
     assert Run.from_record(noted, run.files.record) == run
     assert noted["train_records"] == 60
-    assert noted["tags"] == {
-        LAUNCH_TAG: "launch-1",
-        DIRECTORY_TAG: run.directory,
-        TIMESTAMP_TAG: run.timestamp,
-        ROOT_TAG: settings.output.root,
-        "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
-    }
+    assert (
+        noted["tags"]
+        == {
+            LAUNCH_TAG: "launch-1",
+            DIRECTORY_TAG: run.directory,
+            TIMESTAMP_TAG: run.timestamp,
+            ROOT_TAG: settings.output.root,
+            "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
+        }
+        | version_tags()
+    )
     assert {path.name for path in run.path.iterdir()} == {
         "lightning_checkpoints",
         "config.json",
