@@ -44,6 +44,7 @@ class RecordShape(TypedDict, total=False):
     tags: dict[str, str]
     described: float
     sequence: int
+    use: list[str]
 
 
 class ConfigShape(TypedDict, total=False):

@@ -162,8 +162,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_failed_with_one_line_and_with
     launch = Launch(workdir / "diverges", [*arguments, "launch.num_workers=2", "launch.max_failures=3"], {"RAY_ADDRESS": ray_head})
     launch.start()
     assert launch.wait() == 1, launch.log
-    *_, what, why = launch.log.splitlines()
+    *_, what, why, where = launch.log.splitlines()
     assert what == "raytrain2p: training failed"
+    assert where.endswith(f"see it with: python -m raytrain2p.runs show {launch.mlflow_runs()[0].info.run_id[:8]}")
     assert f"since step 2: loss nan, gradient norm nan, records {shapes}/phase1.jsonl:" in why
     assert launch.log.count("parameters that train") == 1, "it was started again"
     (run,) = launch.mlflow_runs()
@@ -180,6 +181,7 @@ def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny
     assert failed.code == 1, failed.err
     assert "training failed" in failed.err
     assert "flash" in failed.err.lower(), "the worker's own error"
+    assert "once the cause is gone, resume it with: python -m raytrain2p.train --phase 2 --resume " in failed.err.splitlines()[-1]
     client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("phase2_training_with_pretrained_aligner")
     (recorded,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")
