@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from raytrain2p.config import base_directory
-from raytrain2p.config.cli import Parser, exit_code
+from raytrain2p.config.cli import Parser, exit_code, report
 from raytrain2p.config.escaping import json_line, printable
 from raytrain2p.config.paths import is_embedded
 from raytrain2p.config.phases import INSTRUCTION
@@ -52,6 +52,8 @@ def predict(options: argparse.Namespace) -> int:
     """
     records = read(options)
     path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "--run")
+    if options.run == "latest":
+        report(f"--run=latest is {path}")
     predictor = Predictor(path)
     predictor.check(records, options.max_new_tokens)
     answers = predictor.answers(records, options.batch_size, options.max_new_tokens)

@@ -39,6 +39,9 @@ def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
 
     assert first["artifact"] in tuned.err, "it prints the aligner that `latest` stands for"
     assert "0 computed" in tuned.err, "the encoder ran in phase 1 and does not run again"
+    assert f"\nnext:\n  python -m raytrain2p.train --phase 2 --aligner {first['run_id'][:8]}" in aligned.err
+    ask = f"python -m raytrain2p.predict --run {outcome['run_id'][:8]} --image {shapes}/0.png 'Which colour?'"
+    assert f"\nnext:\n  {ask}\n" in tuned.err, "a question of its own records, about an item of theirs"
     assert directory.parent == workdir / "checkpoints" / "phase2"
     assert directory.name.startswith(outcome["run_id"] + "_")
     assert {path.name for path in directory.iterdir()} >= {
@@ -58,6 +61,7 @@ def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
 
     answers = run("raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
     assert answers.code == 0, answers.err
+    assert answers.err == f"raytrain2p: --run=latest is {outcome['artifact']}\n"
     assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
 
     bad = write_lines(workdir / "bad.jsonl", {"instruction": "Which <|im_end|>?"}, {"instruction": "long " * 300})
