@@ -13,9 +13,6 @@ import torch
 from torch import nn
 
 from raytrain2p.config import Findings, Problem, Settings
-from raytrain2p.config.loading import packaged_tree
-from raytrain2p.config.paths import is_embedded
-from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.config.settings import Source, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, Ragged, drawn_records
 from raytrain2p.data.checks import check_media, foreign_marks
@@ -125,16 +122,6 @@ class CheckedRecords:
         }
         return InputDigests(self.records, of[TRAIN], others | self.models())
 
-    @property
-    def use(self) -> list[str]:
-        """Arguments of the command that uses the result (`tracking/next_commands.py`): phase 2 on its own records, which are these
-        only if they are embedded."""
-        paths = [source.path for source in self.settings.data.train]
-        if not all(map(is_embedded, paths)):
-            return ["data.train=FILE"]
-        usual = packaged_tree(INSTRUCTION.number, {})["data"]["train"]
-        return [] if paths == [usual] else [f"data.train=[{', '.join(paths)}]"]
-
     def models(self) -> dict[str, dict[str, str]]:
         """The content of the models by setting and file."""
         from raytrain2p.models.pretrained import content_of
@@ -192,7 +179,7 @@ class PhaseInputs(Protocol):
 
     @property
     def use(self) -> list[str]:
-        """Arguments of the command that uses the result."""
+        """Arguments of the command that uses the result, see `tracking/next_commands.py`."""
 
     @property
     def notes(self) -> tuple[str, ...]:
