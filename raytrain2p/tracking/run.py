@@ -19,6 +19,7 @@ from raytrain2p.tracking.run_directory import RunDirectory
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
+LAUNCH_ID = r"\w[\w.-]{0,99}"  # the name of a file, and part of an MLflow filter
 RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 
 

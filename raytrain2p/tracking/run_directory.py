@@ -84,6 +84,7 @@ class RunDirectory:
     changes = Entry("changes.jsonl")  # a row for each resume: when, its command, the settings and the inputs that it changed
     status = Entry("status.json")
     metrics = Entry("metrics.jsonl")
+    metrics_summary = Entry("metrics_summary.json")  # of a run that has ended: what `read_summary` finds in it
     test_metrics = Entry("test_metrics.json")
     answers = Entry("answers.jsonl")  # sample answers to test records
     result = Entry("result.json")  # the outcome
@@ -110,6 +111,10 @@ class RunDirectory:
     def lock(self) -> Lock:
         """Held by rank 0 for as long as it writes to the directory."""
         return Lock(self.path / ".lock")
+
+    def best_checkpoints(self) -> list[Path]:
+        """The best checkpoint; after a kill there may be the previous one too."""
+        return sorted(self.checkpoints.glob(BEST))
 
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact
@@ -242,6 +247,13 @@ def next_sequence(root: str, kept: Path) -> int:
         last = int(max((number for number in numbers if number < math.inf), default=0))
     write_file(kept, f"{last + 1}\n")
     return last + 1
+
+
+def best_of_name(name: str) -> float | None:
+    """The monitored metric's value in the name of a best checkpoint."""
+    with suppress(ValueError):
+        return float(name.removesuffix(".ckpt").rpartition("=")[2])
+    return None
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:

@@ -14,7 +14,7 @@ from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
-from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
+from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, write_summary
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
@@ -59,6 +59,7 @@ class RunWriter:
 
     def finish(self, status: str, reason: str = "") -> bool:
         """Record how the run ended, and send the rest. Returns whether MLflow has everything."""
+        write_summary(self.run.files.metrics, self.run.files.metrics_summary)
         self.run.files.write_status(status, reason)
         return self.mlflow_sync.close(SECONDS_TO_SEND)
 
