@@ -111,7 +111,7 @@ class MlflowSync:
 
     def _nothing_sent(self) -> dict[str, Any]:
         """A state with which MLflow is asked which points it has."""
-        what = {"described": None, "status": None, "artifacts": {}, "refused": {}, "note": "", "model": None}
+        what: dict[str, Any] = {"described": None, "status": None, "artifacts": {}, "refused": {}, "note": "", "model": None}
         return {"sent": 0, "sending": self._size()} | what
 
     def forget(self) -> None:
