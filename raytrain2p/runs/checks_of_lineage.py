@@ -10,6 +10,7 @@ from typing import Any
 from raytrain2p.config import InputError, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, SWEEPS
 from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, damaged_file, difference
+from raytrain2p.runs.removal import leftovers, name_of
 from raytrain2p.runs.summary import aligner_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_empty
@@ -17,6 +18,8 @@ from raytrain2p.tracking.mlflow_runs import RemoteRun
 from raytrain2p.tracking.run import (
     COMMAND_TAG,
     LAUNCH_TAG,
+    PRUNED_DIRECTORY,
+    PRUNED_TAG,
     ROOT_TAG,
     RUN_FOLDERS,
     SWEEP_TAG,
@@ -25,13 +28,19 @@ from raytrain2p.tracking.run import (
     launch_record,
     recorded_run,
 )
-from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_directory import PRUNED_TRIAL, RUN_ID_LENGTH, RunDirectory
 
 DELETE = "restore it from a backup; or, if it was removed on purpose, `mlflow runs delete --run-id {}`"
 
 
 def check_launches(root: str) -> Iterator[Difference]:
-    """Each launch that recorded a run has its directory."""
+    """Each launch that recorded a run has its directory; one whose deletion was interrupted is named as that."""
+    unfinished = dict[str, Path]()
+    for path in leftovers(root):
+        unfinished[name_of(path)] = path
+        run_id = name_of(path)[:RUN_ID_LENGTH]
+        fix = f"`python -m raytrain2p.runs prune {run_id[:8]} --yes` finishes it"
+        yield Difference(path.parent.name, run_id, str(path), "is what an interrupted prune has left of a run", fix)
     for path in sorted(launch_record(root, "any").parent.glob("*.json")):
         launch_id = path.stem
         try:
@@ -40,7 +49,7 @@ def check_launches(root: str) -> Iterator[Difference]:
             problem = error.problems[0]
             yield Difference("launch", launch_id, problem.where, problem.what, problem.fix)
             continue
-        if run is not None and not run.path.is_dir() and not launch_lock(root, launch_id).is_held():
+        if run is not None and not run.path.is_dir() and run.path.name not in unfinished and not launch_lock(root, launch_id).is_held():
             fix = DELETE.format(run.run_id) + f" and remove {path}"
             yield difference(run, run.directory, f"is gone, where launch {launch_id} has its run", fix)
 
@@ -71,6 +80,8 @@ def check_without_directory(root: str, remotes: Iterable[RemoteRun], here: Colle
     for remote in remotes:
         launch_id = remote.tags.get(LAUNCH_TAG, "")
         if remote.run_id in here or remote.lifecycle == "deleted" or real(remote.tags.get(ROOT_TAG, "")) not in roots:
+            continue
+        if remote.tags.get(PRUNED_TAG) == PRUNED_DIRECTORY:
             continue
         if launch_lock(root, launch_id).is_held() or directory_of(root, remote.run_id) is not None:
             continue  # it is being made, or was made just now
@@ -157,12 +168,13 @@ class LineageChecks:
             yield difference(run, Path(self.root, SWEEPS), f"has no directory of sweep {sweep}, whose trial this run is", RESTORE)
 
     def trials(self, run: Run) -> Iterator[Difference]:
-        """The records of a sweep's trials; each has a run once the sweep is FINISHED, unless it was given up."""
+        """The records of a sweep's trials; each has a run once the sweep is FINISHED, unless it was given up, or pruned."""
         if run.phase != SWEEPS:
             return
         finished = run.files.read_status()["status"] == "FINISHED"
         for path in sorted(run.files.trials.glob("[0-9]*.json")):
             launch_id = str((read_as(path, dict[str, Any]) or {}).get("launch_id"))
             with suppress(DamagedFileError):  # a difference of its launch
-                if finished and recorded_run(self.root, launch_id) is None and not path.with_suffix(".failed").is_file():
+                over = path.with_suffix(".failed").is_file() or path.with_suffix(PRUNED_TRIAL).is_file()
+                if finished and recorded_run(self.root, launch_id) is None and not over:
                     yield difference(run, path, "is the record of a trial that has no run", f"{RESTORE} of its run, or resume the sweep")

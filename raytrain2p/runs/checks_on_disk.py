@@ -13,7 +13,6 @@ from raytrain2p.storage.files import PARTIAL
 from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import SummaryFile, read_points, summarize
 from raytrain2p.tracking.run import EARLY_TAG, RUN_FOLDERS, Run
-from raytrain2p.tracking.run_directory import BEST
 
 Check = Callable[[Run, bool], Iterator[Difference]]  # of a run, and whether a process works on it: what it still writes is not missing
 
@@ -80,7 +79,7 @@ def outcome(run: Run, alive: bool) -> Iterator[Difference]:
 
 def agreement(run: Run, result: dict[str, Any], tests: dict[str, float]) -> Iterator[Difference]:
     """What result.json says of the other files. The run may have been moved since, and its checkpoints removed to free space."""
-    files, kept = run.files, any(run.checkpoints.glob("*.ckpt"))
+    files, kept = run.files, bool(run.files.all_checkpoints())
     for key in ("best", "last"):
         if kept and (path := result.get(key)) and not (run.checkpoints / Path(path).name).is_file():
             yield difference(
@@ -164,7 +163,7 @@ def checkpoints(run: Run, alive: bool) -> Iterator[Difference]:
     from raytrain2p.tracking.checkpoints import damage  # imports torch
 
     seen = set[tuple[int, int]]()
-    for path in sorted({*run.checkpoints.glob(BEST), *run.checkpoints.glob("*.ckpt")}):
+    for path in run.files.all_checkpoints():
         found = path.stat()
         if (found.st_dev, found.st_ino) not in seen and (reason := damage(path)) is not None and path.exists():
             yield difference(run, path, f"is damaged ({reason})", RESTORE)

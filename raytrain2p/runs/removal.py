@@ -6,6 +6,7 @@ root is deleted, and no link is followed.
 """
 
 import os
+import re
 import shutil
 import stat
 import time
@@ -13,19 +14,22 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from raytrain2p.config.phases import SWEEPS
 from raytrain2p.storage.files import write_file
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.run import (
     PRUNED_CHECKPOINTS,
     PRUNED_TAG,
     RUN_FOLDERS,
+    SWEEP_TAG,
+    TRIAL_TAG,
     Run,
     launch_lock,
     launch_record,
     original_of,
     recorded_run,
 )
-from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RunDirectory
+from raytrain2p.tracking.run_directory import PRUNED_TRIAL, RUN_DIRECTORY, RunDirectory
 
 PRUNED, WITH_MLFLOW = ".pruned-", ".pruned-mlflow-"  # what the names of directories under deletion begin with
 KEEP = "keep"  # the tag that protects a run
@@ -99,9 +103,19 @@ def finish(leftover: Path, root: str, forget: Forget) -> None:
         with suppress(DamagedFileError):
             recorded = recorded_run(root, run.launch_id)
         if recorded is not None and (recorded.phase, recorded.path.name) == (leftover.parent.name, name):
+            mark_trial(run, root)
             for path in launch_files(run, root):
                 delete(path, root)
     _delete_content(leftover, last=files.record.name)
+
+
+def mark_trial(run: Run, root: str) -> None:
+    """Note in the sweep of a trial that its run was deleted: the trial's record stays there."""
+    tags = run.files.tags()
+    name = f"{tags.get(TRIAL_TAG, '').zfill(3)}.json"
+    for sweep in Path(root, SWEEPS).glob(f"{tags.get(SWEEP_TAG, '-')}_*") if re.fullmatch(r"\d+\.json", name) else ():
+        if (record := RunDirectory(sweep).trials / name).is_file():
+            write_file(record.with_suffix(PRUNED_TRIAL), "")
 
 
 def launch_files(run: Run, root: str) -> list[Path]:

@@ -79,7 +79,7 @@ def details(run: RunSummary, others: Sequence[RunSummary]) -> dict[str, Any]:
         "aligner": aligner_path(run) or None,
         "aligner_run": above.get(run.run_id) if run.sweep is None else run.aligner,
         "sweep": run.sweep,
-        "trials" if run.phase == SWEEPS else "runs_from_it": children,
+        "runs_of_it": children,
     }
     known = asdict(run)
     metrics, tags, inputs = (known.pop(name) for name in ("metrics", "tags", "inputs"))
@@ -159,8 +159,8 @@ def print_details(found: dict[str, Any]) -> None:
         },
     )
     section("came from", {key.replace("_", " "): lineage[key] for key in ("sweep", "aligner_run", "aligner")})
-    for key in ("trials", "runs_from_it"):
-        section("", {key.replace("_", " "): ", ".join(one[:8] for one in lineage.get(key, []))})
+    name = "its runs" if found["phase"] == SWEEPS else "what came from it"
+    section("", {name: ", ".join(one[:8] for one in lineage["runs_of_it"])})
     for row in found["resumes"]:
         changes = {key: f"{new}, before {old}" for key, (old, new) in row["changes"].items()}
         section(f"resumed at {human_time(row['at'])}", {"command": row["command"]} | changes)

@@ -23,6 +23,7 @@ from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, r
 
 RUN_ID_LENGTH = 32  # the name of a run directory begins with the MLflow run ID
 RUN_DIRECTORY = re.compile(rf"[0-9a-f]{{{RUN_ID_LENGTH}}}_\d{{8}}_\d{{6}}")
+PRUNED_TRIAL = ".pruned"  # suffix of the mark beside the record of a trial whose run was deleted
 BEST, LAST = "best-*.ckpt", "last.ckpt"  # in the folder of checkpoints
 
 
@@ -118,6 +119,9 @@ class RunDirectory:
     def best_checkpoints(self) -> list[Path]:
         """The best checkpoint; after a kill there may be the previous one too."""
         return sorted(self.checkpoints.glob(BEST))
+
+    def all_checkpoints(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("*.ckpt"))
 
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact

@@ -40,7 +40,7 @@ def test_everything_about_a_run_is_shown(settings: Settings, tmp_path: Path, cap
     run.files.write_status("KILLED")
     assert printed(tmp_path / "checkpoints", capsys, "show", run.directory)[0]["mlflow"]["complete"] is False
     (parent,) = printed(tmp_path / "checkpoints", capsys, "show", "aligner")
-    assert parent["lineage"]["runs_from_it"] == [run.run_id]
+    assert parent["lineage"]["runs_of_it"] == [run.run_id]
     run.files.write_status("FAILED", "the loss is not finite")
     assert runs.main(["show", f"output.root={tmp_path}/checkpoints", "own"]) == 0
     text = capsys.readouterr().out
