@@ -22,7 +22,7 @@ from raytrain2p.tracking.find import find_artifact
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(prog="python -m raytrain2p.predict", description="Ask a trained assistant.")
     parser.add_argument("question", nargs="?", help="what to ask; media come first, unless placeholders such as <image> say where")
-    parser.add_argument("--run", default="latest", help="phase 2 run ID or its start, a directory, a model.pt, or `latest` (default)")
+    parser.add_argument("--run", default="latest", help="phase 2 run: ID or its start, launch ID, path, or `latest` (default)")
     for modality in MEDIA:
         parser.add_argument(f"--{modality}", action="append", default=[], metavar="FILE", help="may be given several times")
     parser.add_argument("--file", metavar="FILE.jsonl", help="many records, as in phase 2, or emoji:SPLIT; answers are not needed")

@@ -20,13 +20,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--phase", type=int, choices=tuple(PHASES), required=True, help="1: alignment; 2: instruction")
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings (default: configs/phase1.yaml or configs/phase2.yaml)")
-    parser.add_argument("--aligner", metavar="A", help="phase 2: path, run ID or its start, or `latest`; short for model.aligner=A")
+    parser.add_argument("--aligner", metavar="A", help="path, run ID (or its start), launch ID or `latest`: short for model.aligner=A")
     parser.add_argument(
         "--launch-id",
         metavar="ID",
         help="stable name of this launch over retries (default: a new one); a launch that has a run already resumes it",
     )
-    parser.add_argument("--resume", metavar="RUN", help="resume a run: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--resume", metavar="RUN", help="resume a run: directory, run ID (or its start), launch ID, or `latest`")
     parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")

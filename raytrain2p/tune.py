@@ -26,7 +26,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file: a `sweep` group, and settings of the trials (default: configs/sweep.yaml)"
     )
-    parser.add_argument("--resume", metavar="SWEEP", help="resume a sweep: its directory, run ID or the start of one, or `latest`")
+    parser.add_argument("--resume", metavar="SWEEP", help="resume a sweep: directory, run ID (or its start), launch ID, or `latest`")
     parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="show Ray's own output")

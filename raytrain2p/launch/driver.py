@@ -24,9 +24,10 @@ from raytrain2p.launch.signals import naming_run
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
+from raytrain2p.tracking.create_run import check_launch_is_free
 from raytrain2p.tracking.find import check_original, find_artifact
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
-from raytrain2p.tracking.run import Run, check_launch_is_free, launch_lock, recorded_run
+from raytrain2p.tracking.run import LAUNCH_ID, Run, launch_lock, recorded_run
 from raytrain2p.worker.job import Outcome
 
 
@@ -143,12 +144,12 @@ def fits(settings: InstructionSettings, console: Console, path: Path) -> bool:
 
 
 def checked_launch_id(launch_id: str) -> str:
-    """It is the name of a directory and part of an MLflow filter.
+    """A launch ID as the user gave it.
 
     Raises:
         InputError: it has characters that either does not allow.
     """
-    if not re.fullmatch(r"\w[\w.-]{0,99}", launch_id):
+    if not re.fullmatch(LAUNCH_ID, launch_id):
         raise InputError(Problem(f"--launch-id {launch_id}", "is not a valid name", "take up to 100 letters, digits, `_`, `.` and `-`"))
     return launch_id
 

@@ -1,69 +1,54 @@
-"""`python -m raytrain2p.runs {sync,reconcile} [RUN ...]`: bring MLflow up to date with what is on disk."""
+"""`python -m raytrain2p.runs VERB [RUN ...] [key=value ...]`: what the run directories and MLflow hold, and keeping the two alike."""
 
-import argparse
 import importlib
 import sys
 
-from raytrain2p.config import InputError, Problem, load_settings
-from raytrain2p.config.cli import FAILED, Parser, exit_code, say
+from raytrain2p.config.cli import BAD_INPUT, exit_code
+from raytrain2p.config.escaping import printable
+from raytrain2p.config.secrets import masked
+from raytrain2p.runs.request import parse, read_request
 
-# Verb: module whose `update` does it, and what it does
+# Verb: module whose `run` does it, and what it does
 VERBS = {
+    "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
+    "show": ("raytrain2p.runs.show", "show everything about a run: settings, metrics, files, lineage, inputs, MLflow"),
+    "latest": ("raytrain2p.runs.latest", "print the path of the newest run, for scripts"),
+    "find": ("raytrain2p.runs.find", "find the directory and the MLflow run of each other; by sweep, aligner or data"),
+    "tree": ("raytrain2p.runs.tree", "show which runs came from which: aligner, phase 2, registered versions; sweep, trials"),
+    "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
+    "verify": ("raytrain2p.runs.verify", "check that directories and MLflow are whole, and hold the same"),
+    "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
+    "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
+    "migrate": ("raytrain2p.runs.migrate", "take directories of older layouts into this one, with an MLflow run for each; and back"),
 }
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m raytrain2p.runs",
-        description="Bring MLflow up to date with the run directories.",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (_, meaning) in VERBS.items():
-        one = verbs.add_parser(verb, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.")
-        one.add_argument(
-            "words",
-            nargs="*",
-            metavar="RUN|key=value",
-            help="runs: a directory, a run ID or its start, or `latest` (default: all); and settings: output.root=DIR, tracking.uri=URI",
-        )
-    return parser.parse_args(arguments)
+USAGE = "\n".join(
+    [
+        "usage: python -m raytrain2p.runs VERB [RUN ...] [key=value ...] [--json]",
+        "",
+        "Find, compare, check and tidy runs, in their directories and in MLflow.",
+        "",
+        *(f"  {verb:11}{meaning}" for verb, (_, meaning) in VERBS.items()),
+        "",
+        "`python -m raytrain2p.runs VERB --help` lists its options.",
+    ]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 (MLflow still lacks something, or a run is damaged) or 2 (bad input); 130 after
-    Ctrl-C."""
-    options = parse(arguments)
-    return exit_code(lambda: update(options.verb, options.words))
-
-
-def update(verb: str, words: list[str]) -> int:
-    """Apply a verb to the runs named, or to all.
-
-    Args:
-        words: runs, and settings as `key=value`.
-
-    Raises:
-        InputError: a setting is wrong, a name fits no run, or there are no runs at all.
-    """
-    overrides = [word for word in words if "=" in word]
-    settings = load_settings(1, None, overrides)
-    from raytrain2p.tracking.find import find_runs
-    from raytrain2p.tracking.run import has_launches
-
-    root, damaged = settings.output.root, list[str]()
-    runs = find_runs(root, [word for word in words if "=" not in word], damaged.append)
-    if not runs and not damaged and not (verb == "reconcile" and has_launches(root)):
-        raise InputError(Problem(f"output.root={root}", "has no runs", f"name another: python -m raytrain2p.runs {verb} output.root=DIR"))
-    for line in damaged:
-        say(line)
-    given = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
-    module, _ = VERBS[verb]  # imported here: `--help` does not wait for MLflow
-    complete: int = importlib.import_module(module).update(runs, settings, given, say)
-    every = len(runs) + len(damaged)
-    print(f"{complete} of {every} runs are complete in MLflow")
-    return 0 if complete == every else FAILED
+    """Run a verb and return its exit code: 0, 1 (something is missing, differs or is damaged) or 2 (bad input); 130 after Ctrl-C."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if verb not in VERBS:
+        print(f"raytrain2p: {printable(masked(repr(verb)))} is not a verb\n{USAGE}", file=sys.stderr)
+        return BAD_INPUT
+    name, meaning = VERBS[verb]
+    module = importlib.import_module(name)  # here: each verb loads its own libraries only
+    options = parse(verb, meaning, module.add_arguments, rest)
+    return exit_code(lambda: module.run(read_request(options)))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,30 @@
 """`reconcile`: orphaned runs, which are RUNNING without a living process, become FAILED, on disk and in MLflow."""
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable
 
-from raytrain2p.config import Settings
+from raytrain2p.config.cli import say
+from raytrain2p.runs.request import Request
 from raytrain2p.runs.sync import sync, update_each
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs, store_exists
-from raytrain2p.tracking.run import COMMAND_TAG, LAUNCH_TAG, ROOT_TAG, Run, launch_lock, original_of, recorded_run
+from raytrain2p.tracking.run import COMMAND_TAG, LAUNCH_TAG, ROOT_TAG, Run, has_launches, launch_lock, original_of, recorded_run
 
 
-def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Callable[[str], None]) -> int:
-    """Reconcile the runs, and those that MLflow alone has. Returns how many of `runs` are complete in MLflow, or under way.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
 
-    Args:
-        uri: tracking URI, if the user gave one.
-        report: called with lines for the user.
-    """
-    root = settings.output.root
-    complete = update_each(reconcile, runs, root, uri, report)
-    if store_exists(settings.tracking.uri):
-        reconcile_unborn(root, settings.tracking.uri, report)
-    return complete
+
+def run(request: Request) -> int:
+    """Reconcile the runs, and those that MLflow alone has."""
+    uri = request.settings.tracking.uri
+    launches = has_launches(request.root)  # perhaps none came as far as a directory
+    if launches and store_exists(uri):
+        reconcile_unborn(request.root, uri, say)
+    return update_each(reconcile, request, launches)
 
 
 def reconcile(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:

@@ -1,10 +1,13 @@
 """`sync`: send what MLflow does not have of each run."""
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 
-from raytrain2p.config import InputError, Settings
+from raytrain2p.config import InputError
+from raytrain2p.config.cli import FAILED, say
 from raytrain2p.config.secrets import one_line
+from raytrain2p.runs.request import Request
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.mlflow_errors import store_problem
@@ -15,25 +18,29 @@ from raytrain2p.tracking.run import Run, original_of, record_move
 Verb = Callable[[Run, str, str | None, Callable[[str], None]], bool]
 
 
-def update(runs: Sequence[Run], settings: Settings, uri: str | None, report: Callable[[str], None]) -> int:
-    """Send the runs. Returns how many of them are complete in MLflow, or under way.
-
-    Args:
-        uri: tracking URI, if the user gave one.
-        report: called with lines for the user.
-    """
-    return update_each(sync, runs, settings.output.root, uri, report)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
 
 
-def update_each(verb: Verb, runs: Sequence[Run], root: str, uri: str | None, report: Callable[[str], None]) -> int:
-    """Apply a verb to each run; a damaged one is reported and does not hinder the others. Returns for how many it returned True."""
-    complete = 0
+def run(request: Request) -> int:
+    """Send the runs."""
+    return update_each(sync, request)
+
+
+def update_each(verb: Verb, request: Request, none_is_fine: bool = False) -> int:
+    """Apply a verb to each run; a damaged one is reported and does not hinder the others. Returns the exit code: 0 if MLflow has
+    everything of each, or it is under way."""
+    runs, damaged = request.runs(none_is_fine)
+    for line in damaged:
+        say(line)
+    complete, every = 0, len(runs) + len(damaged)
     for run in runs:
         try:
-            complete += verb(run, root, uri, report)
+            complete += verb(run, request.root, request.uri, say)
         except DamagedFileError as error:
-            report(f"{run.phase} {run.run_id[:8]}  damaged: {error.line}")
-    return complete
+            say(f"{run.phase} {run.run_id[:8]}  damaged: {error.line}")
+    print(f"{complete} of {every} runs are complete in MLflow")
+    return 0 if complete == every else FAILED
 
 
 def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:

@@ -24,11 +24,11 @@ from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_store import store_exists
-from raytrain2p.tracking.run import Run, recorded_run
+from raytrain2p.tracking.run import EARLY_TAG, Run, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
 
-EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
 OVER = (FINISHED, EARLY, FAILED)

@@ -20,8 +20,9 @@ from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, swe
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
+from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
-from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, get_or_create_run, launch_lock
+from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
 from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import SweepChannel

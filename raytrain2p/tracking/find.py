@@ -1,5 +1,6 @@
 """Finding runs and their artifacts: by path, by run ID or its start, or the latest; and which of them are alive."""
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import report as print_line
 from raytrain2p.config.phases import SWEEPS, Phase
 from raytrain2p.tracking.damage import DamagedFileError, damaged
-from raytrain2p.tracking.run import RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
+from raytrain2p.tracking.run import LAUNCH_ID, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, RunDirectory
 
 SILENCE = 120.0  # seconds after which a run on another machine counts as dead, where locks do not reach across machines
@@ -55,7 +56,7 @@ def is_empty(directory: Path) -> bool:
 
 
 def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report: Callable[[str], None] = print_line) -> Run:
-    """A run by its directory, its run ID, the start of one, or `latest`: the newest that is not a trial of a sweep.
+    """A run by its directory, its run ID, the start of one, its launch ID, or `latest`: the newest that is not a trial of a sweep.
 
     Args:
         root: `output.root`.
@@ -156,11 +157,19 @@ def _one(runs: list[Path], wanted: str, root: str, setting: str, report: Callabl
         newest_first = _undamaged([partial(read_run, directory) for directory in reversed(runs)], report)
         if (newest := next((run for run in newest_first if not is_trial(run.path)), None)) is not None:
             return newest
-    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
+    fitting = _fitting(runs, wanted, root)
     if len(fitting) == 1:
         return read_run(fitting[0])
     what = _several(fitting, root) if fitting else f"there is no such run in {root}"
-    raise InputError(Problem(f"{setting} {wanted}", what, "give a directory, a run ID or more of it, or `latest`"))
+    raise InputError(Problem(f"{setting} {wanted}", what, "give a directory, a run ID or more of it, a launch ID, or `latest`"))
+
+
+def _fitting(runs: list[Path], wanted: str, root: str) -> list[Path]:
+    """The runs whose ID begins as wanted, or whose launch ID it is."""
+    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
+    if re.fullmatch(LAUNCH_ID, wanted) and (launched := recorded_run(root, wanted)) is not None:
+        fitting += [run for run in runs if run.name == launched.path.name and run not in fitting]
+    return fitting
 
 
 def _several(runs: list[Path], folder: str | Path) -> str:
@@ -179,8 +188,8 @@ def find_artifact(
 
     Args:
         root: `output.root`.
-        wanted: a path of a file or of a run directory, a run ID, the start of one, or `latest` (the newest that has an artifact and
-            is not a trial of a sweep).
+        wanted: a path of a file or of a run directory, a run ID, the start of one, a launch ID, or `latest` (the newest that has an
+            artifact and is not a trial of a sweep).
         setting: where `wanted` came from, for messages.
         fits: which ones `latest` prefers. If none fits, it is the newest of all: the caller finds out why it does not fit.
         report: called with a line for each damaged run that `latest` passes over.
@@ -196,10 +205,10 @@ def find_artifact(
     runs, folder = run_directories(root, [phase.name]), Path(root) / phase.name
     if wanted == "latest":
         return _latest_artifact(runs, folder, phase, setting, fits, report)
-    fitting = [run for run in runs if wanted and run.name.startswith(wanted)]
+    fitting = _fitting(runs, wanted, root)
     if len(fitting) != 1:
-        what = _several(fitting, folder) if fitting else f"is neither a file nor the start of a run ID in {folder}"
-        raise InputError(Problem(f"{setting}={wanted}", what, "give a path, more of the run ID, or `latest`"))
+        what = _several(fitting, folder) if fitting else f"is neither a file nor the start of a run ID in {folder}, nor a launch ID"
+        raise InputError(Problem(f"{setting}={wanted}", what, "give a path, more of the run ID, a launch ID, or `latest`"))
     found = RunDirectory(fitting[0]).artifact(phase)
     if not found.is_file():
         raise InputError(

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,7 +22,8 @@ from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.secrets import MASK, masked
 from raytrain2p.storage.files import written_aside
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.mlflow_errors import store_problem
+from raytrain2p.tracking.mlflow_errors import Kind, store_problem
+from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
@@ -130,16 +131,31 @@ def schema_of(path: Path) -> tuple[set[str], str | None]:
         return tables, row and row[0]
 
 
-def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "") -> list[MlflowRun]:
-    """The runs of all experiments that have this value of a tag, and meet a further condition."""
+def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[MlflowRun]:
+    """The runs of all experiments that have this value of a tag, and meet a further condition; unless `view` says so, no deleted one."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     mark = '"' if "'" in value else "'"
-    return list(client.search_runs(experiments, f"tags.`{tag}` = {mark}{value}{mark}{condition}"))
+    return list(client.search_runs(experiments, f"tags.`{tag}` = {mark}{value}{mark}{condition}", view))
 
 
 def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
     """Those of them that are RUNNING in MLflow."""
     return runs_with_tag(client, tag, value, " AND attributes.status = 'RUNNING'")
+
+
+def record_pruned(client: MlflowClient, run_id: str, delete: bool) -> None:
+    """Record in MLflow that a run has no directory any more: its launch ID is free again. If there is no such run, nothing is done.
+
+    Args:
+        delete: delete the run, too, as MLflow's own interface does: it can be restored until `mlflow gc` removes it, with its artifacts.
+    """
+    try:
+        client.set_tag(run_id, PRUNED_TAG, PRUNED_DIRECTORY)
+        if delete:
+            client.delete_run(run_id)
+    except STORE_ERRORS as error:
+        if store_problem(error).kind not in (Kind.DELETED, Kind.GONE):
+            raise
 
 
 def store_exists(uri: str) -> bool:

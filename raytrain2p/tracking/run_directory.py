@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
-from raytrain2p.config import Findings, flatten_tree
+from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
@@ -42,8 +42,10 @@ class RecordShape(TypedDict, total=False):
 
     run_id: str
     tags: dict[str, str]
+    removed_tags: list[str]
     described: float
     sequence: int
+    migrated: str
 
 
 class ConfigShape(TypedDict, total=False):
@@ -83,6 +85,7 @@ class RunDirectory:
     changes = Entry("changes.jsonl")  # a row for each resume: when, its command, the settings and the inputs that it changed
     status = Entry("status.json")
     metrics = Entry("metrics.jsonl")
+    metrics_summary = Entry("metrics_summary.json")  # of a run that has ended: what `read_summary` finds in it
     test_metrics = Entry("test_metrics.json")
     answers = Entry("answers.jsonl")  # sample answers to test records
     result = Entry("result.json")  # the outcome
@@ -94,6 +97,7 @@ class RunDirectory:
     training_curve = Entry("plots/training_curve.png")
     answer_sheet = Entry("plots/answers.png")
     earlier = Entry("earlier")  # results of earlier models, which a resumed run has trained on: a folder for each
+    old = Entry("migrated_from")  # of a migrated run: what its old directory held beside the best checkpoint and the last
     sync_state = Entry(".mirror.json")  # how much of it MLflow has
     lineage = Entry("lineage.jsonl")  # of a trial: whose weights it took over
     trials = Entry("trials")  # of a sweep: a file for each trial
@@ -110,8 +114,16 @@ class RunDirectory:
         """Held by rank 0 for as long as it writes to the directory."""
         return Lock(self.path / ".lock")
 
+    def best_checkpoints(self) -> list[Path]:
+        """The best checkpoint; after a kill there may be the previous one too."""
+        return sorted(self.checkpoints.glob(BEST))
+
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact
+
+    def comparison(self, ids: Sequence[str]) -> Path:
+        """The plot of this run and others."""
+        return self.plots / f"comparison_{'_'.join(ids)}.png"
 
     def mlflow_artifacts(self) -> Iterator[tuple[Path, str | None]]:
         """What goes to MLflow when the run has ended: each file or folder, and its folder among the run's artifacts."""
@@ -195,17 +207,20 @@ Note: the name of this directory begins with the MLflow run ID, followed by the 
         """Read what a resume reads.
 
         Raises:
-            InputError: every damaged file.
+            InputError: every damaged file; or the run was migrated.
         """
         findings = Findings()
         for read in (self.read_record, self.read_config, self.read_status, self.read_changes):
             with findings:
                 read()
         findings.raise_any()
+        if (old := (self.read_record() or {}).get("migrated")) is not None:
+            what = f"was migrated from {old}: another program trained it, and its settings are not known"
+            raise InputError(Problem(str(self.path), what, "begin a new run"))
 
-    def write_status(self, status: str, reason: str = "") -> None:
-        """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
-        row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    def write_status(self, status: str, reason: str = "", at: float | None = None) -> None:
+        """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED; since when (default: now)."""
+        row: RunStatus = {"status": status, "at": time.time() if at is None else at, "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.status, row | ({"reason": reason} if reason else {}))
 
 
@@ -247,6 +262,13 @@ def next_sequence(root: str, kept: Path) -> int:
         last = int(max((number for number in numbers if number < math.inf), default=0))
     write_file(kept, f"{last + 1}\n")
     return last + 1
+
+
+def best_of_name(name: str) -> float | None:
+    """The monitored metric's value in the name of a best checkpoint."""
+    with suppress(ValueError):
+        return float(name.removesuffix(".ckpt").rpartition("=")[2])
+    return None
 
 
 def best_checkpoint_name(epoch: int, metric: str, value: float) -> str:

@@ -14,7 +14,7 @@ from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
-from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
+from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, write_summary
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
@@ -59,6 +59,7 @@ class RunWriter:
 
     def finish(self, status: str, reason: str = "") -> bool:
         """Record how the run ended, and send the rest. Returns whether MLflow has everything."""
+        write_summary(self.run.files.metrics, self.run.files.metrics_summary)
         self.run.files.write_status(status, reason)
         return self.mlflow_sync.close(SECONDS_TO_SEND)
 
@@ -146,7 +147,7 @@ def describe_run(
     write_file(files.readme, (page or _readme)(run, first) + _resumes(history))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
     tags |= {ROOT_TAG: str(run.path.parent.parent)} | version_tags() | _history_tags(history)  # the root may have been moved
-    kept = {"sequence": files.sequence(), "tags": files.tags() | tags}
+    kept = {"sequence": files.sequence(), "tags": files.tags() | tags, "removed_tags": record.get("removed_tags", [])}
     files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
     return lines + [f"{where}: other content ({', '.join(parts)}), accepted" for where, parts in inputs.items()]

@@ -6,7 +6,8 @@ import ray
 
 from raytrain2p.config.phases import PHASES
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.tracking.run import Run, get_or_create_run
+from raytrain2p.tracking.create_run import get_or_create_run
+from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter, open_run_writer, resolved_config
 from raytrain2p.worker.job import TrainJob, TrialContext
 

@@ -17,8 +17,9 @@ from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.storage.files import write_json
+from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.mlflow_store import prepare_store
-from raytrain2p.tracking.run import Run, get_or_create_run, launch_record
+from raytrain2p.tracking.run import Run, launch_record
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
 from raytrain2p.worker.job import Outcome
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import Settings, load_settings
+from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
 from raytrain2p.tracking.mlflow_store import client_of
-from raytrain2p.tracking.run import Run, get_or_create_run, launch_record
+from raytrain2p.tracking.run import Run, launch_record
 
 EXPERIMENT = "phase2_training"
 STORES = {"sqlite": "sqlite:///{}/mlflow.db", "file": "file:{}/mlruns"}

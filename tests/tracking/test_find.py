@@ -327,3 +327,14 @@ def test_an_empty_name_is_no_run(tmp_path: Path) -> None:
     make_run(tmp_path, "b" * 32, "20260101_000000")
     assert "there is no such run" in no_run(tmp_path, "", "phase2")
     assert "is neither a file nor the start of a run ID" in message(tmp_path, "")
+
+
+def test_a_run_is_found_by_its_launch_id(settings: Settings) -> None:
+    root = settings.output.root
+    run, other = create(settings, "baseline"), create(settings, "other")
+    run.files.artifact(INSTRUCTION).write_bytes(b"weights")
+    assert find_run(root, ["phase2"], "baseline", "RUN") == run
+    assert find_run(root, ["phase2"], "other", "RUN") == other
+    assert find_artifact(root, INSTRUCTION, "baseline", "--run") == run.files.artifact(INSTRUCTION)
+    with pytest.raises(InputError, match="no such run"):
+        find_run(root, ["alignment"], "baseline", "RUN")

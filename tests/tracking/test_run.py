@@ -17,8 +17,9 @@ from raytrain2p.config import InputError, Settings
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking import run as run_module
+from raytrain2p.tracking import create_run as create_module
 from raytrain2p.tracking import run_directory as run_directory_module
+from raytrain2p.tracking.create_run import check_launch_is_free, get_or_create_run
 from raytrain2p.tracking.find import RUN_DIRECTORY, find_run, run_directories
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, prepare_store, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync
@@ -29,8 +30,6 @@ from raytrain2p.tracking.run import (
     SWEEP_TAG,
     TIMESTAMP_TAG,
     Run,
-    check_launch_is_free,
-    get_or_create_run,
     launch_lock,
     launch_record,
     recorded_run,
@@ -109,7 +108,7 @@ class OneSecond(datetime):
 
 
 def test_two_launches_of_one_second_are_two_runs(each_store: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "datetime", OneSecond)
+    monkeypatch.setattr(create_module, "datetime", OneSecond)
     first, second = create(each_store, "launch-1"), create(each_store, "launch-2")
     assert first.timestamp == second.timestamp == "20260101_120000"
     assert first.run_id != second.run_id
@@ -130,7 +129,7 @@ class ClockThatRunsBack(datetime):
 
 
 def test_latest_is_the_run_that_was_made_last_whatever_the_clock_showed(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "datetime", ClockThatRunsBack)
+    monkeypatch.setattr(create_module, "datetime", ClockThatRunsBack)
     older = Path(settings.output.root) / "phase2" / f"{'f' * 32}_20991231_235959"  # of a version that did not number its runs
     older.mkdir(parents=True)
     write_json(older / "run.json", {"tags": {}})
@@ -175,7 +174,7 @@ def test_the_mlflow_run_is_named_after_phase_and_time_and_runs(each_store: Setti
 
 
 def test_a_run_keeps_no_password(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "client_of", lambda uri: client_of(settings.tracking.uri))  # no such database is here
+    monkeypatch.setattr(create_module, "client_of", lambda uri: client_of(settings.tracking.uri))  # no such database is here
     run = create(elsewhere(settings, "postgresql://me:hunter2@db/mlflow"))
     assert run.tracking_uri == "postgresql://me:***@db/mlflow"
     files = [path for path in Path(settings.output.root).rglob("*") if path.is_file()]
@@ -269,7 +268,7 @@ def test_after_a_kill_before_its_record_the_same_run_is_recorded(
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        for module in (run_module, run_directory_module):
+        for module in (create_module, run_directory_module):
             patch.setattr(module, "write_json", die)
         with pytest.raises(KeyboardInterrupt):
             create(each_store)
@@ -356,13 +355,13 @@ def test_a_run_of_the_same_name_that_is_not_ours_is_left_alone(each_store: Setti
 
 def test_a_recorded_run_is_found_without_the_store(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(settings)
-    monkeypatch.setattr(run_module, "SECONDS_TO_CREATE", 0.0)
+    monkeypatch.setattr(create_module, "SECONDS_TO_CREATE", 0.0)
     assert create(elsewhere(settings, NOBODY)) == run
 
 
 def test_a_store_that_stays_away_is_an_error_and_the_launch_can_be_tried_again(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "SECONDS_TO_CREATE", 0.0)
+        patch.setattr(create_module, "SECONDS_TO_CREATE", 0.0)
         with pytest.raises(StorageError, match=r"MLflow is away .*refused"):
             create(elsewhere(settings, NOBODY))
     assert recorded_run(settings.output.root, "launch-1") is None
@@ -371,7 +370,7 @@ def test_a_store_that_stays_away_is_an_error_and_the_launch_can_be_tried_again(s
 
 @pytest.mark.timeout(60)
 def test_a_request_is_sent_again_after_a_short_outage(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed, whole = threading.Event(), run_module._find_or_make
+    failed, whole = threading.Event(), create_module._find_or_make
 
     def noted(*arguments: Any) -> tuple[str, str, bool]:
         try:
@@ -380,7 +379,7 @@ def test_a_request_is_sent_again_after_a_short_outage(settings: Settings, monkey
             failed.set()
             raise
 
-    monkeypatch.setattr(run_module, "_find_or_make", noted)
+    monkeypatch.setattr(create_module, "_find_or_make", noted)
     made: list[Run] = []
     thread = threading.Thread(target=lambda: made.append(create(settings)))
     with away(settings):

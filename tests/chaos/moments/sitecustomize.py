@@ -14,8 +14,8 @@ from typing import Any
 
 # moment: module, function in it, whether to kill before it, after it or half-way through its file, in which call
 MOMENTS = {
-    "before the run exists": ("raytrain2p.tracking.run", "_find_or_make", "before", 1),
-    "between making the run and recording it": ("raytrain2p.tracking.run", "_find_or_make", "after", 1),
+    "before the run exists": ("raytrain2p.tracking.create_run", "_find_or_make", "before", 1),
+    "between making the run and recording it": ("raytrain2p.tracking.create_run", "_find_or_make", "after", 1),
     "after recording it, before its settings are written": ("raytrain2p.tracking.run_writer", "describe_run", "before", 1),
     "before the first report": ("raytrain2p.worker.ray_reports", "RayReports._report", "before", 1),
     "between two checkpoints": ("raytrain2p.tracking.checkpoints", "write_checkpoint", "after", 2),

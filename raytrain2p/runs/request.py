@@ -1,0 +1,71 @@
+"""What was typed behind `raytrain2p runs`: runs, settings and the options of the verb."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from raytrain2p.config import InputError, Problem, Settings, load_settings
+from raytrain2p.config.cli import Parser
+from raytrain2p.tracking.find import find_runs
+from raytrain2p.tracking.run import Run
+
+
+@dataclass(frozen=True)
+class Request:
+    """A verb's command line.
+
+    Args:
+        names: runs as typed: a directory, a run ID or its start, a launch ID, or `latest`.
+        settings: of them `output.root` and `tracking.uri` count.
+        uri: the tracking URI, if it was given; else each run has its own on record.
+        options: of the verb; `json` is one of all verbs.
+    """
+
+    names: list[str]
+    settings: Settings
+    uri: str | None
+    options: argparse.Namespace
+
+    @property
+    def root(self) -> str:
+        return self.settings.output.root
+
+    def runs(self, none_is_fine: bool = False) -> tuple[list[Run], list[str]]:
+        """The runs named, or all, the oldest first; and a line for each damaged one, which is left out.
+
+        Raises:
+            InputError: a name fits no run, or several; or there are no runs at all.
+        """
+        damaged = list[str]()
+        runs = find_runs(self.root, self.names, damaged.append)
+        if not runs and not damaged and not none_is_fine:
+            raise self.nothing_here()
+        return runs, damaged
+
+    def nothing_here(self) -> InputError:
+        fix = f"name another: python -m raytrain2p.runs {self.options.verb} output.root=DIR"
+        return InputError(Problem(f"output.root={self.root}", "has no runs", fix))
+
+
+def parse(verb: str, meaning: str, add_arguments: Callable[[argparse.ArgumentParser], None], arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m raytrain2p.runs {verb}", description=f"{meaning[0].upper()}{meaning[1:]}.")
+    help_text = (
+        "runs: a directory, a run ID or its start, a launch ID, or `latest` (default: all); and settings: output.root=DIR, tracking.uri=URI"
+    )
+    parser.add_argument("words", nargs="*", metavar="RUN|key=value", help=help_text)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_arguments(parser)
+    parser.set_defaults(verb=verb)
+    return parser.parse_intermixed_args(arguments)
+
+
+def read_request(options: argparse.Namespace) -> Request:
+    """The request of a command line.
+
+    Raises:
+        InputError: a setting is wrong.
+    """
+    overrides = [word for word in options.words if "=" in word]
+    settings = load_settings(1, None, overrides)
+    uri = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
+    return Request([word for word in options.words if "=" not in word], settings, uri, options)
