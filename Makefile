@@ -9,8 +9,7 @@ quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
 	$(BIN)/python -m raytrain2p.train --phase 2
 	@echo
-	@echo "Open the MLflow UI:            $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-	@echo "Ask the model about an image: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
+	@echo "Before you type one of these commands: source $(BIN)/activate"
 
 test: install-dev checks unit
 

@@ -214,7 +214,7 @@ class EvaluationSettings(SettingsGroup):
 
     batch_size: PositiveInt = setting(64, "records per forward pass", _OF_ALL_TRIALS)
     max_records: PositiveInt | None = setting(
-        None, "records per test split and task, drawn by seed; null for all", _OF_ALL_TRIALS.but(splits=True)
+        None, "records per test split and task, drawn by seed; null for all (phase 2)", _OF_ALL_TRIALS.but(splits=True)
     )
     max_new_tokens: PositiveInt = setting(16, "longest generated answer, in tokens (phase 2)", _OF_ALL_TRIALS)
     shuffled: bool = setting(True, "measure again with the media shuffled: does the model use them at all? (phase 2)", _OF_ALL_TRIALS)

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # MLflow takes 2 s
 
 ORPHANED = "ORPHANED"  # RUNNING on disk, and no process works on it
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq, "!=": operator.ne}
+LESS_IS_BETTER = re.compile(r"(.*[/_])?loss(/.*)?")  # also of a task, as in `test/loss/name`
+MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?exact_match(/.*)?")  # not chance, majority, or with shuffled media
 CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
 # What has a name of its own beside metrics, settings and tags; and the headings of the table that differ from it
 ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")
@@ -219,6 +221,15 @@ class Condition:
 
     name: str
     holds: Callable[[RunSummary], bool]
+
+
+def direction(summaries: Iterable[RunSummary], metric: str) -> str:
+    """Whether less (`min`) or more (`max`) of a metric is better; empty if that is not known."""
+    for one in summaries:
+        key = "sweep.mode" if one.phase == SWEEPS else "checkpoint.mode"
+        if one.monitor == metric and (mode := one.settings.get(key)):
+            return str(mode)
+    return "min" if LESS_IS_BETTER.fullmatch(metric) else "max" if MORE_IS_BETTER.fullmatch(metric) else ""
 
 
 def condition(text: str) -> Condition:

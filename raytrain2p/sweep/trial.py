@@ -162,6 +162,9 @@ class TrialConsole(Console):
     def clear(self) -> None:
         """The driver shows the lines."""
 
+    def keep(self, line: str) -> None:
+        """Its table shows the state of each trial."""
+
 
 @contextmanager
 def forward_reports(channel: RunChannel, number: int, exchange: int | None) -> Iterator[threading.Event]:

@@ -11,6 +11,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, 
 from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.config.secrets import masked
+from raytrain2p.tracking.next_commands import use_command
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, SWEEP_TAG, Run
 from raytrain2p.tracking.source import SOURCE_PREFIX, USER_TAG
 
@@ -29,7 +30,7 @@ def run_description(run: Run, tags: dict[str, str]) -> str:
     what = f"Phase {phase.number}: {phase.meaning}" if phase else "A sweep; its trials are its child runs"
     trial = f", a trial of sweep {code_span(tags[SWEEP_TAG][:8])}" if SWEEP_TAG in tags else ""
     where, command = code_span(tags.get(DIRECTORY_TAG, run.directory)), code_block(tags.get(COMMAND_TAG, ""))
-    use = f"\n\nUse it:\n\n{code_block(phase.next_command.format(run=run.run_id[:8]))}" if phase else ""
+    use = f"\n\nUse it:\n\n{code_block(use_command(run, run.path.parent.parent.parent))}" if phase else ""
     return f"{what}{trial}, in {where}\n\n{command}{use}"
 
 

@@ -111,14 +111,12 @@ class MlflowSync:
 
     def _nothing_sent(self) -> dict[str, Any]:
         """A state with which MLflow is asked which points it has."""
-        return {"sent": 0, "sending": self._size(), "described": None, "status": None, "artifacts": {}, "refused": {}} | {
-            "note": "",
-            "model": None,
-        }
+        what: dict[str, Any] = {"described": None, "status": None, "artifacts": {}, "refused": {}, "note": "", "model": None}
+        return {"sent": 0, "sending": self._size()} | what
 
     def forget(self) -> None:
         """Forget what was sent, so that `send` sends whatever MLflow does not have: its database may be an older one."""
-        self._note(**self._nothing_sent())
+        self._note(**self._nothing_sent() | {"note": self.state["note"]})
 
     def complete(self) -> bool:
         """Whether MLflow has everything that it takes, the final status included."""
@@ -130,7 +128,7 @@ class MlflowSync:
             "settings and tags": self._description_left(),
             "points": self._lines_left(),
             "files": any(self._artifacts_left()),
-            "logged model": self._model_left(),
+            MODEL: self._model_left(),
             "status": self.state["status"] != self.files.read_status(),
         }
         return [what for what, is_left in left.items() if is_left]

@@ -82,10 +82,11 @@ def answer_sheet(rows: Sequence[dict[str, Any]], read_images: Callable[[dict[str
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Exponential moving average, started without bias (arXiv:1412.6980, section 3)."""
-    mean, out = 0.0, []
-    for index, value in enumerate(values, 1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(value)
-        out.append(mean / (1 - SMOOTHING**index))
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        if np.isfinite(value):  # else every later value would be NaN
+            mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * float(value), SMOOTHING * weight + 1 - SMOOTHING
+        out.append(mean / weight if weight else np.nan)
     return np.array(out)
 
 

@@ -46,6 +46,7 @@ class RecordShape(TypedDict, total=False):
     described: float
     sequence: int
     migrated: str
+    use: list[str]
 
 
 class ConfigShape(TypedDict, total=False):

@@ -107,6 +107,7 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     assert {path.name for path in directory.iterdir()} >= {"trials.csv", "best.json", "config.json", "README.md", "plots", "trials"}
     best = json.loads((directory / "best.json").read_text())
     assert best["objective"] == min(float(line["objective"]) for line in table(folder))
+    assert f"python -m raytrain2p.train --phase 2 --aligner {best['run_id'][:8]}" in done.err, "the summary says how to use it"
     again = run_command(folder, *best["command"].split()[2:], "--dry-run", RAY_ADDRESS=ray_head)
     assert again.code == 0, again.err
 

@@ -98,6 +98,7 @@ def test_no_figure_is_left_open(tmp_path: Path) -> None:
 
 def test_smoothing_keeps_a_constant_and_starts_without_bias() -> None:
     assert smoothed(np.full(5, 2.0)) == pytest.approx(np.full(5, 2.0))
+    assert smoothed(np.array([2.0, np.nan, 2.0, 2.0])) == pytest.approx(np.full(4, 2.0)), "a step that is not finite ends no curve"
     rising = smoothed(np.array([0.0, 1.0]))
     assert rising[0] == 0
     assert rising[1] == pytest.approx(0.1 / 0.19)

@@ -141,14 +141,16 @@ def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     ("phase", "lines"),
     [
         ("alignment", ["aligner.pt", "raytrain2p.train --phase 2 --aligner {}", "raytrain2p.train --phase 1 --resume {}"]),
-        ("phase2", ["model.pt", "raytrain2p.predict --run {}", "raytrain2p.train --phase 2 --resume {}"]),
+        ("phase2", ["model.pt", 'raytrain2p.predict --run {} --audio FILE "What\'s said?"\n', "raytrain2p.train --phase 2 --resume {}"]),
     ],
 )
 def test_the_readme_has_the_command_and_the_next_steps(settings: Settings, phase: str, lines: list[str]) -> None:
     run = create(settings, phase=phase)
-    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", {})
+    facts = {"use": ["--audio", "FILE", "What's said?"] if phase == "phase2" else []}
+    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", facts)
     page = (run.path / "README.md").read_text()
     assert "\n    python -m raytrain2p.train seed=3\n" in page
+    assert f"Use it, in `{run.path.parent.parent.parent}`:" in page, "where the commands find it without its root"
     assert run.run_id in page
     for line in lines:
         assert line.format(run.run_id[:8]) in page
