@@ -9,8 +9,7 @@ quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
 	$(BIN)/python -m raytrain2p.train --phase 2
 	@echo
-	@echo "Open the MLflow UI:            $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
-	@echo "Ask the model about an image: $(BIN)/python -m raytrain2p.predict --image FILE \"What does the picture show?\""
+	@echo "Before you type one of these commands: source $(BIN)/activate"
 
 test: install-dev checks unit
 
@@ -34,6 +33,7 @@ unit: install-dev
 chaos: install-dev
 	mkdir -p build
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/test_docs.py tests/launch/test_resume.py tests/launch/test_job.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/runs/test_migrate.py
 	RAYTRAIN2P_FUZZ_CASES=300 $(BIN)/python -m pytest tests/test_fuzz.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
 

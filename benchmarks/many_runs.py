@@ -34,13 +34,13 @@ from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.phases.inputs import described, split_sources
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.sweep.load import load_sweep
-from raytrain2p.sweep.results import EARLY_TAG, PARENT_TAG, TRIAL_TAG, Trial, TrialRecords, sweep_config, sweep_page, write_results
+from raytrain2p.sweep.results import PARENT_TAG, Trial, TrialRecords, sweep_config, sweep_page, write_results
 from raytrain2p.sweep.trial import trial_launch_id
 from raytrain2p.tracking.checkpoints import CheckpointScore, best_checkpoint, last_checkpoint, write_checkpoint
 from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.tracking.mlflow_store import client_of, prepare_store
-from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_lock, launch_record
+from raytrain2p.tracking.run import EARLY_TAG, SWEEP_TAG, TRIAL_TAG, Run, launch_lock, launch_record
 from raytrain2p.tracking.run_writer import RunWriter, open_run_writer, resolved_config
 from raytrain2p.worker.job import OBJECTIVE, Outcome
 from tests.chaos.mlflow_server import Server

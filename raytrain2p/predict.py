@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from raytrain2p.config import base_directory
-from raytrain2p.config.cli import Parser, exit_code
+from raytrain2p.config.cli import Parser, exit_code, report
 from raytrain2p.config.escaping import json_line, printable
 from raytrain2p.config.paths import is_embedded
 from raytrain2p.config.phases import INSTRUCTION
@@ -16,6 +16,7 @@ from raytrain2p.data.media import MEDIA
 from raytrain2p.data.reading import question_record, read_records
 from raytrain2p.data.records import Record
 from raytrain2p.inference.predictor import Predictor
+from raytrain2p.models.pretrained import quiet_transformers
 from raytrain2p.tracking.find import find_artifact
 
 
@@ -52,6 +53,9 @@ def predict(options: argparse.Namespace) -> int:
     """
     records = read(options)
     path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "--run")
+    if options.run == "latest":
+        report(f"--run=latest is {path}")
+    quiet_transformers()
     predictor = Predictor(path)
     predictor.check(records, options.max_new_tokens)
     answers = predictor.answers(records, options.batch_size, options.max_new_tokens)

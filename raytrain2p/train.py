@@ -5,10 +5,12 @@ import json
 import sys
 from dataclasses import asdict
 
-from raytrain2p.config import InputError, Problem, Settings, load_settings
+from raytrain2p.config import InputError, Problem, Settings, base_directory, load_settings
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code, say
 from raytrain2p.config.phases import PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
+
+DRY_RUN = "--dry-run"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -28,7 +30,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--resume", metavar="RUN", help="resume a run: directory, run ID (or its start), launch ID, or `latest`")
     parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and start nothing")
+    parser.add_argument(DRY_RUN, action="store_true", help="check everything, print what would run, and start nothing")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted path, over those of the file")
@@ -57,25 +59,26 @@ def train(options: argparse.Namespace) -> int:
     # Imported here: `--help` and wrong settings need none of them.
     from raytrain2p.launch.driver import check, checked_launch_id, launch, run_to_resume
     from raytrain2p.launch.dry_run import dry_run
-    from raytrain2p.launch.monitor import TrainingFailedError
+    from raytrain2p.launch.monitor import TrainingFailedError, typed_command
     from raytrain2p.launch.progress import Console
-    from raytrain2p.launch.summary import print_summary, stopped_line
+    from raytrain2p.launch.summary import failed_text, next_lines, print_summary, stopped_line
 
     console = Console()
     if options.dry_run:
         run = run_to_resume(settings, checked_launch_id(options.launch_id), options.phase) if options.launch_id else None
         say(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
+        say("\n".join(next_lines([typed_command("raytrain2p.train", leave_out=DRY_RUN)])))
         return 0
     try:
         with stoppable():
             outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console, options.accept_changed_inputs)
     except TrainingFailedError as error:
-        console.say(f"raytrain2p: training failed\n{error}")
+        console.say(failed_text(error, error.run, base_directory(), "--phase", str(options.phase)))
         return FAILED
     except StoppedError as stopped:
-        console.say(stopped_line(stopped, f"train --phase {options.phase}"))
+        console.say(stopped_line(stopped, "train", "--phase", str(options.phase)))
         return stopped.exit_code
-    print_summary(outcome, options.phase, settings, console)
+    print_summary(outcome, options.phase, settings.tracking.uri, console, base_directory())
     if options.json:
         print(json.dumps(asdict(outcome)), flush=True)
     return 0

@@ -6,7 +6,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from raytrain2p.config import InputError, Problem
+from raytrain2p.config import InputError, Problem, base_directory
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
 from raytrain2p.sweep.load import load_sweep
@@ -92,7 +92,7 @@ def tune(options: argparse.Namespace) -> int:
     except SweepFailedError as failed:
         console.say(f"raytrain2p: the sweep failed; once its disk is fixed, resume with --resume latest\n{failed}")
         return FAILED
-    console.say(sweep_summary(outcome, sweep))
+    console.say(sweep_summary(outcome, sweep, base_directory()))
     if options.json:
         print(json.dumps(asdict(outcome)), flush=True)
     done = outcome.finished + outcome.stopped_early > 0 and not outcome.unfinished

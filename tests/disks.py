@@ -1,7 +1,9 @@
 """A disk that is full, read-only or gone: a small tmpfs, mounted for the test."""
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -63,3 +65,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         pytest.skip(f"needs the right to mount a small tmpfs: {error}")
     yield disk
     disk.remove()
+
+
+@pytest.fixture
+def other_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder)

@@ -57,7 +57,7 @@ def test_a_dry_run_of_a_phase(
     monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "local")
     assert main(["train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--dry-run"]) == 0
-    assert "nothing was started" in capsys.readouterr().out
+    assert "nothing was started\n\nnext:\n  python -m raytrain2p.train " in capsys.readouterr().out
     assert not (tmp_path / "checkpoints").exists()
 
 

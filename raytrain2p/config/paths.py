@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from raytrain2p.config.settings import NAMES_A_MODEL, Settings, SettingsGroup, Source
+from raytrain2p.config.secrets import masked
+from raytrain2p.config.settings import NAMES_A_MODEL, OutputSettings, Settings, SettingsGroup, Source, TrackingSettings
 
 Group = TypeVar("Group", bound=SettingsGroup)
 
@@ -44,10 +45,7 @@ def absolute_paths(settings: Settings) -> Settings:
 
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
-    uri = settings.tracking.uri
-    for scheme in ("sqlite:///", "file:"):
-        if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}//")):
-            uri = f"{scheme}{quote(str(base))}/{uri.removeprefix(scheme)}"
+    uri = _absolute_store(settings.tracking.uri, base)
     return settings.model_copy(
         update={
             "data": data.model_copy(
@@ -63,6 +61,19 @@ def absolute_paths(settings: Settings) -> Settings:
             "tracking": settings.tracking.model_copy(update={"uri": uri}),
         }
     )
+
+
+def _absolute_store(uri: str, base: Path) -> str:
+    for scheme in ("sqlite:///", "file:"):
+        if uri.startswith(scheme) and not uri.startswith((f"{scheme}/", f"{scheme}//")):
+            return f"{scheme}{quote(str(base))}/{uri.removeprefix(scheme)}"
+    return uri
+
+
+def where_runs_are(root: str, uri: str, base: Path) -> dict[str, str]:
+    """`output.root` and `tracking.uri`, if a command that is typed in `base` must be given them; without passwords."""
+    usual = {"output.root": str(base / OutputSettings().root), "tracking.uri": _absolute_store(TrackingSettings().uri, base)}
+    return {key: masked(value) for key, value in {"output.root": root, "tracking.uri": uri}.items() if value != usual[key]}
 
 
 def is_embedded(path: str) -> bool:

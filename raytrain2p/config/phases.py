@@ -11,32 +11,20 @@ class Phase:
 
     Args:
         number: as in `--phase`.
+        meaning: what it does, in a few words.
         name: directory of its runs under `output.root`, and the beginning of their names.
         artifact: file name of its result.
         experiment: MLflow experiment, unless another is set.
-        next_command: what to do with a run of it; `{run}` stands for its ID.
     """
 
     number: int
+    meaning: str
     name: str
     artifact: str
     experiment: str
-    next_command: str
 
 
-ALIGNMENT = Phase(
-    1,
-    "alignment",
-    "aligner.pt",
-    "phase1_alignment",
-    next_command="python -m raytrain2p.train --phase 2 --aligner {run}",
-)
-INSTRUCTION = Phase(
-    2,
-    "phase2",
-    "model.pt",
-    "phase2_training_with_pretrained_aligner",
-    next_command='python -m raytrain2p.predict --run {run} --image FILE "What does the picture show?"',
-)
+ALIGNMENT = Phase(1, "aligns frozen encoders", "alignment", "aligner.pt", "phase1_alignment")
+INSTRUCTION = Phase(2, "instruction-tunes a language model", "phase2", "model.pt", "phase2_training_with_pretrained_aligner")
 PHASES = {phase.number: phase for phase in (ALIGNMENT, INSTRUCTION)}
 PHASES_BY_NAME = {phase.name: phase for phase in PHASES.values()}

@@ -204,7 +204,9 @@ class TrackingSettings(SettingsGroup):
 
     uri: Text = setting("sqlite:///mlflow.db", "MLflow tracking URI", _OF_ALL_TRIALS.but(resume=FIXED))
     experiment: Text | None = setting(None, "MLflow experiment (default: one per phase)", _OF_ALL_TRIALS.but(resume=FIXED))
-    system_metrics: bool = setting(False, "also record CPU, memory and GPU use of each node", _OF_ALL_TRIALS)
+    system_metrics: bool | None = setting(
+        None, "also record CPU, memory and GPU use of each node (default: with launch.use_gpu)", _OF_ALL_TRIALS
+    )
 
 
 class EvaluationSettings(SettingsGroup):
@@ -212,7 +214,7 @@ class EvaluationSettings(SettingsGroup):
 
     batch_size: PositiveInt = setting(64, "records per forward pass", _OF_ALL_TRIALS)
     max_records: PositiveInt | None = setting(
-        None, "records per test split and task, drawn by seed; null for all", _OF_ALL_TRIALS.but(splits=True)
+        None, "records per test split and task, drawn by seed; null for all (phase 2)", _OF_ALL_TRIALS.but(splits=True)
     )
     max_new_tokens: PositiveInt = setting(16, "longest generated answer, in tokens (phase 2)", _OF_ALL_TRIALS)
     shuffled: bool = setting(True, "measure again with the media shuffled: does the model use them at all? (phase 2)", _OF_ALL_TRIALS)

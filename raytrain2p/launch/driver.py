@@ -15,13 +15,12 @@ from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
-from raytrain2p.launch.monitor import PreparedSplits, train
+from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
-from raytrain2p.launch.signals import naming_run
-from raytrain2p.phases.inputs import PhaseInputs
+from raytrain2p.phases.inputs import PhaseInputs, plan_notes
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.create_run import check_launch_is_free
@@ -109,7 +108,7 @@ def check(
     findings.extend(place_problems(settings, is_new=run is None, jobs=inputs.jobs if inputs is not None else ()))
     findings.raise_any()
     assert inputs is not None
-    for note in inputs.notes:
+    for note in (*inputs.notes, *plan_notes(settings, inputs.records)):
         console.say(note)
     return settings, inputs
 
@@ -227,7 +226,7 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
 
 def prepared(inputs: PhaseInputs) -> PreparedSplits:
     """The splits, once everything is encoded."""
-    return PreparedSplits(ray.put(inputs.prepare()), inputs.digests)
+    return PreparedSplits(ray.put(inputs.prepare()), inputs.digests, inputs.use)
 
 
 def say_workers(launch: LaunchSettings, threads: int, console: Console) -> None:

@@ -49,7 +49,7 @@ def data_lines(inputs: PhaseInputs) -> list[str]:
         counts = Counter(modality for modality, _ in media)
         text = "".join(f", {count:,} distinct {modality} items" for modality, count in counts.items())
         shared = len(media & trained)
-        lines.append(f"{name:18} {len(records):,} records{text}" + (f"; {shared:,} of them are in {TRAIN} too" if shared else ""))
+        lines.append(f"{name:18} {len(records):,} records{text}" + (f"; {shared:,} of them in {TRAIN} too" if shared else ""))
         trained = trained or media
     return lines
 

@@ -8,8 +8,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
 import ray
@@ -26,6 +26,7 @@ from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import Run, disk_gone, recorded_run
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
+from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import Outcome, TrainJob, TrialContext
 
@@ -33,7 +34,13 @@ EXPECTED = (StorageError.__name__, InputError.__name__)  # errors of a worker wh
 
 
 class TrainingFailedError(RuntimeError):
-    """The workers failed, and were not, or no longer, started again."""
+    """The workers failed, and were not, or no longer, started again.
+
+    Attributes:
+        run: of the launch, if there was one.
+    """
+
+    run: Run | None = None
 
 
 class TrialStoppedError(RuntimeError):
@@ -42,10 +49,12 @@ class TrialStoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class PreparedSplits:
-    """The splits in Ray's object store, and the digests of what they were made from. Several launches may share them."""
+    """The splits in Ray's object store, the digests of what they were made from, and arguments of the command that uses the result.
+    Several launches may share them."""
 
     data: "ray.ObjectRef[Mapping[str, Split]]"
     digests: InputDigests
+    use: list[str]
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,17 @@ class TrialLaunch:
     command: str
     launched: float
     reported: Callable[[RunChannel], AbstractContextManager[threading.Event]]
+
+
+@contextmanager
+def naming_run(root: str, launch_id: str) -> Iterator[None]:
+    """An error that ends the launch within has its run, if it has one."""
+    try:
+        yield
+    except (StoppedError, TrainingFailedError) as error:
+        with suppress(InputError, OSError):  # its record is damaged, or its disk gone
+            error.run = recorded_run(root, launch_id)
+        raise
 
 
 def train(
@@ -97,11 +117,11 @@ def train(
         threads=threads,
         data=splits.data,
         channel=channel,
-        facts=asdict(splits.digests),
+        facts=asdict(splits.digests) | {"use": splits.use},
         environment=mlflow_environment(),
         launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
-        tags=trial.tags if trial else {},
+        tags=trial.tags if trial else source_tags("raytrain2p.train"),
     )
     signal = run_workers(job, console, trial, own_cluster)
     return outcome_of(job, console, signal)
@@ -152,9 +172,16 @@ def mlflow_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
 
-def typed_command(module: str) -> str:
-    """The command line of this process, without credentials: Ray keeps it with the job."""
-    return " ".join([f"python -m {module}", *(shlex.quote(masked(argument)) for argument in sys.argv[1:])])
+def typed_command(module: str, leave_out: str = "") -> str:
+    """The command line of this process, without credentials: Ray keeps it with the job.
+
+    Args:
+        leave_out: an argument.
+    """
+    typed = sys.argv[1:]
+    if typed[:1] == [module.rpartition(".")[2]]:  # `raytrain2p VERB ...`
+        typed = typed[1:]
+    return " ".join([f"python -m {module}", *(shlex.quote(masked(argument)) for argument in typed if argument != leave_out)])
 
 
 def record_end(job: TrainJob, status: str, console: Console) -> None:

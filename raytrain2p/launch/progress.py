@@ -1,9 +1,11 @@
 """Terminal output of a launch: one status line below the printed lines in a terminal, occasional lines elsewhere."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TextIO
 
 import ray
@@ -18,18 +20,25 @@ from raytrain2p.config.secrets import masked
 from raytrain2p.launch.quiet import own_stderr
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, RunChannel, Stage, StepProgress
 
-PLAIN_SECONDS = 15.0  # between two lines of progress outside a terminal
+PLAIN_SECONDS, MOST_SECONDS = 15.0, 600.0  # between two lines of progress outside a terminal: at first, and at last
+PLAIN_SHARE = 0.02  # of the time so far, which is then the time between two lines: a log of ten hours has about 250
 PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
 POLL_SECONDS = 2.0  # the channel answers sooner if there is news
 
 
 def describe(update: StepProgress) -> str:
-    """One line, such as `epoch 0  step 120/250  loss 1.432  18.3 samples/s  1:54 left`."""
-    minutes, seconds = divmod(round(update.seconds_left), 60)
-    return (
-        f"epoch {update.epoch}  step {update.step}/{update.steps}  loss {update.loss:.3f}  "
-        f"{update.samples_per_second:.1f} samples/s  {minutes}:{seconds:02d} left"
-    )
+    """One line, such as `epoch 0  step 120/250  loss 1.432  18.3 samples/s  0:01:54 left`; nothing is left after the last step."""
+    left = f"  {timedelta(seconds=round(update.seconds_left))} left" if update.step < update.steps else ""
+    speed = f"{update.samples_per_second:{'.1f' if update.samples_per_second >= 1 else '.2g'}}"
+    return f"epoch {update.epoch}  step {update.step}/{update.steps}  loss {decimal(update.loss, 3)}  {speed} samples/s{left}"
+
+
+def decimal(value: float, places: int) -> str:
+    """A number with so many decimal places; with a power of ten where that would show fewer than two digits of it, or more than six
+    before the point."""
+    if value == 0 or not math.isfinite(value) or 10 ** (1 - places) <= abs(value) < 1e6:
+        return f"{value:.{places}f}"
+    return f"{value:.{places}e}"
 
 
 def cell(text: str, **options: Any) -> Text:
@@ -42,7 +51,7 @@ def cell(text: str, **options: Any) -> Text:
 
 
 class Console:
-    """Prints lines, and shows progress: on a status line in a terminal, else on a new line at most every PLAIN_SECONDS.
+    """Prints lines, and shows progress: on a status line in a terminal, else on a new line now and then.
 
     Attributes:
         stream: where the output goes.
@@ -58,7 +67,7 @@ class Console:
         )
         self.live = terminal and not self.rich.is_dumb_terminal
         self._status: Live | None = None
-        self._shown, self._shown_at = "", float("-inf")
+        self._shown, self._shown_at, self._since = "", -math.inf, time.monotonic()
 
     def say(self, line: str) -> None:
         """Print a line that stays. It is neither wrapped nor cut, so that a path in it can be copied."""
@@ -80,9 +89,9 @@ class Console:
                 self._status.start()
             self._status.update(text, refresh=True)
             self._shown = line
-        elif time.monotonic() - self._shown_at >= PLAIN_SECONDS:
+        elif (now := time.monotonic()) - self._shown_at >= min(max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._since)), MOST_SECONDS):
             self.say(line)
-            self._shown, self._shown_at = line, time.monotonic()
+            self._shown, self._shown_at = line, now
 
     def clear(self) -> None:
         """Remove the status line."""
@@ -90,6 +99,13 @@ class Console:
             self._status.stop()
             self._status = None
         self._shown = ""
+
+    def keep(self, line: str) -> None:
+        """Print the current state once more, as a line that stays, unless it is there already."""
+        there = not self.live and line == self._shown
+        self.clear()
+        if line and not there:
+            self.say(line)
 
     @contextmanager
     def status(self, line: str) -> Iterator[None]:
@@ -119,7 +135,7 @@ def followed(channel: RunChannel, console: Console) -> Iterator[None]:
     done = threading.Event()
 
     def follow() -> None:
-        stage = ""
+        stage, last = "", ""
         while not done.is_set():
             try:
                 update, lines = channel.next(POLL_SECONDS)
@@ -130,10 +146,12 @@ def followed(channel: RunChannel, console: Console) -> Iterator[None]:
                 console.say(line)
             if isinstance(update, Stage) and update.name != stage:
                 stage = update.name
-                console.clear()
+                console.keep(last)
                 console.say(stage)
+                last = ""
             elif isinstance(update, StepProgress) and not done.is_set():
-                console.show(describe(update))
+                console.show(last := describe(update))
+        console.keep(last)
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

@@ -16,10 +16,9 @@ def quiet() -> None:
     for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     if "transformers" in sys.modules:  # a trial's process does not load it
-        from transformers.utils import logging as transformers_logging
+        from raytrain2p.models.pretrained import quiet_transformers
 
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
+        quiet_transformers()
 
 
 @contextmanager

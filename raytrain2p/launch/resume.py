@@ -11,7 +11,7 @@ from raytrain2p.phases.inputs import InputDigests, described, planned_steps
 from raytrain2p.tracking.checkpoints import last_checkpoint, step_of
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.mlflow_store import store_exists
-from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run import PRUNED_CHECKPOINTS, PRUNED_TAG, Run
 from raytrain2p.tracking.run_writer import TRAIN_INPUT, input_changes
 from raytrain2p.worker.job import Outcome
 
@@ -51,6 +51,9 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None, 
         problems += changed_inputs(run, settings, digests)
     if digests is not None:
         problems += ends_before_checkpoint(run, settings, digests.train_records)
+        if run.files.tags().get(PRUNED_TAG) == PRUNED_CHECKPOINTS and finished_outcome(run, settings, digests.train_records) is None:
+            what = "has no checkpoints any more: `runs prune --checkpoints-only` removed them"
+            problems.append(Problem(f"run {run.run_id[:8]}", what, "begin a new run"))
     if problems:
         raise InputError(problems)
 

@@ -3,31 +3,17 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 
-from raytrain2p.config import InputError
 from raytrain2p.interrupts import StoppedError, end_at_once, handle
-from raytrain2p.tracking.run import recorded_run
 from raytrain2p.worker.channel import RunChannel
 
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
 LONGEST_WAIT = 0.5  # seconds
-
-
-@contextmanager
-def naming_run(root: str, launch_id: str) -> Iterator[None]:
-    """A StoppedError that is raised within has the run of the launch, if it has one."""
-    try:
-        yield
-    except StoppedError as stopped:
-        with suppress(InputError, OSError):  # its record is damaged, or its disk gone
-            stopped.run = recorded_run(root, launch_id)
-        raise
 
 
 class StopSignals:

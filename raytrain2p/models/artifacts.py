@@ -92,6 +92,14 @@ def load_artifact(path: Path, phase: Phase) -> dict[str, Any]:
     return artifact
 
 
+def recorded_digest(path: Path) -> str | None:
+    """The digest that an artifact holds, without reading its tensors; None if there is none, or the file is damaged."""
+    try:
+        return str(torch.load(path, map_location="meta", weights_only=True, mmap=True)["digest"])
+    except Exception:  # torch raises many kinds for a torn or foreign file
+        return None
+
+
 def check_weights(path: Path, found: Mapping[str, torch.Tensor], required: Mapping[str, torch.Tensor]) -> None:
     """The weights of an artifact must be those of the model that it is loaded into: otherwise some would stay untrained.
 

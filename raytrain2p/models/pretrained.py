@@ -181,3 +181,11 @@ def _file_sha256(path: Path) -> str:
     except OSError as error:
         raise InputError(cache_problem(error)) from None
     return found
+
+
+def quiet_transformers() -> None:
+    """Errors only, and no progress bars: it has one for each model that it loads."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

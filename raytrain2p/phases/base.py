@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from raytrain2p.config.settings import TrainingSettings
 from raytrain2p.models.parameters import ParameterCount
-from raytrain2p.phases.inputs import Batch
+from raytrain2p.phases.inputs import Batch, warmup_of
 
 Answer = dict[str, Any]  # a row of the table of sample answers
 
@@ -135,7 +135,7 @@ class PhaseModule(pl.LightningModule):
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
         optimizer.register_load_state_dict_pre_hook(_fused)
-        warmup = min(settings.warmup_steps, max(1, self.total_steps // 2))
+        warmup = warmup_of(settings, self.total_steps)
 
         def factor(step: int) -> float:
             if step < warmup:

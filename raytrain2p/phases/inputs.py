@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # transformers
     from raytrain2p.models.encoders import EncoderSpec
 
 TRAIN, VAL = "train", "val"
+ABSENT = {"val": "no validation loss", "test": "nothing is evaluated after training"}  # what the user should know if it is
 Preprocess = Callable[[Sequence[Any]], list[torch.Tensor]]  # decoded items to what their encoder takes
 Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
 
@@ -55,12 +56,14 @@ class InputDigests:
     Args:
         train_records: number of training records.
         train_digest: sha256 of their content, see `digest_records`.
+        split_records: number of records of every split, by setting, as `SETTING=SOURCES`.
         inputs: all else by setting, as `SETTING=VALUE`, and part: each model's files, the aligner's content, the records of other splits.
     """
 
     train_records: int
     train_digest: str
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    split_records: dict[str, int] = field(default_factory=dict)
 
 
 def digest_records(records: Iterable[Record], media_keys: Mapping[MediaRef, bytes]) -> str:
@@ -114,12 +117,10 @@ class CheckedRecords:
     @cached_property
     def digests(self) -> InputDigests:
         of = {name: digest_records(records, self.media_keys) for name, records in self.splits.items()}
-        others = {
-            f"{setting}={described(listed)}": {"records": of[name]}
-            for name, (setting, listed) in split_sources(self.settings).items()
-            if name != TRAIN
-        }
-        return InputDigests(self.records, of[TRAIN], others | self.models())
+        where = {name: f"{setting}={described(listed)}" for name, (setting, listed) in split_sources(self.settings).items()}
+        others = {where[name]: {"records": of[name]} for name in where if name != TRAIN}
+        counts = {where[name]: len(self.splits[name]) for name in where}
+        return InputDigests(self.records, of[TRAIN], others | self.models(), counts)
 
     def models(self) -> dict[str, dict[str, str]]:
         """The content of the models by setting and file."""
@@ -177,6 +178,10 @@ class PhaseInputs(Protocol):
         """What to encode before `prepare`."""
 
     @property
+    def use(self) -> list[str]:
+        """Arguments of the command that uses the result, see `tracking/next_commands.py`."""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of the records, a line each."""
 
@@ -228,8 +233,8 @@ def read_splits(settings: Settings, phase: int, findings: Findings) -> ReadSplit
                     notes.append(f"{setting}: {marks}")
                 if name == TRAIN:
                     shares.append(SourceShare(len(scan.records), source.weight))
-    if settings.data.val is None and not settings.data.test:
-        notes.append("data.val and data.test are not set: nothing is validated or evaluated")
+    if absent := [f"data.{what} is not set: {so}" for what, so in ABSENT.items() if not getattr(settings.data, what)]:
+        notes.append("; ".join(absent))
     return ReadSplits(splits, tuple(shares), tuple(notes))
 
 
@@ -330,3 +335,22 @@ def planned_steps(training: TrainingSettings, records: int) -> int:
     """Optimizer steps of a whole run: by epochs or by max_steps, whichever is less."""
     by_epochs = records // training.global_batch_size * training.max_epochs if training.max_epochs is not None else None
     return min(steps for steps in (by_epochs, training.max_steps) if steps is not None)
+
+
+def warmup_of(training: TrainingSettings, steps: int) -> int:
+    """Steps of warm-up in a run of so many: half of them at most."""
+    return min(training.warmup_steps, max(1, steps // 2))
+
+
+def plan_notes(settings: Settings, records: int) -> list[str]:
+    """What a run makes of its settings that was not asked for: records that no step takes, and a shorter warm-up."""
+    training, notes = settings.training, []
+    steps, size = planned_steps(training, records), training.global_batch_size
+    if all(source.weight is None for source in settings.data.train):  # else sources are drawn from, as often as they weigh
+        if steps < records // size:
+            notes.append(f"data.train: {steps * size:,} of {records:,} records are used: training ends after {steps:,} steps of {size:,}")
+        elif rest := records % size:
+            notes.append(f"data.train: {rest:,} of {records:,} records, others in each epoch, are left out: they fill no step of {size:,}")
+    if (warmup := warmup_of(training, steps)) < training.warmup_steps:
+        notes.append(f"training.warmup_steps={training.warmup_steps:,} is shortened to {warmup:,}, since training has {steps:,} steps")
+    return notes

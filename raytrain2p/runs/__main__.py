@@ -11,8 +11,17 @@ from raytrain2p.runs.request import parse, read_request
 # Verb: module whose `run` does it, and what it does
 VERBS = {
     "list": ("raytrain2p.runs.list", "list runs: status, age, best metric, steps, size, tags"),
+    "show": ("raytrain2p.runs.show", "show everything about a run: settings, metrics, files, lineage, inputs, MLflow"),
+    "latest": ("raytrain2p.runs.latest", "print the path of the newest run, for scripts"),
+    "find": ("raytrain2p.runs.find", "find the directory and the MLflow run of each other; by sweep, aligner or data"),
+    "tree": ("raytrain2p.runs.tree", "show which runs came from which: aligner, phase 2, registered versions; sweep, trials"),
+    "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
+    "verify": ("raytrain2p.runs.verify", "check that directories and MLflow are whole, and hold the same"),
+    "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
+    "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),
+    "migrate": ("raytrain2p.runs.migrate", "take directories of older layouts into this one, with an MLflow run for each; and back"),
 }
 USAGE = "\n".join(
     [

@@ -1,25 +1,35 @@
-"""What is known of a run at a glance, from its directory; and conditions on it."""
+"""What is known of a run at a glance, from its directory or from MLflow; and conditions on it."""
 
+import ast
 import operator
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import SWEEPS
+from raytrain2p.runs.output import age_of
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.find import is_alive
-from raytrain2p.tracking.metrics_file import MetricSummary, read_summary
-from raytrain2p.tracking.run import SWEEP_TAG, Run
+from raytrain2p.tracking.metrics_file import LOSSES, MetricSummary, read_summary
+from raytrain2p.tracking.run import CHANGED_TAG, DIRECTORY_TAG, LAUNCH_TAG, NOT_SET, SWEEP_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, best_of_name
+
+if TYPE_CHECKING:  # MLflow takes 2 s
+    from raytrain2p.tracking.mlflow_runs import RemoteRun
 
 ORPHANED = "ORPHANED"  # RUNNING on disk, and no process works on it
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq, "!=": operator.ne}
 CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
+# What has a name of its own beside metrics, settings and tags; and the headings of the table that differ from it
+ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")
+HEADINGS = {"run": "run_id", "size": "bytes"}
+AGE, AGE_UNITS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)"), {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class RunSummary:
     Args:
         status: RUNNING, FINISHED, FAILED, KILLED, or ORPHANED.
         timestamp: when it was made, local time, as in the directory's name.
+        directory: where it is; of a run that only MLflow has, where it was recorded.
         best: value of the monitored metric at the best checkpoint; of a sweep, of its best trial.
         monitor: name of that metric.
         steps: optimizer steps that have points.
@@ -37,6 +48,7 @@ class RunSummary:
         sweep: run ID of the sweep that a trial belongs to.
         aligner: run ID of the phase 1 run that a phase 2 run took its aligner from, if it is one.
         settings: by dotted path.
+        inputs: digests of the records, the models and the aligner, by `SETTING=VALUE` and part.
     """
 
     run_id: str
@@ -46,6 +58,7 @@ class RunSummary:
     directory: str | None
     experiment: str
     launch_id: str
+    tracking_uri: str
     monitor: str = ""
     best: float | None = None
     steps: int = 0
@@ -55,10 +68,22 @@ class RunSummary:
     sweep: str | None = None
     aligner: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its directory was read; otherwise MLflow was."""
+        return self.bytes is not None
+
+    @property
+    def age(self) -> float | None:
+        """Seconds."""
+        return age_of(self.timestamp)
 
     def value(self, name: str) -> Any:
-        """A metric, a setting, a tag, or one of `status`, `phase`, `steps`, `bytes`, `best` and `sweep`; None if it has none."""
-        if name in ("status", "phase", "steps", "bytes", "best", "sweep", "timestamp", "aligner"):
+        """An attribute such as `status`, a metric, a setting, or a tag; None if it has none."""
+        name = HEADINGS.get(name, name)
+        if name in ATTRIBUTES:
             return getattr(self, name)
         return next((values[name] for values in (self.metrics, self.settings, self.tags) if name in values), None)
 
@@ -85,6 +110,7 @@ def summary_of(run: Run, root: str) -> RunSummary:
         run.directory,
         run.experiment,
         run.launch_id,
+        run.tracking_uri,
         monitor,
         best,
         steps_of(points),
@@ -94,7 +120,54 @@ def summary_of(run: Run, root: str) -> RunSummary:
         tags.get(SWEEP_TAG),
         aligner_of(settings),
         settings,
+        inputs_of(files.read_record() or {}, settings),
     )
+
+
+def remote_summary(found: "RemoteRun") -> RunSummary:
+    """The summary of a run as MLflow has it, which keeps no best value, and no sizes."""
+    tags = found.tags
+    changed = {key.removeprefix(CHANGED_TAG): value for key, value in tags.items() if key.startswith(CHANGED_TAG)}
+    settings = {key: from_param(value) for key, value in (found.params | changed).items() if value != NOT_SET}
+    timestamp = tags.get(TIMESTAMP_TAG) or time.strftime("%Y%m%d_%H%M%S", time.localtime(found.start))
+    return RunSummary(
+        found.run_id,
+        phase_of(found),
+        found.status,
+        timestamp,
+        tags.get(DIRECTORY_TAG),
+        found.experiment,
+        tags.get(LAUNCH_TAG, ""),
+        found.tracking_uri,
+        str(settings.get("sweep.metric" if "sweep.metric" in settings else "checkpoint.monitor", "")),
+        steps=found.steps,
+        metrics=found.metrics,
+        tags=tags,
+        sweep=tags.get(SWEEP_TAG),
+        aligner=aligner_of(settings),
+        settings=settings,
+    )
+
+
+def phase_of(found: "RemoteRun") -> str:
+    """The phase of a run in MLflow, or `sweeps`, by the directory that it had, if it came that far."""
+    return Path(found.tags[DIRECTORY_TAG]).parent.name if DIRECTORY_TAG in found.tags else found.name.partition("_")[0]
+
+
+def from_param(text: str) -> Any:
+    """A setting's value from MLflow, which has it as Python prints it."""
+    if text.startswith("/") or (text[:1].isalpha() and text not in ("None", "True", "False")):
+        return text  # of a thousand runs, most are
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return text
+
+
+def inputs_of(record: dict[str, Any], settings: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The digests in a run's record, those of the training records like all others."""
+    train = {f"data.train={settings.get('data.train')}": {"records": record["train_digest"]}} if "train_digest" in record else {}
+    return train | record.get("inputs", {})
 
 
 def best_of(run: Run, settings: dict[str, Any]) -> tuple[float | None, str]:
@@ -108,7 +181,7 @@ def best_of(run: Run, settings: dict[str, Any]) -> tuple[float | None, str]:
 
 
 def steps_of(points: dict[str, MetricSummary]) -> int:
-    return max((points[name]["step"] for name in ("train_loss", "train_loss_epoch") if name in points), default=0)
+    return max((points[name]["step"] for name in LOSSES if name in points), default=0)
 
 
 def last_values(points: dict[str, MetricSummary]) -> dict[str, float]:
@@ -140,8 +213,16 @@ def aligner_of(settings: dict[str, Any]) -> str | None:
     return folder[:RUN_ID_LENGTH] if RUN_DIRECTORY.fullmatch(folder) else None
 
 
-def condition(text: str) -> Callable[[RunSummary], bool]:
-    """A condition such as `val/loss<2.1`, `status=FINISHED` or `training.learning_rate>=1e-4`. A run without the value does not meet it.
+@dataclass(frozen=True)
+class Condition:
+    """A condition on the value of this name."""
+
+    name: str
+    holds: Callable[[RunSummary], bool]
+
+
+def condition(text: str) -> Condition:
+    """A condition such as `val/loss<2.1`, `status=FINISHED` or `age<7d`. A run without the value does not meet it.
 
     Raises:
         InputError: it is not one.
@@ -151,6 +232,8 @@ def condition(text: str) -> Callable[[RunSummary], bool]:
         fix = "write a metric, a setting or a tag, one of < <= > >= = !=, and a value: 'val/loss<2.1'"
         raise InputError(Problem(f"--where {text}", "is not a condition", fix))
     name, symbol, wanted = match.groups()
+    if name == "age" and (age := AGE.fullmatch(wanted)) is not None:
+        wanted = str(float(age[1]) * AGE_UNITS[age[2]])
 
     def holds(run: RunSummary) -> bool:
         value = run.value(name)
@@ -159,9 +242,9 @@ def condition(text: str) -> Callable[[RunSummary], bool]:
         try:
             return bool(OPERATORS[symbol](float(value), float(wanted)))
         except (TypeError, ValueError):
-            return bool(OPERATORS[symbol](str(value), wanted))
+            return bool(OPERATORS[symbol](str(value).lower(), wanted.lower()))  # `True` as in MLflow, `true` as in YAML
 
-    return holds
+    return Condition(name, holds)
 
 
 def order(runs: Sequence[RunSummary], name: str | None, reverse: bool) -> list[RunSummary]:
@@ -169,6 +252,8 @@ def order(runs: Sequence[RunSummary], name: str | None, reverse: bool) -> list[R
     if name is None:
         return list(reversed(runs)) if reverse else list(runs)
     having = [run for run in runs if run.value(name) is not None]
-    numeric = all(isinstance(run.value(name), int | float) for run in having)
-    ordered = sorted(having, key=lambda run: run.value(name) if numeric else str(run.value(name)), reverse=reverse)
+    try:
+        ordered = sorted(having, key=lambda run: float(run.value(name)), reverse=reverse)
+    except (TypeError, ValueError):
+        ordered = sorted(having, key=lambda run: str(run.value(name)), reverse=reverse)
     return ordered + [run for run in runs if run.value(name) is None]

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 # What a path answers at which there is no file that this process may read. Other errors are the disk's.
 NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+PARTIAL = ".*.aside-*"  # files that are half written, or were when their process was killed
 
 
 @contextmanager
@@ -82,9 +84,76 @@ def link_file(source: Path, path: Path) -> None:
             shutil.copyfile(source, aside)
 
 
+def move(source: Path, target: Path) -> None:
+    """Move a file, a link or a whole directory. Between disks it is copied aside, renamed once it is on disk, and only then removed
+    where it was. After a kill at any moment, the same call finishes it, and so does the call in the other direction.
+
+    Raises:
+        FileExistsError: both are there, and neither is a copy of the other, or of a part of it.
+        OSError: the disk is full, read-only or gone. The same call finishes it later.
+    """
+    if os.path.lexists(target) and not _has_all(target, source) and _has_all(source, target):
+        remove(target)  # a move in the other direction, between disks, was killed before it had removed all of it
+    if not os.path.lexists(target):
+        try:
+            source.rename(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            _copy(source, target)
+    if os.path.lexists(source):
+        if not _has_all(target, source):
+            raise FileExistsError(errno.EEXIST, f"is there already, and is not {source}", str(target))
+        remove(source)
+    for folder in {source.parent, target.parent}:
+        _sync_directory(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.aside-move")  # one name: what a killed process left is replaced
+    remove(aside)
+    try:
+        if source.is_dir() and not source.is_symlink():
+            shutil.copytree(source, aside, symlinks=True)
+        else:
+            shutil.copy2(source, aside, follow_symlinks=False)
+        for path in [aside, *aside.rglob("*")]:
+            if path.is_dir():
+                _sync_directory(path)
+            elif not path.is_symlink():
+                _sync(path)
+        aside.rename(target)
+    except BaseException:
+        remove(aside)
+        raise
+
+
+def _has_all(copy: Path, path: Path) -> bool:
+    """Whether all of `path` is in `copy`, with the same kinds, sizes and times. Some file systems keep times to 2 seconds."""
+    for one in [path, *(path.rglob("*") if not path.is_symlink() else ())]:
+        inner = copy / one.relative_to(path)
+        if not os.path.lexists(inner):
+            return False
+        mine, other = one.lstat(), inner.lstat()
+        if stat.S_IFMT(mine.st_mode) != stat.S_IFMT(other.st_mode):
+            return False
+        is_folder = stat.S_ISDIR(mine.st_mode)
+        if not is_folder and (mine.st_size != other.st_size or abs(mine.st_mtime_ns - other.st_mtime_ns) > 2e9):
+            return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half written below a directory. No other process may be writing there."""
-    for aside in folder.rglob(".*.aside-*"):
+    for aside in folder.rglob(PARTIAL):
         aside.unlink(missing_ok=True)
 
 
@@ -96,11 +165,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         yield aside
         _sync(aside)
         aside.rename(path)
-        try:
-            _sync(path.parent)
-        except OSError as error:
-            if error.errno not in NO_DIRECTORY_SYNC:
-                raise
+        _sync_directory(path.parent)
     finally:
         with suppress(OSError):  # on a disk that has failed: its first error is the one to report
             aside.unlink(missing_ok=True)
@@ -112,3 +177,11 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise

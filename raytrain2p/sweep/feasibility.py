@@ -11,7 +11,7 @@ from raytrain2p.launch.driver import resolve_aligner
 from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import changed_inputs, check_resumable
-from raytrain2p.phases.inputs import PhaseInputs, check_global_batch
+from raytrain2p.phases.inputs import PhaseInputs, check_global_batch, plan_notes
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.sweep.results import OVER, TrialRecords
 from raytrain2p.sweep.schedulers import longest
@@ -43,14 +43,18 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
                 settings = sweep.settings(values)
                 if (key := splits_key(settings)) not in inputs_by_key:
                     inputs_by_key[key] = read_inputs(settings, sweep.options.phase)
-    for axis in sweep.axes:
-        for value in axis.probes() if inputs_by_key else ():
-            with suppress(InputError):  # reported already
-                check_global_batch(sweep.settings({axis.setting: value}), next(iter(inputs_by_key.values())).records, findings)
+    notes = list[str]()
+    for varied in [{}, *({axis.setting: value} for axis in sweep.axes for value in axis.probes())] if inputs_by_key else ():
+        with suppress(InputError):  # reported already
+            settings, records = sweep.settings(varied), next(iter(inputs_by_key.values())).records
+            check_global_batch(settings, records, findings)
+            notes += plan_notes(settings, records)
     findings.extend(rung_problems(sweep, inputs_by_key))
     jobs = [job for inputs in inputs_by_key.values() for job in inputs.jobs]
     findings.extend(place_problems(sweep.base, is_new=True, jobs=jobs))
     findings.raise_any()
+    for note in dict.fromkeys([*next(iter(inputs_by_key.values())).notes, *notes]):  # most trials have the same
+        console.say(note)
     return sweep, inputs_by_key
 
 

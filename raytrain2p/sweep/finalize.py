@@ -9,7 +9,6 @@ from raytrain2p.sweep.callbacks import StopRequest, remove_workers
 from raytrain2p.sweep.plots import draw_sweep
 from raytrain2p.sweep.results import (
     EARLY,
-    EARLY_TAG,
     FAILED,
     FINISHED,
     KILLED,
@@ -20,7 +19,7 @@ from raytrain2p.sweep.results import (
     write_results,
 )
 from raytrain2p.sweep.trial import SweepJob, trial_launch_id
-from raytrain2p.tracking.run import recorded_run
+from raytrain2p.tracking.run import EARLY_TAG, recorded_run
 from raytrain2p.tracking.run_writer import RunWriter, end_run, send_rest
 from raytrain2p.worker.job import OBJECTIVE
 

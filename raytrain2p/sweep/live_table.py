@@ -10,7 +10,7 @@ import ray
 from rich.live import Live
 from rich.table import Table
 
-from raytrain2p.launch.progress import POLL_SECONDS, Console, cell
+from raytrain2p.launch.progress import POLL_SECONDS, Console, cell, decimal
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel
@@ -105,7 +105,7 @@ class LiveTable:
                 self.state(result),
                 *(cell(short(result.values.get(setting))) for setting in self.settings),
                 str(result.steps),
-                "" if found is None else f"{found[1]:.4f}",
+                "" if found is None else decimal(found[1], 4),
                 cell("" if result.state in OVER else self.progress.get(result.trial.number, ""), no_wrap=True, overflow="ellipsis"),
                 style="bold" if best is not None and result.trial.number == best.trial.number else None,
             )
@@ -131,9 +131,9 @@ class LiveTable:
         if result.steps:
             parts.append(f"step {result.steps}")
         if found is not None:
-            parts.append(f"{self.sweep.options.metric} {found[1]:.4f}")
+            parts.append(f"{self.sweep.options.metric} {decimal(found[1], 4)}")
         if best is not None and (value := best.best(mode)) is not None:
-            parts.append(f"best so far: trial {best.trial.number}, {value[1]:.4f}")
+            parts.append(f"best so far: trial {best.trial.number}, {decimal(value[1], 4)}")
         return "  ".join(parts)
 
 

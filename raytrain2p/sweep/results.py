@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,11 +23,12 @@ from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_store import store_exists
-from raytrain2p.tracking.run import Run, recorded_run
+from raytrain2p.tracking.next_commands import command, password_of, settings_of
+from raytrain2p.tracking.run import EARLY_TAG, Run, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import OBJECTIVE
 
-EARLY_TAG, TRIAL_TAG, PARENT_TAG = "raytrain2p.stopped_early", "raytrain2p.trial", "mlflow.parentRunId"
+PARENT_TAG = "mlflow.parentRunId"
 LINEAGE_TAG = "raytrain2p.lineage"
 WAITING, RUNNING, FINISHED, EARLY, FAILED, KILLED = "waiting", "running", "finished", "stopped early", "failed", "killed"
 OVER = (FINISHED, EARLY, FAILED)
@@ -257,8 +257,7 @@ def write_results(directory: Path, results: Sequence[TrialResult], settings: Seq
 
 def retrain_command(run: Run, phase: int) -> str:
     """The command that trains a trial again, in a new run and with all CPUs."""
-    config = shlex.quote(str(run.files.config))
-    return f"python -m raytrain2p.train --phase {phase} --config {config} launch.cpus_per_worker=null"
+    return command("train", "--phase", str(phase), "--config", str(run.files.config), "launch.cpus_per_worker=null", *password_of(run))
 
 
 def sweep_config(sweep: Sweep) -> dict[str, Any]:
@@ -294,7 +293,7 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
         raise InputError(problems)
 
 
-def sweep_page(run: Run, command: str) -> str:
+def sweep_page(run: Run, typed: str) -> str:
     """README.md of a sweep's directory; the command without passwords."""
     files = run.files
     return f"""# Sweep {run.run_id}
@@ -312,9 +311,9 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experime
 
 Started with
 
-{code_block(command)}
+{code_block(typed)}
 
 Resume it, if it did not finish:
 
-    python -m raytrain2p.tune --resume {run.run_id[:8]}
+{code_block(command("tune", "--resume", run.run_id[:8], *settings_of(run, run.path.parent.parent.parent)))}
 """

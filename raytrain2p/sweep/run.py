@@ -9,10 +9,9 @@ from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
-from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, typed_command
+from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, naming_run, typed_command
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
-from raytrain2p.launch.signals import naming_run
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
@@ -24,6 +23,7 @@ from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
+from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import SweepChannel
 
 
@@ -98,7 +98,8 @@ def run_trials(
     sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
-    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id)
+    source = source_tags("raytrain2p.tune")
+    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, source)
     command, launched = typed_command("raytrain2p.tune"), time.time()
     describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page, "launched": launched}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
@@ -108,7 +109,7 @@ def run_trials(
             command,
             launched,
             run,
-            {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id},
+            {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id} | source,
             splits,
             sweep_launch(sweep).cpus_per_worker or 1,
             SweepChannel(),

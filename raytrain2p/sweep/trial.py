@@ -24,11 +24,11 @@ from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, Trial
 from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import quiet
 from raytrain2p.storage.files import read_json, write_json
-from raytrain2p.sweep.results import LINEAGE_TAG, TRIAL_TAG, Inheritance, Trial, add_inheritance, read_trial_result
+from raytrain2p.sweep.results import LINEAGE_TAG, Inheritance, Trial, add_inheritance, read_trial_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
-from raytrain2p.tracking.run import Run, disk_gone, launch_lock, recorded_run
+from raytrain2p.tracking.run import TRIAL_TAG, Run, disk_gone, launch_lock, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.channel import RunChannel, SweepChannel, TrialProgress, TrialReport
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
@@ -161,6 +161,9 @@ class TrialConsole(Console):
 
     def clear(self) -> None:
         """The driver shows the lines."""
+
+    def keep(self, line: str) -> None:
+        """Its table shows the state of each trial."""
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from raytrain2p.tracking.run import (
     COMMAND_TAG,
     DIRECTORY_TAG,
     LAUNCH_TAG,
+    PRUNED_DIRECTORY,
+    PRUNED_TAG,
     ROOT_TAG,
     TIMESTAMP_TAG,
     Intent,
@@ -65,8 +67,10 @@ def check_launch_is_free(settings: Settings, phase: str, launch_id: str) -> None
         InputError: it has.
     """
     with suppress(*STORE_ERRORS):  # rank 0 checks it again, and waits for a store that is away
-        for found in runs_with_tag(client_of(settings.tracking.uri), LAUNCH_TAG, launch_id):
+        for found in runs_with_tag(client_of(settings.tracking.uri), LAUNCH_TAG, launch_id, view=ViewType.ALL):
             tags, run_id = found.data.tags, found.info.run_id
+            if tags.get(PRUNED_TAG) == PRUNED_DIRECTORY:
+                continue
             check_not_elsewhere(tags, run_id, phase, settings.output.root, launch_id)
             if COMMAND_TAG in tags and not is_reachable(Path(tags.get(DIRECTORY_TAG, ""))):
                 what = f"belongs to run {run_id[:8]}, whose directory {tags.get(DIRECTORY_TAG)} is not here"
@@ -169,6 +173,7 @@ def _find_or_make(
         return list(client.search_runs([found.experiment_id], query, ViewType.ALL))
 
     runs = search(f"tags.`{LAUNCH_TAG}` = '{intent['launch_id']}'")
+    runs = [run for run in runs if run.data.tags.get(PRUNED_TAG) != PRUNED_DIRECTORY]  # the launch ID is free again
     for run in runs:
         check_not_elsewhere(run.data.tags, run.info.run_id, phase, root, intent["launch_id"])
     if not runs:
@@ -180,5 +185,5 @@ def _find_or_make(
         for run in runs[:1]:
             for key, value in tags.items():
                 client.set_tag(run.info.run_id, key, value)
-    made = runs[0] if runs else client.create_run(found.experiment_id, run_name=name, tags=tags)
+    made = runs[0] if runs else client.create_run(found.experiment_id, round(1000 * intent["since"]), tags, name)
     return str(made.info.run_id), str(made.data.tags.get(TIMESTAMP_TAG, intent["timestamp"])), COMMAND_TAG in made.data.tags

@@ -6,6 +6,8 @@ bad input; one that looks at many runs reports the damaged one in a line, and co
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,21 @@ def damaged(path: Path, what: str, fix: str = RESTORE) -> DamagedFileError:
     return DamagedFileError(Problem(str(path), one_line(what, 300), fix))
 
 
+_read_before: dict[tuple[Path, int], Any] | None = None  # see `reading_once`
+
+
+@contextmanager
+def reading_once() -> Iterator[None]:
+    """Within, `read_as` reads each file once, and returns the same value again: checks that follow each other read the same files, which
+    no one changes meanwhile. The values must not be changed. Not for several threads."""
+    global _read_before
+    _read_before = {}
+    try:
+        yield
+    finally:
+        _read_before = None
+
+
 def read_as(path: Path, kind: Any, fix: str = RESTORE) -> Any:
     """The value of a JSON file, as it was written; None if the file does not exist.
 
@@ -41,12 +58,16 @@ def read_as(path: Path, kind: Any, fix: str = RESTORE) -> Any:
     Raises:
         DamagedFileError: it is not JSON, or does not fit.
     """
+    if _read_before is not None and (path, id(kind)) in _read_before:
+        return _read_before[path, id(kind)]
     try:
         value = read_json(path)
     except ValueError as error:
         raise damaged(path, str(error), fix) from None
     if value is not None:
         check_shape(path, value, kind, fix)
+    if _read_before is not None:
+        _read_before[path, id(kind)] = value
     return value
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing_extensions import TypedDict
 
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.damage import DamagedFileError, read_as
+
+LOSSES = ("train_loss", "train_loss_epoch")  # a point of them is an optimizer step
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,19 @@ def point_of(line: bytes) -> MetricPoint | None:
         return None
 
 
-def read_points(path: Path, damaged: list[bytes] | None = None) -> Iterator[MetricPoint]:
+def read_points(path: Path, damaged: list[bytes] | None = None, end: int | None = None) -> Iterator[MetricPoint]:
     """The complete lines of a metrics.jsonl, which another process may be writing to; none if it does not exist.
 
     Args:
         damaged: gets the damaged lines, which are left out.
+        end: bytes of the file after which to stop.
     """
     if not path.is_file():
         return
     with path.open("rb") as stream:
         for line in stream:
+            if end is not None and (end := end - len(line)) < 0:
+                return
             if not line.endswith(b"\n") or not line.strip():
                 continue
             if (point := point_of(line)) is not None:
@@ -150,8 +155,12 @@ def write_summary(path: Path, kept: Path) -> None:
 
 
 def summarize(path: Path) -> dict[str, MetricSummary]:
+    return summarize_points(read_points(path))
+
+
+def summarize_points(points: Iterable[MetricPoint]) -> dict[str, MetricSummary]:
     found = dict[str, MetricSummary]()
-    for point in read_points(path):
+    for point in points:
         name, value, step = point.name, point.value, point.step
         summary = found.get(name)
         if summary is None:

@@ -76,6 +76,11 @@ def store_problem(error: BaseException) -> StoreProblem:
     return StoreProblem(kind, f"its server answers {status}" if kind is Kind.AWAY and status else _reason(error))
 
 
+def is_unknown_request(error: BaseException) -> bool:
+    """Whether a server does not know the request at all, be it that it is of an earlier version."""
+    return _status(error) == 404 and getattr(error, "error_code", "") != "RESOURCE_DOES_NOT_EXIST"
+
+
 def _kind(error: BaseException) -> Kind:
     causes, status, text = list(_causes(error)), _status(error), str(error)
 

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Experiment
+from mlflow.entities import Experiment, ViewType
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
@@ -22,12 +22,15 @@ from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.secrets import MASK, masked
 from raytrain2p.storage.files import written_aside
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.mlflow_errors import store_problem
+from raytrain2p.tracking.mlflow_errors import Kind, store_problem
+from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
 SECONDS_TO_ANSWER = 4
 SECONDS_TO_OPEN = 60.0  # while other processes create or open the same database: 2 to 10 seconds each on busy cores
 HALF_DONE = "_alembic_tmp_"  # begin of the names of tables that only a migration under way has
+KIND_TAG, MODEL_TRAINING = "mlflow.experimentKind", "custom_model_development"
+GUESSED = "_inferred"  # end of a kind that nobody chose: the UI looked at what the experiment had
 PORTS = {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 
@@ -128,16 +131,31 @@ def schema_of(path: Path) -> tuple[set[str], str | None]:
         return tables, row and row[0]
 
 
-def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "") -> list[MlflowRun]:
-    """The runs of all experiments that have this value of a tag, and meet a further condition."""
+def runs_with_tag(client: MlflowClient, tag: str, value: str, condition: str = "", view: int = ViewType.ACTIVE_ONLY) -> list[MlflowRun]:
+    """The runs of all experiments that have this value of a tag, and meet a further condition; unless `view` says so, no deleted one."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
     mark = '"' if "'" in value else "'"
-    return list(client.search_runs(experiments, f"tags.`{tag}` = {mark}{value}{mark}{condition}"))
+    return list(client.search_runs(experiments, f"tags.`{tag}` = {mark}{value}{mark}{condition}", view))
 
 
 def running_runs(client: MlflowClient, tag: str, value: str) -> list[MlflowRun]:
     """Those of them that are RUNNING in MLflow."""
     return runs_with_tag(client, tag, value, " AND attributes.status = 'RUNNING'")
+
+
+def record_pruned(client: MlflowClient, run_id: str, delete: bool) -> None:
+    """Record in MLflow that a run has no directory any more: its launch ID is free again. If there is no such run, nothing is done.
+
+    Args:
+        delete: delete the run, too, as MLflow's own interface does: it can be restored until `mlflow gc` removes it, with its artifacts.
+    """
+    try:
+        client.set_tag(run_id, PRUNED_TAG, PRUNED_DIRECTORY)
+        if delete:
+            client.delete_run(run_id)
+    except STORE_ERRORS as error:
+        if store_problem(error).kind not in (Kind.DELETED, Kind.GONE):
+            raise
 
 
 def store_exists(uri: str) -> bool:
@@ -201,7 +219,9 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
                 location = (path.parent / "mlruns" / name).as_uri()  # MLflow's default is relative to the process's working directory
                 if not path.exists() or not path.stat().st_size:
                     _make_database(path)
-            experiment = _get_or_create_experiment(_opened(uri), name, location)
+            client = _opened(uri)
+            experiment = _get_or_create_experiment(client, name, location)
+            mark_experiment(client, experiment)
     except UnusableStoreError as error:
         raise InputError(error.problem) from None
     except (*STORE_ERRORS, ImportError, ValueError) as error:
@@ -233,6 +253,13 @@ def _get_or_create_experiment(client: MlflowClient, name: str, location: str | N
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
     return experiment
+
+
+def mark_experiment(client: MlflowClient, experiment: Experiment) -> None:
+    """Without a kind, the UI takes an experiment for one of generative AI, and training runs for evaluation runs."""
+    kind = experiment.tags.get(KIND_TAG, "")
+    if (not kind or kind.endswith(GUESSED)) and experiment.lifecycle_stage == "active":
+        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, MODEL_TRAINING)
 
 
 def check_server(uri: str) -> None:

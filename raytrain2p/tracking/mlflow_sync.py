@@ -9,32 +9,34 @@ import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from raytrain2p.config import flatten_tree
+from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import point_of
-from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, store_problem
+from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, is_unknown_request, store_problem
+from raytrain2p.tracking.mlflow_pages import NOTE_TAG, data_of, record_model, run_description
 from raytrain2p.tracking.mlflow_store import client_of
-from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run import CHANGED_TAG, NOT_SET, Run
 from raytrain2p.tracking.run_directory import RunStatus
 
 POINTS_PER_BATCH, PARAMS_PER_BATCH = 1000, 100  # MLflow's limits for one request
 SEND_SECONDS, LONGEST_WAIT = 3.0, 30.0
+MODEL = "the logged model"  # as `refused` names it
 TRIES_AT_THE_END = 5  # a second apart
 SECONDS_AT_THE_END = 30.0  # in which all these tries must have failed; a request that hangs takes 10 seconds, see __init__.py
-CHANGED_TAG = "raytrain2p.changed."
 PARAM_LENGTH = 6000  # MLflow's limit for one parameter
 
 Item = TypeVar("Item", Metric, Param, RunTag)
@@ -52,6 +54,8 @@ class SyncState(TypedDict, total=False):
     status: RunStatus | None
     artifacts: dict[str, list[int]]
     refused: dict[str, str]
+    note: str
+    model: float | None
 
 
 class RunDirectoryError(OSError):
@@ -78,7 +82,8 @@ class MlflowSync:
     The state file in the directory records the progress: `sent` bytes of metrics.jsonl, and, while a batch is under way, the end
     of it as `sending`. After a kill or a time-out in between, MLflow is asked which points up to there it has; so it is for the whole
     file if that state is lost, or if the file is shorter than what was sent. `artifacts` has the size and the time of each file that
-    was sent; `refused`, by name, why MLflow will never take an item.
+    was sent; `refused`, by name, why MLflow will never take an item; `note`, the description that was sent, unless a user wrote another;
+    `model`, the end of the run whose logged model MLflow has.
 
     `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
     """
@@ -87,7 +92,7 @@ class MlflowSync:
         self.run, self.files, self.uri = run, run.files, uri
         self.state_path, self.metrics_file = self.files.sync_state, self.files.metrics
         self.damage: list[str] = []
-        self.state: dict[str, Any] = {"sent": 0, "sending": self._size(), "described": None, "status": None, "artifacts": {}, "refused": {}}
+        self.state = self._nothing_sent()
         try:
             known: dict[str, Any] = read_as(self.state_path, SyncState, "MLflow was asked what it has") or {}
         except DamagedFileError as error:
@@ -96,17 +101,37 @@ class MlflowSync:
         self.state |= known
         if known and "artifacts" not in known and known.get("status") == self.files.read_status():
             self.state["artifacts"] = self._artifacts_now()  # an earlier version, which sent them before the status
+        if known and "model" not in known and known.get("status") == self.files.read_status():
+            self.state["model"] = self.files.read_status()["at"]  # an earlier version, which recorded none
 
     @cached_property
     def client(self) -> MlflowClient:
         """Created on first use: for a database that is away, this fails already."""
         return client_of(self.uri)
 
+    def _nothing_sent(self) -> dict[str, Any]:
+        """A state with which MLflow is asked which points it has."""
+        what: dict[str, Any] = {"described": None, "status": None, "artifacts": {}, "refused": {}, "note": "", "model": None}
+        return {"sent": 0, "sending": self._size()} | what
+
+    def forget(self) -> None:
+        """Forget what was sent, so that `send` sends whatever MLflow does not have: its database may be an older one."""
+        self._note(**self._nothing_sent() | {"note": self.state["note"]})
+
     def complete(self) -> bool:
         """Whether MLflow has everything that it takes, the final status included."""
-        status = self.files.read_status()
-        ended = status["status"] != "RUNNING" and self.state["status"] == status
-        return ended and not self._lines_left() and not any(self._artifacts_left())
+        return self.files.read_status()["status"] != "RUNNING" and not self.unsent()
+
+    def unsent(self) -> list[str]:
+        """What MLflow does not have yet of a run that has ended, in words."""
+        left = {
+            "settings and tags": self._description_left(),
+            "points": self._lines_left(),
+            "files": any(self._artifacts_left()),
+            MODEL: self._model_left(),
+            "status": self.state["status"] != self.files.read_status(),
+        }
+        return [what for what, is_left in left.items() if is_left]
 
     def refusals(self) -> dict[str, str]:
         """What MLflow will never take: the name of each item, and why."""
@@ -122,11 +147,11 @@ class MlflowSync:
         with reporting_run_disk_errors(self.state_path):
             if not is_reachable(self.run.path):
                 raise FileNotFoundError(self.run.path)
-        if (lost := -self._left()) > 0:
+        if (lost := -self.left()) > 0:
             self.damage.append(f"{self.metrics_file} has lost {lost:,} bytes that were sent: MLflow has points that are not here any more")
             self._note(sent=0, sending=self._size())
         self._send_description()
-        size = int(self.state["sent"]) + self._left()  # training may write points faster than MLflow takes them
+        size = int(self.state["sent"]) + self.left()  # training may write points faster than MLflow takes them
         while self.state["sent"] < size and self._send_points():
             pass
         status = self.files.read_status()
@@ -134,6 +159,8 @@ class MlflowSync:
             self._note(status=status, artifacts=self.state["artifacts"] | self._artifacts_now())
             return
         failure = self._send_artifacts()  # raised after the status was sent: artifacts may be on another server, or another disk
+        if self._model_left():
+            failure = failure or self._send_model()
         if self.state["status"] != status:
             if status["status"] != "RUNNING":
                 end = round(status["at"] * 1000)
@@ -152,7 +179,7 @@ class MlflowSync:
         from_here = sent["status"] == "FINISHED" and info.end_time == round(sent["at"] * 1000)
         return info.status == "FINISHED" and mine != "FINISHED" and not from_here
 
-    def _left(self) -> int:
+    def left(self) -> int:
         """Bytes of metrics.jsonl that are not sent; negative if the file has lost some that were."""
         return self._size() - int(self.state["sent"])
 
@@ -163,8 +190,8 @@ class MlflowSync:
 
     def _lines_left(self) -> bool:
         """Whether a complete line is not sent, or sent lines are gone. An incomplete last line does not count."""
-        if self._left() <= 0:
-            return self._left() < 0
+        if self.left() <= 0:
+            return self.left() < 0
         with self.metrics_file.open("rb") as stream:
             stream.seek(int(self.state["sent"]))
             return b"\n" in stream.read()
@@ -177,33 +204,37 @@ class MlflowSync:
     def _note_sent(self, end: int) -> None:
         self._note(sent=end, sending=self.state["sending"] if (self.state["sending"] or 0) > end else None)
 
+    def _description_left(self) -> bool:
+        """Whether settings or tags are not sent. There are none if the launch was killed before it described the run."""
+        record = self.files.read_record() or {}
+        return "described" in record and self.state["described"] != record["described"] and self.files.config.is_file()
+
     def _send_description(self) -> None:
         """Every setting as a parameter, and the tags. MLflow cannot change a parameter: a setting that a resumed run changed
         is a tag from then on."""
         record, config = self.files.read_record(), self.files.read_config()
-        if record is None or config is None or "described" not in record:
-            return  # the launch was killed before it described the run
-        if self.state["described"] == record["described"]:
+        if record is None or config is None or not self._description_left():
             return
-        params = {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
-        known = self.client.get_run(self.run.run_id).data
+        params, known = params_of(config), self.client.get_run(self.run.run_id).data
         logged = known.params
         missing = [Param(key, value) for key, value in params.items() if key not in logged]
         for start in range(0, len(missing), PARAMS_PER_BATCH):
             self._log("params", missing[start : start + PARAMS_PER_BATCH])
-        ours = params | {key: "not set" for key in logged if key not in params and key.partition(".")[0] in config}
-        changed = {
-            f"{CHANGED_TAG}{key}": value
-            for key, value in ours.items()
-            if logged.get(key, value) != value or f"{CHANGED_TAG}{key}" in known.tags  # it may have changed back
-        }
-        tags = {key: str(value) for key, value in record["tags"].items()} | changed
-        self._log("tags", [RunTag(key, value) for key, value in tags.items()])
-        self._note(described=record["described"])
+        tags = tags_of(record["tags"], config, logged, known.tags)
+        note = run_description(self.run, tags)
+        if known.tags.get(NOTE_TAG, self.state["note"]) == self.state["note"]:
+            tags[NOTE_TAG] = note
+        self._log("tags", [RunTag(key, value) for key, value in tags.items() if known.tags.get(key) != value])
+        for key in record.get("removed_tags", []):
+            if key in known.tags:
+                self.client.delete_tag(self.run.run_id, key)
+        for data in data_of(record):
+            self._send_data(data)
+        self._note(described=record["described"], note=note)
 
     def _send_points(self) -> bool:
         """Send one batch. Returns whether there may be another."""
-        if self._left() <= 0:
+        if self.left() <= 0:
             return False
         start = int(self.state["sent"])
         lines: list[bytes] = []
@@ -257,11 +288,54 @@ class MlflowSync:
         else:
             self._set_aside(item_name(kind, items[0]), problem)
 
+    def _send_data(self, data: DatasetInput) -> None:
+        """Send the data of a split. MLflow has it once, however often it is sent."""
+        name = f"data `{data.dataset.name}`"
+        if name in self.state["refused"]:
+            return
+        for is_last_try in (False, True):  # of two runs that send the same data at once, as trials do, a database refuses one
+            try:
+                self.client.log_inputs(self.run.run_id, [data])
+                return
+            except Exception as error:
+                problem = store_problem(error)
+                if problem.kind is not Kind.REFUSED:
+                    raise
+                if is_last_try:
+                    self._set_aside(name, problem)
+
+    def _model_left(self) -> bool:
+        """Whether MLflow lacks the logged model of a finished run, or it is that of an earlier end."""
+        status, phase = self.files.read_status(), PHASES_BY_NAME.get(self.run.phase)
+        finished = status["status"] == "FINISHED" and phase is not None and self.files.artifact(phase).is_file()
+        return finished and self.state["model"] != status["at"] and MODEL not in self.state["refused"]
+
+    def _send_model(self) -> Exception | None:
+        """Returns the error if MLflow may take it later. A server before MLflow 3 has no logged models."""
+        try:
+            result: dict[str, Any] = read_as(self.files.result, dict[str, Any]) or {}
+            record_model(self.client, self.run, self.files.tags(), int(result.get("steps", 0)))
+        except Exception as error:
+            problem = store_problem(error)
+            if problem.kind is not Kind.REFUSED and not is_unknown_request(error):
+                return error
+            self._set_aside(MODEL, problem)
+        else:
+            self._note(model=self.files.read_status()["at"])
+        return None
+
     def _set_aside(self, name: str, problem: StoreProblem) -> None:
         self._note(refused=self.state["refused"] | {name: problem.reason})
 
     def _artifacts_left(self) -> Iterator[tuple[Path, str | None, list[int]]]:
-        """The files that MLflow lacks: each with its folder among the run's artifacts, and its size and time."""
+        """The files that MLflow lacks."""
+        for file, folder, now in self.artifacts():
+            name = str(file.relative_to(self.run.path))
+            if self.state["artifacts"].get(name) != now and f"artifact `{name}`" not in self.state["refused"]:
+                yield file, folder, now
+
+    def artifacts(self) -> Iterator[tuple[Path, str | None, list[int]]]:
+        """The files that MLflow is to have: each with its folder among the run's artifacts, and its size and time."""
         status = self.files.read_status()["status"]
         for path, folder in [(self.files.config, "config"), *(self.files.mlflow_artifacts() if status != "RUNNING" else [])]:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
@@ -269,9 +343,7 @@ class MlflowSync:
                     continue
                 now = [file.stat().st_size, file.stat().st_mtime_ns]
                 inner = file.parent.relative_to(path).as_posix() if file != path else "."
-                name = str(file.relative_to(self.run.path))
-                if self.state["artifacts"].get(name) != now and f"artifact `{name}`" not in self.state["refused"]:
-                    yield file, folder if inner == "." else f"{folder}/{inner}", now
+                yield file, folder if inner == "." else f"{folder}/{inner}", now
 
     def _artifacts_now(self) -> dict[str, list[int]]:
         """As they are recorded once MLflow has them."""
@@ -295,6 +367,29 @@ class MlflowSync:
             else:
                 self._note(artifacts=self.state["artifacts"] | {name: now})
         return failure
+
+
+def params_of(config: dict[str, Any]) -> dict[str, str]:
+    """Every setting as MLflow takes it."""
+    return {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
+
+
+def tags_of(recorded: dict[str, Any], config: dict[str, Any], logged: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """The tags that a run is to have in MLflow: those recorded, and the settings that differ from their parameters.
+
+    Args:
+        config: every setting as nested groups.
+        logged: MLflow's parameters.
+        known: MLflow's tags.
+    """
+    params = params_of(config)
+    ours = params | {key: NOT_SET for key in logged if key not in params and key.partition(".")[0] in config}
+    changed = {
+        f"{CHANGED_TAG}{key}": value
+        for key, value in ours.items()
+        if logged.get(key, value) != value or f"{CHANGED_TAG}{key}" in known  # it may have changed back
+    }
+    return {key: str(value) for key, value in recorded.items()} | changed
 
 
 def item_name(kind: str, item: Metric | Param | RunTag) -> str:

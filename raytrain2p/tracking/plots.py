@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from raytrain2p.config.escaping import plot_text
 from raytrain2p.storage.files import write_file
-from raytrain2p.tracking.metrics_file import read_points
+from raytrain2p.tracking.metrics_file import MetricPoint, read_points
 
 BLUE, ORANGE, GREY = "#2b6cb0", "#dd6b20", "#a0aec0"
 SMOOTHING = 0.9
@@ -23,8 +23,13 @@ SMOOTHING = 0.9
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """metrics.jsonl as (steps, values) by metric name."""
+    return curves(read_points(path))
+
+
+def curves(points: Iterable[MetricPoint]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Points as (steps, values) by metric name."""
     found: dict[str, tuple[list[int], list[float]]] = {}
-    for point in read_points(path):
+    for point in points:
         steps, values = found.setdefault(point.name, ([], []))
         steps.append(point.step)
         values.append(point.value)
@@ -37,7 +42,7 @@ def training_curve(metrics: Path, target: Path, title: str) -> None:
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, height_ratios=(4, 1), layout="constrained")
     steps, losses = found["train_loss"]
     upper.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=0.8, label="train loss, each step")
-    upper.plot(steps, _smoothed(losses), color=BLUE, linewidth=1.8, label="train loss, smoothed")
+    upper.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, label="train loss, smoothed")
     if "val/loss" in found:
         upper.plot(*found["val/loss"], "o-", color=ORANGE, markersize=4, label="validation loss")
     upper.set_ylabel("loss")
@@ -75,18 +80,24 @@ def answer_sheet(rows: Sequence[dict[str, Any]], read_images: Callable[[dict[str
     save(figure, target)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """Exponential moving average, started without bias (arXiv:1412.6980, section 3)."""
-    mean, out = 0.0, []
-    for index, value in enumerate(values, 1):
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * float(value)
-        out.append(mean / (1 - SMOOTHING**index))
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        if np.isfinite(value):  # else every later value would be NaN
+            mean, weight = SMOOTHING * mean + (1 - SMOOTHING) * float(value), SMOOTHING * weight + 1 - SMOOTHING
+        out.append(mean / weight if weight else np.nan)
     return np.array(out)
 
 
 def save(figure: Figure, target: Path) -> None:
     """Write a figure as PNG."""
+    write_file(target, png_of(figure))
+
+
+def png_of(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file. The figure is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
-    write_file(target, buffer.getvalue())
+    return buffer.getvalue()

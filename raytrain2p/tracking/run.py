@@ -4,6 +4,7 @@ The launch ID is a tag of the MLflow run, and a record on disk. Nothing here nee
 """
 
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,12 @@ from raytrain2p.tracking.damage import check_shape, read_as
 from raytrain2p.tracking.run_directory import RunDirectory
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
-ROOT_TAG, SWEEP_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.command"
+ROOT_TAG, SWEEP_TAG, TRIAL_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.trial", "raytrain2p.command"
+CHANGED_TAG, NOT_SET = "raytrain2p.changed.", "not set"  # of a setting that a resumed run changed; and its value if it has none now
 LAUNCH_ID = r"\w[\w.-]{0,99}"  # the name of a file, and part of an MLflow filter
+PRUNED_TAG = "raytrain2p.pruned"  # `checkpoints`: the run has none any more; `directory`: nor has it a directory
+PRUNED_CHECKPOINTS, PRUNED_DIRECTORY = "checkpoints", "directory"
+EARLY_TAG = "raytrain2p.stopped_early"  # of a trial that its sweep ended: it is FINISHED without a result
 RUN_FOLDERS = (*PHASES_BY_NAME, SWEEPS)  # of run directories, under `output.root`
 
 
@@ -36,7 +41,7 @@ class Run:
     directory: Annotated[str, Field(pattern=r"^/[^\x00]*$")]
     experiment: Annotated[str, Field(min_length=1)]
     timestamp: Annotated[str, Field(pattern=r"^\d{8}_\d{6}$")]
-    launch_id: Annotated[str, Field(pattern=r"^[^/\x00]{1,200}$")]
+    launch_id: Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]{0,199}$")]
     phase: Annotated[str, Field(pattern=f"^({'|'.join(RUN_FOLDERS)})$")]
     tracking_uri: Annotated[str, Field(min_length=1)]
 
@@ -67,8 +72,14 @@ class Run:
 
     def add_tags(self, tags: dict[str, str]) -> None:
         """Add tags to the record in its directory, from where they are sent to MLflow."""
-        record = self.files.read_record() or asdict(self)
-        self.files.write_record(record | {"tags": record.get("tags", {}) | tags, "described": time.time()})
+        self.change_tags(tags, ())
+
+    def change_tags(self, tags: dict[str, str], removed: Iterable[str]) -> None:
+        """Add and remove tags. MLflow keeps what the record just lacks: the names of those removed are recorded, too."""
+        record, removed = self.files.read_record() or asdict(self), {*removed}
+        kept = {key: value for key, value in record.get("tags", {}).items() if key not in removed} | tags
+        gone = sorted({*record.get("removed_tags", ()), *removed} - kept.keys())
+        self.files.write_record(record | {"tags": kept, "removed_tags": gone, "described": time.time()})
 
 
 class Intent(TypedDict):

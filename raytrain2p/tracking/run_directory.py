@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
-from raytrain2p.config import Findings, flatten_tree
+from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
@@ -42,8 +42,11 @@ class RecordShape(TypedDict, total=False):
 
     run_id: str
     tags: dict[str, str]
+    removed_tags: list[str]
     described: float
     sequence: int
+    migrated: str
+    use: list[str]
 
 
 class ConfigShape(TypedDict, total=False):
@@ -95,6 +98,7 @@ class RunDirectory:
     training_curve = Entry("plots/training_curve.png")
     answer_sheet = Entry("plots/answers.png")
     earlier = Entry("earlier")  # results of earlier models, which a resumed run has trained on: a folder for each
+    old = Entry("migrated_from")  # of a migrated run: what its old directory held beside the best checkpoint and the last
     sync_state = Entry(".mirror.json")  # how much of it MLflow has
     lineage = Entry("lineage.jsonl")  # of a trial: whose weights it took over
     trials = Entry("trials")  # of a sweep: a file for each trial
@@ -117,6 +121,10 @@ class RunDirectory:
 
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact
+
+    def comparison(self, ids: Sequence[str]) -> Path:
+        """The plot of this run and others."""
+        return self.plots / f"comparison_{'_'.join(ids)}.png"
 
     def mlflow_artifacts(self) -> Iterator[tuple[Path, str | None]]:
         """What goes to MLflow when the run has ended: each file or folder, and its folder among the run's artifacts."""
@@ -182,8 +190,14 @@ class RunDirectory:
         write_file(self.changes, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write_mlflow_run_id(self, run_id: str, experiment: str, timestamp: str) -> None:
-        lines = {"run_id": run_id, "directory": self.path, "experiment": experiment, "timestamp": timestamp}
-        write_file(self.mlflow_run_id, "".join(f"{label}: {value}\n" for label, value in lines.items()))
+        lines = {"MLflow Run ID": run_id, "Checkpoint Dir": self.path, "Experiment": experiment, "Timestamp": timestamp}
+        note = f"""
+Note: the name of this directory begins with the MLflow run ID, followed by the time at which the run began:
+  Directory:     {self.path.name}
+  MLflow Run ID: {run_id}
+  Timestamp:     {timestamp:>{len(self.path.name)}}
+"""
+        write_file(self.mlflow_run_id, "".join(f"{label}: {value}\n" for label, value in lines.items()) + note)
 
     def read_status(self) -> RunStatus:
         """The last status; RUNNING at time 0 if none was written."""
@@ -194,17 +208,20 @@ class RunDirectory:
         """Read what a resume reads.
 
         Raises:
-            InputError: every damaged file.
+            InputError: every damaged file; or the run was migrated.
         """
         findings = Findings()
         for read in (self.read_record, self.read_config, self.read_status, self.read_changes):
             with findings:
                 read()
         findings.raise_any()
+        if (old := (self.read_record() or {}).get("migrated")) is not None:
+            what = f"was migrated from {old}: another program trained it, and its settings are not known"
+            raise InputError(Problem(str(self.path), what, "begin a new run"))
 
-    def write_status(self, status: str, reason: str = "") -> None:
-        """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED."""
-        row: RunStatus = {"status": status, "at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    def write_status(self, status: str, reason: str = "", at: float | None = None) -> None:
+        """The status that MLflow is to show, too: RUNNING, FINISHED, FAILED or KILLED; since when (default: now)."""
+        row: RunStatus = {"status": status, "at": time.time() if at is None else at, "host": socket.gethostname(), "pid": os.getpid()}
         write_json(self.status, row | ({"reason": reason} if reason else {}))
 
 

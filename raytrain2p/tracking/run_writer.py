@@ -18,8 +18,10 @@ from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, write_sum
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
 from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
+from raytrain2p.tracking.next_commands import command, settings_of, use_command
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import ResumeRow
+from raytrain2p.tracking.source import version_tags
 
 RESUMED_TAG, ACCEPTED_TAG = "raytrain2p.resumed", "raytrain2p.accepted_inputs"
 TRAIN_INPUT = "data.train"
@@ -120,7 +122,7 @@ def describe_run(
     Args:
         config: every setting, resolved and without passwords, as nested groups.
         command: shell line that launches the same again.
-        facts: what a resumed run is checked against: digests of the inputs.
+        facts: what a resumed run is checked against: digests of the inputs; and `use`, see `use_command`.
         page: content of README.md from the run and its command, if it is not the run of a phase.
         launched: seconds since 1970 when the command was given (default: now). Workers that are restarted have the same.
 
@@ -143,10 +145,11 @@ def describe_run(
     files.write_config(config)
     files.write_mlflow_run_id(run.run_id, run.experiment, run.timestamp)
     first = files.tags().get(COMMAND_TAG, masked(command))
-    write_file(files.readme, (page or _readme)(run, first) + _resumes(history))
+    made = page(run, first) if page else _readme(run, first, facts.get("use"))
+    write_file(files.readme, made + _resumes(history))
     tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
-    tags |= {ROOT_TAG: str(run.path.parent.parent)} | _history_tags(history)  # the root may have been moved
-    kept = {"sequence": files.sequence(), "tags": files.tags() | tags}
+    tags |= {ROOT_TAG: str(run.path.parent.parent)} | version_tags() | _history_tags(history)  # the root may have been moved
+    kept = {"sequence": files.sequence(), "tags": files.tags() | tags, "removed_tags": record.get("removed_tags", [])}
     files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
     return lines + [f"{where}: other content ({', '.join(parts)}), accepted" for where, parts in inputs.items()]
@@ -266,8 +269,8 @@ def end_unrecorded(uri: str, root: str, launch_id: str, status: str) -> None:
                 client.set_terminated(found.info.run_id, status)
 
 
-def _readme(run: Run, command: str) -> str:
-    phase, files = PHASES_BY_NAME[run.phase], run.files
+def _readme(run: Run, typed: str, use: list[str] | None) -> str:
+    phase, files, base = PHASES_BY_NAME[run.phase], run.files, run.path.parent.parent.parent
     return f"""# {run.phase} run {run.run_id}
 
 Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experiment)}.
@@ -284,13 +287,13 @@ Made by raytrain2p on {run.timestamp}, MLflow experiment {code_span(run.experime
 
 Trained with
 
-{code_block(command)}
+{code_block(typed)}
 
-Use it:
+Use it, in {code_span(str(base))}:
 
-    {phase.next_command.format(run=run.run_id[:8])}
+{code_block(use_command(run, base, use))}
 
 Resume it, if it did not finish:
 
-    python -m raytrain2p.train --phase {phase.number} --resume {run.run_id[:8]}
+{code_block(command("train", "--phase", str(phase.number), "--resume", run.run_id[:8], *settings_of(run, base)))}
 """

@@ -101,8 +101,8 @@ def evaluate(
     if job.settings.data.features == "online":
         data = phase.online(module, data)
     tests = list(job.settings.data.test)
-    if group.is_first:
-        job.channel.put(Stage(f"evaluating on {', '.join(tests) or 'nothing (data.test is empty)'}"))
+    if group.is_first and tests:
+        job.channel.put(Stage(f"evaluating on {', '.join(tests)}"))
     with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return phase.evaluate(module, data, tests, group)
 

@@ -11,6 +11,7 @@ import psutil
 import ray.train
 import torch
 
+from raytrain2p.config import Settings
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
@@ -62,6 +63,12 @@ class SystemSampler:
     def _work(self) -> None:
         while not self.done.wait(SECONDS_BETWEEN_SAMPLES):
             self.deliver(self.sample())
+
+
+def records_system_metrics(settings: Settings) -> bool:
+    """Whether a run records them: GPUs are worth watching, unless the settings say otherwise."""
+    chosen = settings.tracking.system_metrics
+    return settings.launch.use_gpu if chosen is None else chosen
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from raytrain2p.worker.job import TrainJob
 from raytrain2p.worker.lightning_trainer import build_trainer, fit
 from raytrain2p.worker.loaders import build_loaders
 from raytrain2p.worker.resume import agree_on_resume_point
-from raytrain2p.worker.system_metrics import system_metrics
+from raytrain2p.worker.system_metrics import records_system_metrics, system_metrics
 
 
 def train(job: TrainJob) -> None:
@@ -43,7 +43,7 @@ def train(job: TrainJob) -> None:
             data = phase.online(module, data)
         if group.is_first and start.checkpoint is None:
             channel.say(describe_parameters(module.parameter_counts))
-        if settings.tracking.system_metrics:
+        if records_system_metrics(settings):
             stack.enter_context(system_metrics(run, channel, writer))
 
         loaders = build_loaders(settings, data, group, start.step)

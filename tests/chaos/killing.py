@@ -18,6 +18,8 @@ import psutil
 import pytest
 import torch
 
+from raytrain2p.runs.request import parse, read_request
+from raytrain2p.runs.verify import add_arguments, verify
 from tests.launch.launching import start_command
 
 SECONDS_PER_LAUNCH = 240
@@ -41,6 +43,7 @@ class Verdict:
     same_weights: bool
     status: str
     seconds_to_next_step: list[float] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)  # that `runs verify` finds
 
     def check(self) -> None:
         assert (self.runs, self.directories) == (1, 1), self
@@ -48,6 +51,7 @@ class Verdict:
         assert self.same_losses, self
         assert self.same_weights, self
         assert self.status == "FINISHED", self
+        assert not self.differences, self
 
 
 @dataclass
@@ -313,7 +317,14 @@ def verdict(scenario: str, launch: Launch, undisturbed: Launch, times: int, wait
         same_weights=mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine),
         status=runs[0].info.status,
         seconds_to_next_step=waits,
+        differences=differences(launch),
     )
+
+
+def differences(launch: Launch) -> list[str]:
+    """What `runs verify` finds under the launch's output root."""
+    options = parse("verify", "verify", add_arguments, [f"output.root={launch.folder}/checkpoints"])
+    return [str(one) for one in verify(read_request(options)).differences]
 
 
 def losses(launch: Launch) -> dict[int, float]:

@@ -1,5 +1,6 @@
 """What a launch does under its lock, and with a root that was moved; without Ray."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -41,6 +42,26 @@ def finished_run(settings: Settings) -> Run:
     write_json(run.files.result, asdict(Outcome(run.run_id, run.directory, None, None, f"{run.directory}/aligner.pt", {})))
     run.files.write_status("FINISHED")
     return run
+
+
+@pytest.mark.parametrize(
+    ("absent", "line"),
+    [
+        (["data.val=null"], "data.val is not set: no validation loss"),
+        (["data.test={}"], "data.test is not set: nothing is evaluated after training"),
+    ],
+)
+def test_what_is_absent_shortened_or_left_out_is_said_once_before_training(
+    settings: Settings, tiny_config: Path, absent: list[str], line: str
+) -> None:
+    stream = io.StringIO()
+    overrides = ["training.max_steps=3", "training.global_batch_size=20", "training.warmup_steps=2", *absent]
+    driver.check(load_settings(1, tiny_config / "phase1.yaml", overrides), 1, Console(stream))
+    assert stream.getvalue().splitlines()[-3:] == [
+        line,
+        "data.train: 8 of 48 records, others in each epoch, are left out: they fill no step of 20",
+        "training.warmup_steps=2 is shortened to 1, since training has 3 steps",
+    ]
 
 
 def launch_after(settings: Settings, meanwhile: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Outcome:

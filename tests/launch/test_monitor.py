@@ -2,6 +2,8 @@
 
 import errno
 import os
+import shlex
+import sys
 import traceback
 from pathlib import Path
 
@@ -11,9 +13,11 @@ from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.launch.monitor import cause_of
+from raytrain2p.launch.monitor import TrainingFailedError as FailedLaunch
+from raytrain2p.launch.monitor import cause_of, naming_run, typed_command
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.tracking.run import disk_gone
+from raytrain2p.storage.files import write_json
+from raytrain2p.tracking.run import Run, disk_gone, launch_record
 
 
 class WorkersFailed(TrainingFailedError):
@@ -109,3 +113,23 @@ def test_a_disk_that_is_gone_has_one_line_whatever_met_it_first(tmp_path: Path) 
     for error in (error_of_ray, WorkersFailed(error_of_ray)):
         assert cause_of(error, gone).startswith(f"{tmp_path / 'gone'} cannot be written: {tmp_path / 'gone' / '.launches'} is gone, ")
         assert "StorageContext" in cause_of(error, None)
+
+
+@pytest.mark.parametrize("verb", [["/bin/raytrain2p", "train"], ["raytrain2p/train.py"]])
+def test_the_recorded_command_can_be_pasted_however_it_was_typed(monkeypatch: pytest.MonkeyPatch, verb: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [*verb, "--phase", "1", "--dry-run", "tracking.uri=http://me:secret@server", "data.train=a b.jsonl"])
+    command = typed_command("raytrain2p.train", leave_out="--dry-run")
+    assert command.startswith("python -m raytrain2p.train --phase 1 ")
+    assert shlex.split(command)[5:] == ["tracking.uri=http://me:***@server", "data.train=a b.jsonl"]
+
+
+@pytest.mark.parametrize("has_run", [True, False])
+def test_a_failed_launch_has_its_run(tmp_path: Path, has_run: bool) -> None:
+    run = Run("a" * 32, f"{tmp_path}/alignment/{'a' * 32}_20260101_000000", "e", "20260101_000000", "one", "alignment", "sqlite:///x")
+    run.path.mkdir(parents=True)
+    launch_record(str(tmp_path), "one").parent.mkdir()
+    if has_run:
+        write_json(launch_record(str(tmp_path), "one"), vars(run))
+    with pytest.raises(FailedLaunch) as caught, naming_run(str(tmp_path), "one"):
+        raise FailedLaunch("the cause")
+    assert caught.value.run == (run if has_run else None)

@@ -1,6 +1,7 @@
 """Output of a launch, in a terminal and elsewhere."""
 
 import io
+import math
 import os
 import pty
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from raytrain2p.launch import progress
-from raytrain2p.launch.progress import Console
+from raytrain2p.launch.progress import Console, decimal, describe
+from raytrain2p.worker.channel import StepProgress
 
 LONG_PATH = "/a/" + "x" * 300 + "/aligner.pt"
+WEEK = 7 * 24 * 3600
 SCRIPT = f"""
 from raytrain2p.launch.progress import Console
 console = Console()
@@ -21,6 +24,8 @@ with console.status("reading " + "y" * 300):
 with console.progress_bar("encoding images") as advance:
     advance(250, 500)
     console.say("above the bar")
+console.show("the last step")
+console.keep("the last step")
 console.say("the end")
 """
 
@@ -56,7 +61,7 @@ def test_in_a_terminal_the_status_line_fits_and_stays_below_the_lines(columns: i
     assert "y" * columns not in written
     assert "250/500" in written
     assert "above the bar" in written
-    assert written.rstrip().endswith("the end")
+    assert written.rstrip().endswith("the last step\r\nthe end"), "it stays"
     assert written.count("\x1b[?25l") == written.count("\x1b[?25h"), "the cursor is visible again"
 
 
@@ -71,8 +76,36 @@ def test_elsewhere_there_are_plain_lines_and_progress_now_and_then(stream: io.St
     with console.progress_bar("encoding images") as advance:
         advance(250, 500)
         advance(500, 500)
-    console.clear()
+    console.keep("encoding images: 250/500")
     assert stream.getvalue().splitlines() == [LONG_PATH, "step 1", "encoding images: 250/500"]
+
+
+@pytest.mark.parametrize(("hours", "most"), [(1 / 60, 5), (1, 150), (10, 300), (24 * 7, 1300)])
+def test_a_log_does_not_grow_with_the_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, hours: float, most: int) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    console, steps = Console(stream), 100_000
+    for step in range(steps):
+        now = 100.0 + step * hours * 3600 / steps
+        console.show(f"step {step}")
+    assert most / 2 < len(stream.getvalue().splitlines()) <= most
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        *[(1.4321, "1.432"), (0.0, "0.000"), (0.01234, "0.012"), (1e-5, "1.000e-05"), (12345.678, "12345.678"), (3e9, "3.000e+09")],
+        *[(-2e-4, "-2.000e-04"), (math.nan, "nan"), (math.inf, "inf")],
+    ],
+)
+def test_a_loss_is_readable_whatever_its_size(value: float, shown: str) -> None:
+    assert decimal(value, 3) == shown
+
+
+def test_the_line_of_a_step_has_hours_and_slow_steps_and_nothing_left_at_the_end() -> None:
+    assert describe(StepProgress(0, 120, 250, 1.4321, 18.34, 114)) == "epoch 0  step 120/250  loss 1.432  18.3 samples/s  0:01:54 left"
+    assert describe(StepProgress(0, 1, 100_000, 9.9, 0.0123, 2 * WEEK)).endswith("  0.012 samples/s  14 days, 0:00:00 left")
+    assert describe(StepProgress(2, 250, 250, 1e-5, 1234.5, 0.0)) == "epoch 2  step 250/250  loss 1.000e-05  1234.5 samples/s"
 
 
 def test_text_from_data_is_no_markup_and_controls_no_terminal(stream: io.StringIO) -> None:

@@ -39,6 +39,8 @@ def test_a_password_in_the_tracking_uri_is_nowhere(tmp_path: Path, tiny_config: 
     check_hidden(done, seen, tmp_path, server.folder)
     found = mlflow.MlflowClient(server.uri).get_run(done.outcome["run_id"])
     assert found.data.params["tracking.uri"] == server.uri.replace("//", "//me:***@")
+    assert len(found.inputs.dataset_inputs) == 3, "a server has what its pages show, too"
+    assert len(found.outputs.model_outputs) == 1
     assert "//me:***@" in found.data.tags["raytrain2p.command"]
 
 

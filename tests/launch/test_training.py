@@ -1,5 +1,6 @@
 """Both phases through Ray and Lightning, with small random models, on the CPU over Gloo."""
 
+import getpass
 import json
 import shlex
 import signal
@@ -39,6 +40,9 @@ def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
 
     assert first["artifact"] in tuned.err, "it prints the aligner that `latest` stands for"
     assert "0 computed" in tuned.err, "the encoder ran in phase 1 and does not run again"
+    assert f"\nnext:\n  python -m raytrain2p.train --phase 2 --aligner {first['run_id'][:8]}" in aligned.err
+    ask = f"python -m raytrain2p.predict --run {outcome['run_id'][:8]} --image {shapes}/0.png 'Which colour?'"
+    assert f"\nnext:\n  {ask}\n" in tuned.err, "a question of its own records, about an item of theirs"
     assert directory.parent == workdir / "checkpoints" / "phase2"
     assert directory.name.startswith(outcome["run_id"] + "_")
     assert {path.name for path in directory.iterdir()} >= {
@@ -58,6 +62,7 @@ def test_phase_2_uses_the_aligner_of_phase_1_and_answers_in_a_new_process(
 
     answers = run("raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
     assert answers.code == 0, answers.err
+    assert answers.err == f"raytrain2p: --run=latest is {outcome['artifact']}\n", "and no line of a library"
     assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
 
     bad = write_lines(workdir / "bad.jsonl", {"instruction": "Which <|im_end|>?"}, {"instruction": "long " * 300})
@@ -77,6 +82,21 @@ def test_the_mlflow_run_and_the_directory_belong_together(aligned: Command, work
     assert recorded.data.params["training.global_batch_size"] == "16"
     assert [point.step for point in client.get_metric_history(outcome["run_id"], "train_loss")] == [1, 2, 3, 4, 5, 6]
     assert {item.path for item in client.list_artifacts(outcome["run_id"])} == {"aligner", "config", "plots"}
+
+
+def test_mlflow_shows_who_trained_what_on_which_data(aligned: Command, workdir: Path) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
+    recorded = client.get_run(aligned.outcome["run_id"])
+    tags, inputs = recorded.data.tags, recorded.inputs.dataset_inputs
+
+    assert client.get_experiment(recorded.info.experiment_id).tags["mlflow.experimentKind"] == "custom_model_development"
+    assert (tags["mlflow.user"], tags["mlflow.source.name"]) == (getpass.getuser(), "raytrain2p.train")
+    assert "python -m raytrain2p.train --phase 1" in tags["mlflow.note.content"]
+    assert tags["version.torch"] == torch.__version__
+    assert [one.tags[0].value for one in sorted(inputs, key=lambda one: one.dataset.name)] == ["test", "train", "val"]
+    assert {json.loads(one.dataset.profile)["num_rows"] for one in inputs} == {60}, "each split has the same file"
+    (output,) = recorded.outputs.model_outputs
+    assert client.get_logged_model(output.model_id).status == "READY"
 
 
 def test_a_checkpoint_holds_what_trains_and_loads_without_pickle(tuned: Command) -> None:
@@ -162,8 +182,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_failed_with_one_line_and_with
     launch = Launch(workdir / "diverges", [*arguments, "launch.num_workers=2", "launch.max_failures=3"], {"RAY_ADDRESS": ray_head})
     launch.start()
     assert launch.wait() == 1, launch.log
-    *_, what, why = launch.log.splitlines()
+    *_, what, why, where = launch.log.splitlines()
     assert what == "raytrain2p: training failed"
+    assert where.endswith(f"see it with: python -m raytrain2p.runs show {launch.mlflow_runs()[0].info.run_id[:8]}")
     assert f"since step 2: loss nan, gradient norm nan, records {shapes}/phase1.jsonl:" in why
     assert launch.log.count("parameters that train") == 1, "it was started again"
     (run,) = launch.mlflow_runs()
@@ -180,6 +201,7 @@ def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny
     assert failed.code == 1, failed.err
     assert "training failed" in failed.err
     assert "flash" in failed.err.lower(), "the worker's own error"
+    assert "once the cause is gone, resume it with: python -m raytrain2p.train --phase 2 --resume " in failed.err.splitlines()[-1]
     client = mlflow.MlflowClient(f"sqlite:///{workdir}/mlflow.db")
     experiment = client.get_experiment_by_name("phase2_training_with_pretrained_aligner")
     (recorded,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")

@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from raytrain2p.config import AlignmentSettings, load_settings
 from raytrain2p.data.media import MediaRef, content_key
 from raytrain2p.data.records import ASSISTANT, USER, Message, Record
-from raytrain2p.phases.inputs import digest_records
+from raytrain2p.phases.alignment.data import AlignmentInputs
+from raytrain2p.phases.inputs import digest_records, plan_notes
 
 A, B, MOVED = MediaRef("image", "a.png"), MediaRef("image", "b.png"), MediaRef("image", "elsewhere.png")
 KEYS = {A: content_key(b"one"), B: content_key(b"two"), MOVED: content_key(b"one")}
@@ -46,3 +48,33 @@ def test_moved_files_with_the_same_content_have_the_same_digest() -> None:
 )
 def test_other_content_or_order_has_another_digest(other: list[Record]) -> None:
     assert digest_records(other, KEYS) != digest_records(RECORDS, KEYS)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "notes"),
+    [
+        (["training.global_batch_size=20"], []),
+        (["training.global_batch_size=16"], ["data.train: 4 of 100 records, others in each epoch, are left out: they fill no step of 16"]),
+        (["training.max_steps=3"], ["data.train: 60 of 100 records are used: training ends after 3 steps of 20"]),
+        (["training.max_steps=1001", "data.train=[{path: a.jsonl, weight: 2}]", "training.global_batch_size=16"], []),
+        (["training.warmup_steps=6"], ["training.warmup_steps=6 is shortened to 5, since training has 10 steps"]),
+    ],
+)
+def test_what_a_run_makes_of_its_settings_is_said(overrides: list[str], notes: list[str]) -> None:
+    base = ["training.max_epochs=2", "training.max_steps=1000", "training.global_batch_size=20", "training.warmup_steps=1"]
+    assert plan_notes(load_settings(1, None, [*base, *overrides]), 100) == notes
+
+
+@pytest.mark.parametrize(
+    ("train", "use"),
+    [
+        ("emoji:train", []),
+        ("speech:train", ["data.train=[speech:train]"]),
+        ("[emoji:train, speech:train]", ["data.train=[emoji:train, speech:train]"]),
+        ("a.jsonl", ["data.train=FILE"]),
+    ],
+)
+def test_phase_2_trains_on_the_same_embedded_sets_or_on_records_of_its_own(train: str, use: list[str]) -> None:
+    settings = load_settings(1, None, [f"data.train={train}"])
+    assert isinstance(settings, AlignmentSettings)
+    assert AlignmentInputs({}, (), {}, (), (), settings).use == use

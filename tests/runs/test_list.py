@@ -1,6 +1,8 @@
-"""`runs list`: what is known of each run, from its directory alone; conditions and order."""
+"""`runs list`: what is known of each run, from its directory or from MLflow alone; conditions and order."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
@@ -13,22 +15,10 @@ from raytrain2p.runs import __main__ as runs
 from raytrain2p.runs.output import human_age, human_bytes
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, read_summary, summarize, write_summary
+from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import SWEEP_TAG, Run
-from raytrain2p.tracking.run_writer import describe_run, resolved_config
-from tests.tracking.stores import create, settings_in
-
-
-def trained(settings: Settings, launch_id: str, losses: list[float], status: str | None = "FINISHED") -> Run:
-    """A run with these losses, a best checkpoint, and a status."""
-    run = create(settings, launch_id)
-    describe_run(run, resolved_config(settings, {}), "command", {})
-    MetricsFile(run.files.metrics).append([MetricPoint("val/loss", loss, step, 1.7e9) for step, loss in enumerate(losses, 1)])
-    MetricsFile(run.files.metrics).append([MetricPoint("train_loss", loss, step, 1.7e9) for step, loss in enumerate(losses, 1)])
-    run.checkpoints.mkdir(exist_ok=True)
-    (run.checkpoints / f"best-epoch=00-train_loss={min(losses):.4f}.ckpt").write_bytes(bytes(1000))
-    if status is not None:
-        run.files.write_status(status)
-    return run
+from tests.runs.made import printed, sent, trained
+from tests.tracking.stores import NOBODY, settings_in
 
 
 @pytest.fixture
@@ -41,8 +31,7 @@ def three(settings: Settings, tmp_path: Path) -> list[Run]:
 
 
 def listed(three: list[Run], capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, object]]:
-    assert runs.main(["list", "--json", f"output.root={three[0].path.parent.parent}", *words]) == 0
-    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    found: list[dict[str, object]] = printed(three[0].path.parent.parent, capsys, "list", *words)
     return found
 
 
@@ -81,6 +70,10 @@ def test_the_table_has_a_line_for_each_and_nothing_in_it_controls_the_terminal(
         (("--sort", "best"), "abc"),
         (("--sort", "best", "--reverse"), "cba"),
         (("--sort", "note"), "bac"),
+        (("--sort", "size", "--reverse"), "bac"),
+        (("--sort", "training.learning_rate"), "acb"),
+        (("--where", "age<1h", "--where", "keep=TRUE"), "b"),
+        (("--where", "age>2d"), ""),
     ],
 )
 def test_runs_are_chosen_and_sorted(three: list[Run], capsys: pytest.CaptureFixture[str], words: tuple[str, ...], fitting: str) -> None:
@@ -100,10 +93,82 @@ def test_a_damaged_run_is_a_line_and_the_others_are_listed(three: list[Run], cap
     assert captured.err.count(str(three[1].files.status)) == 1
 
 
-def test_mlflow_is_not_imported(three: list[Run]) -> None:
-    code = "import sys; from raytrain2p.runs.__main__ import main; main(); sys.exit('mlflow' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, "list", f"output.root={three[0].path.parent.parent}"], capture_output=True)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("list",),
+        ("show", "latest"),
+        ("latest", "--phase", "2"),
+        ("find", "--no-mlflow"),
+        ("tree", "--no-mlflow"),
+    ],
+)
+def test_mlflow_is_not_imported(three: list[Run], words: tuple[str, ...]) -> None:
+    code = "import sys; from raytrain2p.runs.__main__ import main; main(); sys.exit('mlflow' in sys.modules or 'torch' in sys.modules)"
+    root = f"output.root={three[0].path.parent.parent}"
+    done = subprocess.run([sys.executable, "-c", code, *words, root], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_name_that_no_run_has_is_reported(three: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"output.root={three[0].path.parent.parent}", "--sort", "val/los", "--where", "val/loss<9", "--where", "steps>0"]
+    assert runs.main(["list", *words]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "raytrain2p: no run has `val/los`, be it a metric, a setting or a tag\n"
+    assert len(captured.out.splitlines()) == 4
+
+
+@pytest.mark.parametrize("columns", [70, 80, 120])
+def test_each_run_is_one_line_of_a_narrow_terminal(three: list[Run], columns: int) -> None:
+    three[1].add_tags({"note": "a long remark " * 20})
+    code = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+    command = [sys.executable, "-m", "raytrain2p.runs", "list", f"output.root={three[0].path.parent.parent}"]
+    environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True
+    )
+    lines = re.sub(r"\x1b\[\d*m", "", done.stdout.decode()).splitlines()
+    assert len(lines) == 4, lines
+    assert all(len(line.rstrip()) <= columns for line in lines)
+    assert lines[2].rstrip().endswith("…") == (columns > 70)  # less leaves no room for tags
+
+
+# from MLflow
+
+
+def test_mlflow_lists_the_runs_whose_directories_are_not_here(
+    settings: Settings, three: list[Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run in three:
+        sent(run)
+    client_of(settings.tracking.uri).delete_run(three[2].run_id)
+    root, uri = three[0].path.parent.parent, f"tracking.uri={settings.tracking.uri}"
+    root.rename(root.with_name("gone"))
+    found = printed(root, capsys, "list", "--mlflow", uri)
+    assert [one["run_id"] for one in found] == [run.run_id for run in three[:2]]
+    assert [(one["phase"], one["status"], one["steps"], one["sweep"]) for one in found] == [
+        ("phase2", "FINISHED", 2, None),
+        ("phase2", "FAILED", 3, "0" * 32),
+    ]
+    assert [one["metrics"]["val/loss"] for one in found] == [2.0, 2.75]
+    assert [one["launch_id"] for one in printed(root, capsys, "list", uri, "--where", "training.learning_rate=0.01")] == ["b"]
+    assert [one["launch_id"] for one in printed(root, capsys, "list", uri, "latest")] == ["a"]
+    assert runs.main(["list", uri, f"output.root={root}"]) == 0  # without directories, MLflow is asked, and a line reports it
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == [
+        f"raytrain2p: output.root={root} has no runs; these are the ones that MLflow has, {settings.tracking.uri}"
+    ]
+    heading, first, _ = captured.out.splitlines()
+    assert heading.split() == ["run", "phase", "status", "age", "steps", "metric", "last", "tags"]
+    assert first.split()[-2:] == ["train_loss", "2"]
+
+
+@pytest.mark.parametrize(("words", "line"), [((), "has no runs"), (("--mlflow",), "MLflow is away")])
+def test_without_directories_and_mlflow_there_is_nothing_to_list(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], line: str
+) -> None:
+    assert runs.main(["list", *words, f"output.root={tmp_path}", f"tracking.uri={NOBODY}"]) == 2
+    assert line in capsys.readouterr().err
 
 
 def test_the_kept_summary_of_metrics_counts_until_they_grow(tmp_path: Path) -> None:
@@ -130,4 +195,5 @@ def test_the_kept_summary_of_metrics_counts_until_they_grow(tmp_path: Path) -> N
 def test_sizes_and_ages_are_short() -> None:
     assert [human_bytes(count) for count in (0, 999, 24_783_449, 999_600_000, None)] == ["0 B", "999 B", "24.8 MB", "1 GB", ""]
     assert human_age(time.strftime("%Y%m%d_%H%M%S", time.localtime(time.time() - 3 * 86400 - 60))) == "3 d"
-    assert human_age("20261399_000000") == ""
+    assert human_age("20261399_000000") == human_age("29990101_000000") == human_age("today") == ""
+    assert human_age(time.strftime("%Y%m%d_%H%M%S", time.localtime(time.time() + 3600))) == "0 s"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.storage.files import link_file, read_json, remove_partial_files, replaced, write_file, write_json
+from raytrain2p.storage.files import link_file, move, read_json, remove_partial_files, replaced, write_file, write_json
+from tests.killed_between import KILLED, NEVER, in_child
 
 
 def test_new_content_replaces_the_old_and_leaves_no_other_file(tmp_path: Path) -> None:
@@ -126,3 +127,70 @@ def test_a_directory_in_place_of_a_json_file_is_said_and_so_is_a_file_in_place_o
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be read: Not a directory"):
         read_json(tmp_path / "file" / "a.json")
+
+
+# Moves
+
+
+def some_files(folder: Path) -> Path:
+    (folder / "inner" / "empty").mkdir(parents=True)
+    (folder / "a").write_bytes(b"a" * 5000)
+    (folder / "inner" / "b").write_bytes(b"b")
+    (folder / "inner" / "gone").symlink_to("nowhere")
+    for path in (folder / "a", folder / "inner" / "b", folder / "inner"):
+        os.utime(path, ns=(10**18, 10**18 + 12345))
+    return folder
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Kind, time and content of all below a folder."""
+    paths = [path for path in folder.rglob("*") if not path.is_symlink()]
+    links = {str(path.relative_to(folder)): (0, 0, str(path.readlink()).encode()) for path in folder.rglob("*") if path.is_symlink()}
+    return links | {
+        str(path.relative_to(folder)): (path.stat().st_mode, path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("disks", [1, 2])
+def test_a_directory_is_moved_whole_and_back(tmp_path: Path, other_disk: Path, disks: int) -> None:
+    source, target = some_files(tmp_path / "source"), (other_disk if disks == 2 else tmp_path) / "target"
+    before = everything(source)
+    move(source, target)
+    assert not source.exists()
+    assert everything(target) == before
+    move(target, source)
+    assert not target.exists()
+    assert everything(source) == before
+
+
+def test_a_move_between_disks_that_is_killed_loses_nothing_and_is_finished_either_way(tmp_path: Path, other_disk: Path) -> None:
+    source, target = some_files(tmp_path / "source"), other_disk / "target"
+    before = everything(source)
+    code, operations = in_child([tmp_path, other_disk], NEVER, lambda: move(source, target))
+    assert code == 0
+    assert operations > 12
+    move(target, source)
+    for kill_at in range(operations):
+        for then in ((source, target), (target, source)):
+            assert in_child([tmp_path, other_disk], kill_at, lambda: move(source, target))[0] == KILLED
+            assert before in (everything(source), everything(target)), f"killed before operation {kill_at}"
+            if not then[0].exists() and then[1].exists():
+                continue
+            move(*then)
+            assert everything(then[1]) == before
+            assert not then[0].exists()
+            if then[1] == target:
+                move(target, source)
+    assert list(other_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"longer than mine", b"mine"])
+def test_a_move_replaces_nothing_but_a_copy(tmp_path: Path, content: bytes) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"mine")
+    os.utime(source, (1e9, 1e9))
+    target.write_bytes(content)
+    with pytest.raises(FileExistsError, match="is there already"):
+        move(source, target)
+    assert (source.read_bytes(), target.read_bytes()) == (b"mine", content)

@@ -40,7 +40,7 @@ def table(tmp_path: Path, stream: io.StringIO) -> LiveTable:
     trial_records: Any = Records()
     channel: Any = None
     made = LiveTable(trial_records, load_sweep(path), channel, Console(stream))
-    made.progress[1] = "epoch 0  step 57/80  loss 0.961  8.9 samples/s  1:29 left"
+    made.progress[1] = "epoch 0  step 57/80  loss 0.961  8.9 samples/s  0:01:29 left"
     made.changed(1, "running")
     return made
 

@@ -12,7 +12,6 @@ from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.plots import draw_sweep, study_of
 from raytrain2p.sweep.results import (
-    EARLY_TAG,
     Inheritance,
     Trial,
     TrialRecords,
@@ -27,7 +26,7 @@ from raytrain2p.sweep.results import (
     write_table,
 )
 from raytrain2p.sweep.space import Axis, Values
-from raytrain2p.tracking.run import Run, launch_record
+from raytrain2p.tracking.run import EARLY_TAG, Run, launch_record
 from raytrain2p.tracking.run_directory import RunDirectory
 
 SETTINGS = ["training.learning_rate", "model.lora.rank"]

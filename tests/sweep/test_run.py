@@ -38,6 +38,7 @@ def children(folder: Path) -> tuple[Any, list[Any]]:
     runs = [run for experiment in client.search_experiments() for run in client.search_runs([experiment.experiment_id])]
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert {run.data.tags["mlflow.parentRunId"] for run in runs if run is not parent} <= {parent.info.run_id}
+    assert {run.data.tags["mlflow.source.name"] for run in runs} == {"raytrain2p.tune"}
     return parent, sorted((run for run in runs if run is not parent), key=lambda run: int(run.data.tags["raytrain2p.trial"]))
 
 
@@ -106,6 +107,7 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     assert {path.name for path in directory.iterdir()} >= {"trials.csv", "best.json", "config.json", "README.md", "plots", "trials"}
     best = json.loads((directory / "best.json").read_text())
     assert best["objective"] == min(float(line["objective"]) for line in table(folder))
+    assert f"python -m raytrain2p.train --phase 2 --aligner {best['run_id'][:8]}" in done.err, "the summary says how to use it"
     again = run_command(folder, *best["command"].split()[2:], "--dry-run", RAY_ADDRESS=ray_head)
     assert again.code == 0, again.err
 

@@ -60,6 +60,24 @@ def test_preparing_a_store_twice_changes_nothing(each_store: Settings) -> None:
     assert len(client.search_experiments(filter_string=f"name = '{EXPERIMENT}'")) == 1
 
 
+def test_the_experiment_is_one_of_model_training_unless_somebody_chose_another_kind(each_store: Settings) -> None:
+    client = client_of(each_store.tracking.uri)
+    number = client.get_experiment_by_name(EXPERIMENT).experiment_id
+
+    def prepared() -> str:
+        prepare_store(each_store, EXPERIMENT)
+        return str(client.get_experiment(number).tags["mlflow.experimentKind"])
+
+    assert prepared() == "custom_model_development"
+    client.set_experiment_tag(number, "mlflow.experimentKind", "genai_development_inferred")
+    assert prepared() == "custom_model_development", "nobody chose it: the UI guessed"
+    client.set_experiment_tag(number, "mlflow.experimentKind", "genai_development")
+    assert prepared() == "genai_development"
+    client.create_experiment("made before")
+    prepare_store(each_store, "made before")
+    assert client.get_experiment_by_name("made before").tags["mlflow.experimentKind"] == "custom_model_development"
+
+
 def test_a_store_that_cannot_be_opened_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 100)
     refusal = refused(settings_in(tmp_path))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raytrain2p.tracking.plots import _smoothed, answer_sheet, read_metrics, training_curve
+from raytrain2p.tracking.plots import answer_sheet, read_metrics, smoothed, training_curve
 
 
 def write_metrics(path: Path, steps: int, val: bool = False) -> Path:
@@ -97,11 +97,12 @@ def test_no_figure_is_left_open(tmp_path: Path) -> None:
 
 
 def test_smoothing_keeps_a_constant_and_starts_without_bias() -> None:
-    assert _smoothed(np.full(5, 2.0)) == pytest.approx(np.full(5, 2.0))
-    rising = _smoothed(np.array([0.0, 1.0]))
+    assert smoothed(np.full(5, 2.0)) == pytest.approx(np.full(5, 2.0))
+    assert smoothed(np.array([2.0, np.nan, 2.0, 2.0])) == pytest.approx(np.full(4, 2.0)), "a step that is not finite ends no curve"
+    rising = smoothed(np.array([0.0, 1.0]))
     assert rising[0] == 0
     assert rising[1] == pytest.approx(0.1 / 0.19)
-    assert math.isclose(_smoothed(np.concatenate([np.zeros(200), np.ones(200)]))[-1], 1.0, abs_tol=1e-6)
+    assert math.isclose(smoothed(np.concatenate([np.zeros(200), np.ones(200)]))[-1], 1.0, abs_tol=1e-6)
 
 
 def test_the_answer_sheet_grows_by_rows_of_five(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from raytrain2p.tracking.run_writer import (
     setting_changes,
     sole_writer,
 )
+from raytrain2p.tracking.source import version_tags
 from tests.tracking.stores import NOBODY, away, create, elsewhere, fill, history, lock_holder, mlflow_run, points, settings_in
 
 
@@ -102,18 +103,31 @@ def test_nothing_is_removed_while_another_process_writes(settings: Settings, mon
 def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     run = create(settings)
     describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train --phase 2 seed=3", {"train_records": 60})
-    lines = dict(line.split(": ", 1) for line in (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines())
-    assert lines == {"run_id": run.run_id, "directory": run.directory, "experiment": run.experiment, "timestamp": run.timestamp}
+    lines = (run.path / "MLFLOW_RUN_ID.txt").read_text().splitlines()
+    assert dict(line.split(": ", 1) for line in lines[:4]) == {
+        "MLflow Run ID": run.run_id,
+        "Checkpoint Dir": run.directory,
+        "Experiment": run.experiment,
+        "Timestamp": run.timestamp,
+    }
+    name, run_id, timestamp = lines[-3:]
+    assert name.endswith(f" {run.path.name}")
+    assert name.index(run.run_id) == run_id.index(run.run_id), "one stands below the other"
+    assert name.index(run.timestamp) == timestamp.index(run.timestamp)
     noted = read_json(run.path / "run.json")
     assert Run.from_record(noted, run.files.record) == run
     assert noted["train_records"] == 60
-    assert noted["tags"] == {
-        LAUNCH_TAG: "launch-1",
-        DIRECTORY_TAG: run.directory,
-        TIMESTAMP_TAG: run.timestamp,
-        ROOT_TAG: settings.output.root,
-        "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
-    }
+    assert (
+        noted["tags"]
+        == {
+            LAUNCH_TAG: "launch-1",
+            DIRECTORY_TAG: run.directory,
+            TIMESTAMP_TAG: run.timestamp,
+            ROOT_TAG: settings.output.root,
+            "raytrain2p.command": "python -m raytrain2p.train --phase 2 seed=3",
+        }
+        | version_tags()
+    )
     assert {path.name for path in run.path.iterdir()} == {
         "lightning_checkpoints",
         "config.json",
@@ -127,14 +141,16 @@ def test_a_run_directory_describes_its_run(settings: Settings) -> None:
     ("phase", "lines"),
     [
         ("alignment", ["aligner.pt", "raytrain2p.train --phase 2 --aligner {}", "raytrain2p.train --phase 1 --resume {}"]),
-        ("phase2", ["model.pt", "raytrain2p.predict --run {}", "raytrain2p.train --phase 2 --resume {}"]),
+        ("phase2", ["model.pt", 'raytrain2p.predict --run {} --audio FILE "What\'s said?"\n', "raytrain2p.train --phase 2 --resume {}"]),
     ],
 )
 def test_the_readme_has_the_command_and_the_next_steps(settings: Settings, phase: str, lines: list[str]) -> None:
     run = create(settings, phase=phase)
-    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", {})
+    facts = {"use": ["--audio", "FILE", "What's said?"] if phase == "phase2" else []}
+    describe_run(run, resolved_config(settings, {}), "python -m raytrain2p.train seed=3", facts)
     page = (run.path / "README.md").read_text()
     assert "\n    python -m raytrain2p.train seed=3\n" in page
+    assert f"Use it, in `{run.path.parent.parent.parent}`:" in page, "where the commands find it without its root"
     assert run.run_id in page
     for line in lines:
         assert line.format(run.run_id[:8]) in page

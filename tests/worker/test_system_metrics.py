@@ -8,14 +8,28 @@ from datetime import datetime
 
 import pytest
 
+from raytrain2p.config import load_settings
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.worker import system_metrics
-from raytrain2p.worker.system_metrics import SystemSampler
+from raytrain2p.worker.system_metrics import SystemSampler, records_system_metrics
 
 
 def ago(seconds: float) -> str:
     """A moment as the name of a run directory has it."""
     return datetime.fromtimestamp(time.time() - seconds).strftime("%Y%m%d_%H%M%S")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "records"),
+    [
+        ([], False),
+        (["launch.use_gpu=true"], True),
+        (["launch.use_gpu=true", "tracking.system_metrics=false"], False),
+        (["tracking.system_metrics=true"], True),
+    ],
+)
+def test_they_are_recorded_on_gpus_unless_the_settings_say_otherwise(overrides: list[str], records: bool) -> None:
+    assert records_system_metrics(load_settings(2, None, overrides)) is records
 
 
 def test_a_sample_has_plausible_values_of_this_node() -> None:

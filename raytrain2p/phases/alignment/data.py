@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from raytrain2p.config import AlignmentSettings, Findings, Problem
+from raytrain2p.config.loading import packaged_tree
+from raytrain2p.config.paths import is_embedded
+from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.config.settings import AlignmentModelSettings
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.features import FeatureStore
@@ -90,6 +93,15 @@ class AlignmentInputs(CheckedRecords):
     def online(self, modality: str) -> bool:
         """Texts are always encoded beforehand: they are not changed on the way."""
         return self.settings.data.features == "online" and modality != TEXT
+
+    @property
+    def use(self) -> list[str]:
+        """Arguments of the command that uses the result: phase 2 has its own records, which are these only if they are embedded."""
+        paths = [source.path for source in self.settings.data.train]
+        if not all(map(is_embedded, paths)):
+            return ["data.train=FILE"]
+        usual = packaged_tree(INSTRUCTION.number, {})["data"]["train"]
+        return [] if paths == [usual] else [f"data.train=[{', '.join(paths)}]"]
 
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting."""

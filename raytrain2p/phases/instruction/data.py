@@ -1,5 +1,6 @@
 """The inputs of phase 2: records, checked and tokenized, with their media."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ from raytrain2p.phases.instruction.checks import (
     encoder_specs,
     longest_record,
 )
+from raytrain2p.phases.instruction.question import question_arguments
 from raytrain2p.phases.instruction.tokenize import kept_shares, tokenize
 
 
@@ -123,6 +125,11 @@ class InstructionInputs(CheckedRecords):
     def key(self, item: MediaRef | str) -> bytes:
         assert isinstance(item, MediaRef)
         return self.media_keys[item]
+
+    @property
+    def use(self) -> list[str]:
+        """A question of these records, for `predict`."""
+        return question_arguments(self.splits)
 
     def models(self) -> dict[str, dict[str, str]]:
         """Also the language model, with tokenizer and template, and the aligner."""
@@ -201,6 +208,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
                     shares = kept_shares(shares, fitting.kept)
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
     check_shares(settings, shares, findings)
+    notes = (*notes, *evaluation_notes(settings, splits))
     findings.raise_any()
     if not Path(model.aligner).is_file():
         raise ReportedError(Problem(f"model.aligner={model.aligner}", "there is no such file"))  # where it was resolved to a path
@@ -210,6 +218,18 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
             items[ref.modality][media_keys[ref]] = ref
     jobs = tuple(EncoderJob(modality, store, items[modality], specs[modality]) for modality, store in stores.items())
     return InstructionInputs(splits, shares, media_keys, jobs, notes, settings, tokens)
+
+
+def evaluation_notes(settings: InstructionSettings, splits: Mapping[str, list[Record]]) -> list[str]:
+    """A line about test records that are not evaluated, if there are any."""
+    most, parts = settings.evaluation.max_records, []
+    if most is None:
+        return []
+    for name in settings.data.test:
+        records = splits.get(name, [])
+        chosen = sum(min(count, most) for count in Counter(record.task for record in records).values())
+        parts += [f"{chosen:,} of {len(records):,} of {name}"] if chosen < len(records) else []
+    return [f"evaluation.max_records={most:,} of each task: {', '.join(parts)} are evaluated"] if parts else []
 
 
 def assistant_shape(settings: InstructionSettings) -> AssistantShape:
