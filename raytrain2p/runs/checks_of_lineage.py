@@ -53,7 +53,7 @@ def check_launch_of(run: Run) -> Iterator[Difference]:
         if recorded is None:
             path = launch_record(root, run.launch_id)
             yield difference(run, path, "does not record this run, which cannot be resumed so", f"{RESTORE}, or move the run back")
-        elif recorded.path.resolve() != run.path.resolve():
+        elif recorded.path != run.path and recorded.path.resolve() != run.path.resolve():
             what = f"is a second run of launch {run.launch_id}, whose run is {recorded.directory}"
             yield difference(run, run.directory, what, "move it back to where it was, or remove one of the two")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain2p.config.escaping import json_line
 from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_duration, number
-from raytrain2p.runs.summary import RunSummary, last_values, remote_summary, steps_of, summary_of
+from raytrain2p.runs.summary import RunSummary, direction, last_values, remote_summary, steps_of, summary_of
 from raytrain2p.tracking.metrics_file import MetricSummary, read_points, read_summary, summarize_points
 from raytrain2p.tracking.run import TRIAL_TAG, Run
 from raytrain2p.tracking.run_directory import RUN_ID_LENGTH
@@ -21,8 +21,6 @@ SETTINGS, INPUTS, METRICS, RUN = "settings", "inputs, by sha256", "metrics, at t
 MISSING = "-"
 # Their last values say nothing of a model, or repeat another's. JSON has them.
 NOT_IN_TABLE = re.compile(r"epoch|learning_rate|samples_per_second|train_loss_epoch|objective|system/.*")
-LOWER = re.compile(r"(.*[/_])?loss(/.*)?")  # losses: also of a task, as in `test/loss/name`
-HIGHER = re.compile(r".*recall_at_\d+|(.*/)?exact_match(/.*)?")  # not those beside them: chance, majority, with shuffled media
 IN_RUN_DIRECTORY = re.compile(rf"([0-9a-f]{{8}})[0-9a-f]{{{RUN_ID_LENGTH - 8}}}_\d{{8}}_\d{{6}}")
 LONG = 6  # characters of a common beginning that are worth leaving out
 TRAIN_RECORDS = "data.train records"
@@ -199,7 +197,7 @@ def metric_rows(runs: Sequence[ComparedRun]) -> Iterator[Row]:
         steps = [run.best_step for run in runs]
         yield Row(METRICS, f"best {monitor}", values_at(best, steps), best_of_row(runs, monitor, best))
     for name in dict.fromkeys(name for run in runs for name in run.summary.metrics):
-        last, mode = [run.summary.metrics.get(name) for run in runs], direction(runs, name)
+        last, mode = [run.summary.metrics.get(name) for run in runs], direction(summaries(runs), name)
         if NOT_IN_TABLE.fullmatch(name) or (not mode and len({*last}) == 1):  # the latter: chance, of the same test records
             continue
         yield Row(METRICS, name, values_at(last), best_of_row(runs, name, last))
@@ -232,12 +230,8 @@ def values_at(values: Sequence[float | None], steps: Sequence[int | None] | None
     return [MISSING if value is None else f"{number(value)}{step}" for value, step in zip(values, at, strict=True)]
 
 
-def direction(runs: Sequence[ComparedRun], name: str) -> str:
-    """Whether less (`min`) or more (`max`) of a metric is better; empty if that is not known."""
-    for run in runs:
-        if run.summary.monitor == name and (mode := run.summary.settings.get("checkpoint.mode")):
-            return str(mode)
-    return "min" if LOWER.fullmatch(name) else "max" if HIGHER.fullmatch(name) else ""
+def summaries(runs: Sequence[ComparedRun]) -> list[RunSummary]:
+    return [run.summary for run in runs]
 
 
 def best_of_row(runs: Sequence[ComparedRun], name: str, values: Sequence[float | None]) -> frozenset[int]:
@@ -245,7 +239,7 @@ def best_of_row(runs: Sequence[ComparedRun], name: str, values: Sequence[float |
     best = set[int]()
     for phase in {run.summary.phase for run in runs}:
         of_phase = {n: value for n, value in enumerate(values) if value is not None and runs[n].summary.phase == phase}
-        if (mode := direction(runs, name)) and len({*of_phase.values()}) > 1:
+        if (mode := direction(summaries(runs), name)) and len({*of_phase.values()}) > 1:
             top = (min if mode == "min" else max)(of_phase.values())
             best |= {n for n, value in of_phase.items() if value == top}
     return frozenset(best)
@@ -255,7 +249,7 @@ def ranked(runs: Sequence[ComparedRun]) -> list[int]:
     """The runs of a phase, the best first, by what their best checkpoints were chosen by; if that is not one metric, by the last
     training loss."""
     first = runs[0].summary
-    values, sign = [run.summary.best for run in runs], -1 if direction(runs, first.monitor) == "max" else 1
+    values, sign = [run.summary.best for run in runs], -1 if direction(summaries(runs), first.monitor) == "max" else 1
     if any(run.summary.monitor != first.monitor for run in runs):
         values, sign = [run.summary.metrics.get("train_loss") for run in runs], 1
     order = {n: float("inf") if value is None else sign * value for n, value in enumerate(values)}

@@ -1,9 +1,8 @@
 """Which runs `prune` deletes, and why each other one stays."""
 
 import math
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +11,11 @@ from typing import Any, NamedTuple
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME, SWEEPS
 from raytrain2p.runs.removal import KEEP, is_in_place
-from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_of, summary_of
+from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_of, direction, summary_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_alive, is_empty, read_run, run_directories
 from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run
 from raytrain2p.tracking.run_directory import RunDirectory
-
-LESS_IS_BETTER = re.compile(r"(.*[/_])?loss(/.*)?")
-MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?exact_match(/.*)?")
 
 
 @dataclass(frozen=True)
@@ -195,15 +191,6 @@ def value_of(summary: RunSummary, metric: str) -> float:
     """The value of a metric at the best checkpoint if it was chosen by that, else the last one; NaN if there is none."""
     value = summary.best if summary.monitor == metric and summary.best is not None else summary.metrics.get(metric)
     return math.nan if value is None else float(value)
-
-
-def direction(summaries: Iterable[RunSummary], metric: str) -> str:
-    """Whether less (`min`) or more (`max`) of a metric is better; empty if that is not known."""
-    for one in summaries:
-        key = "sweep.mode" if one.phase == SWEEPS else "checkpoint.mode"
-        if one.monitor == metric and (mode := one.settings.get(key)):
-            return str(mode)
-    return "min" if LESS_IS_BETTER.fullmatch(metric) else "max" if MORE_IS_BETTER.fullmatch(metric) else ""
 
 
 def _keep_parents(found: list[Candidate], root: str, remote: Mapping[str, Remote]) -> None:

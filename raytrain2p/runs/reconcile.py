@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(request: Request) -> int:
     """Reconcile the runs, and those that MLflow alone has."""
-    uri = request.settings.tracking.uri
+    uri, said = request.settings.tracking.uri, list[str]()
     launches = has_launches(request.root)  # perhaps none came as far as a directory
     if launches and store_exists(uri):
-        reconcile_unborn(request.root, uri, say)
-    return update_each(reconcile, request, launches)
+        reconcile_unborn(request.root, uri, said.append if request.options.json else say)
+    return update_each(reconcile, request, said, launches)
 
 
 def reconcile(run: Run, root: str, uri: str | None, report: Callable[[str], None]) -> bool:

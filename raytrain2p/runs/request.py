@@ -49,9 +49,7 @@ class Request:
 
 def parse(verb: str, meaning: str, add_arguments: Callable[[argparse.ArgumentParser], None], arguments: list[str]) -> argparse.Namespace:
     parser = Parser(prog=f"python -m raytrain2p.runs {verb}", description=f"{meaning[0].upper()}{meaning[1:]}.")
-    help_text = (
-        "runs: a directory, a run ID or its start, a launch ID, or `latest` (default: all); and settings: output.root=DIR, tracking.uri=URI"
-    )
+    help_text = "runs: a directory, a run ID or its start, a launch ID, or `latest`; and settings: output.root=DIR, tracking.uri=URI"
     parser.add_argument("words", nargs="*", metavar="RUN|key=value", help=help_text)
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_arguments(parser)

@@ -13,13 +13,14 @@ from raytrain2p.runs.known import add_mlflow_argument, known_runs, remote_runs, 
 from raytrain2p.runs.lineage import aligner_path, children_of, parents
 from raytrain2p.runs.output import human_age, human_bytes, human_time, number, print_json, print_table
 from raytrain2p.runs.request import Request
-from raytrain2p.runs.summary import RunSummary
+from raytrain2p.runs.summary import OWN_TAGS, RunSummary
 from raytrain2p.storage.files import read_json
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import find_runs
 from raytrain2p.tracking.metrics_file import read_summary
 from raytrain2p.tracking.run import COMMAND_TAG
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.source import VERSION_PREFIX
 
 PLACES = ("output.root", "tracking.uri", "data.feature_store", "model.aligner")  # shown elsewhere, or of the machine
 
@@ -173,7 +174,8 @@ def print_details(found: dict[str, Any]) -> None:
     for where, parts in found["inputs"].items():
         for part, digest in parts.items():
             say(f"  {digest[:12]}  {where} ({part})")
-    section("tags", {key: value for key, value in found["tags"].items() if not key.startswith(("raytrain2p.", "mlflow."))})
+    section("tags", {key: value for key, value in found["tags"].items() if not key.startswith(OWN_TAGS)})
+    section("versions", {key: value for key, value in found["tags"].items() if key.startswith(VERSION_PREFIX)})
     section("files", {one["path"]: human_bytes(one["bytes"]) for one in found["files"]})
 
 

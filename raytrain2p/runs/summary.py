@@ -6,7 +6,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,19 @@ from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.metrics_file import LOSSES, MetricSummary, read_summary
 from raytrain2p.tracking.run import CHANGED_TAG, DIRECTORY_TAG, LAUNCH_TAG, NOT_SET, SWEEP_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, best_of_name
+from raytrain2p.tracking.source import VERSION_PREFIX
 
 if TYPE_CHECKING:  # MLflow takes 2 s
     from raytrain2p.tracking.mlflow_runs import RemoteRun
 
 ORPHANED = "ORPHANED"  # RUNNING on disk, and no process works on it
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq, "!=": operator.ne}
+LESS_IS_BETTER = re.compile(r"(.*[/_])?loss(/.*)?")  # also of a task, as in `test/loss/name`
+MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?exact_match(/.*)?")  # not chance, majority, or with shuffled media
 CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
 # What has a name of its own beside metrics, settings and tags; and the headings of the table that differ from it
 ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")
+OWN_TAGS = ("raytrain2p.", "mlflow.", VERSION_PREFIX)  # all others are a person's
 HEADINGS = {"run": "run_id", "size": "bytes"}
 AGE, AGE_UNITS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)"), {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
@@ -89,7 +93,7 @@ class RunSummary:
 
     def user_tags(self) -> dict[str, str]:
         """The tags that a person gave."""
-        return {key: value for key, value in self.tags.items() if not key.startswith(("raytrain2p.", "mlflow."))}
+        return {key: value for key, value in self.tags.items() if not key.startswith(OWN_TAGS)}
 
 
 def summary_of(run: Run, root: str) -> RunSummary:
@@ -219,6 +223,15 @@ class Condition:
 
     name: str
     holds: Callable[[RunSummary], bool]
+
+
+def direction(summaries: Iterable[RunSummary], metric: str) -> str:
+    """Whether less (`min`) or more (`max`) of a metric is better; empty if that is not known."""
+    for one in summaries:
+        key = "sweep.mode" if one.phase == SWEEPS else "checkpoint.mode"
+        if one.monitor == metric and (mode := one.settings.get(key)):
+            return str(mode)
+    return "min" if LESS_IS_BETTER.fullmatch(metric) else "max" if MORE_IS_BETTER.fullmatch(metric) else ""
 
 
 def condition(text: str) -> Condition:

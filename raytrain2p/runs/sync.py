@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from raytrain2p.config import InputError
 from raytrain2p.config.cli import FAILED, say
 from raytrain2p.config.secrets import one_line
+from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
@@ -24,22 +25,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(request: Request) -> int:
     """Send the runs."""
-    return update_each(sync, request)
+    return update_each(sync, request, [])
 
 
-def update_each(verb: Verb, request: Request, none_is_fine: bool = False) -> int:
+def update_each(verb: Verb, request: Request, said: list[str], none_is_fine: bool = False) -> int:
     """Apply a verb to each run; a damaged one is reported and does not hinder the others. Returns the exit code: 0 if MLflow has
-    everything of each, or it is under way."""
+    everything of each, or it is under way.
+
+    Args:
+        said: lines for the user so far, which JSON begins with.
+    """
+    report = said.append if request.options.json else say
     runs, damaged = request.runs(none_is_fine)
     for line in damaged:
-        say(line)
+        report(line)
     complete, every = 0, len(runs) + len(damaged)
     for run in runs:
         try:
-            complete += verb(run, request.root, request.uri, say)
+            complete += verb(run, request.root, request.uri, report)
         except DamagedFileError as error:
-            say(f"{run.phase} {run.run_id[:8]}  damaged: {error.line}")
-    print(f"{complete} of {every} runs are complete in MLflow")
+            report(f"{run.phase} {run.run_id[:8]}  damaged: {error.line}")
+    if request.options.json:
+        print_json({"complete": complete, "runs": every, "said": said})
+    else:
+        print(f"{complete} of {every} runs are complete in MLflow")
     return 0 if complete == every else FAILED
 
 

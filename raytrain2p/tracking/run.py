@@ -6,6 +6,7 @@ The launch ID is a tag of the MLflow run, and a record on disk. Nothing here nee
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,11 +59,11 @@ class Run:
         check_shape(path, record, cls)
         return cls(**{field: record[field] for field in cls.__dataclass_fields__})
 
-    @property
+    @cached_property
     def path(self) -> Path:
         return Path(self.directory)
 
-    @property
+    @cached_property
     def files(self) -> RunDirectory:
         return RunDirectory(self.path)
 
