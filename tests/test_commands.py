@@ -56,8 +56,10 @@ def test_a_dry_run_of_a_phase(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "local")
-    assert main(["train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--dry-run"]) == 0
-    assert "nothing was started\n\nnext:\n  python -m raytrain2p.train " in capsys.readouterr().out
+    words = ["--phase", "1", "--config", str(tiny_config / "phase1.yaml")]
+    monkeypatch.setattr(sys, "argv", ["raytrain2p", "train", *words, "--dry-run"])
+    assert main(["train", *words, "--dry-run"]) == 0
+    assert f"nothing was started\n\nnext:\n  python -m raytrain2p.train {' '.join(words)}\n" in capsys.readouterr().out
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_failed_launch_has_its_run(tmp_path: Path, has_run: bool) -> None:
     run.path.mkdir(parents=True)
     launch_record(str(tmp_path), "one").parent.mkdir()
     if has_run:
-        write_json(launch_record(str(tmp_path), "one"), vars(run))
+        write_json(launch_record(str(tmp_path), "one"), asdict(run))
     with pytest.raises(FailedLaunch) as caught, naming_run(str(tmp_path), "one"):
         raise FailedLaunch("the cause")
     assert caught.value.run == (run if has_run else None)

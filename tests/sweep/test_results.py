@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -55,8 +55,8 @@ def begun(
     directory = root / "phase2" / f"{number:032x}_20260101_000000"
     directory.mkdir(parents=True)
     run = Run(directory.name[:32], str(directory), "e", "20260101_000000", trial.launch_id, "phase2", "sqlite:///x")
-    write_json(launch_record(str(root), trial.launch_id), vars(run))
-    write_json(directory / "run.json", vars(run))
+    write_json(launch_record(str(root), trial.launch_id), asdict(run))
+    write_json(directory / "run.json", asdict(run))
     RunDirectory(directory).write_status(status)
     lines = [{"step": step, "name": name, "value": value, "time": 0.0} for step, value in reports for name in ("train_loss", "objective")]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
