@@ -1,4 +1,4 @@
-"""Every command in the README and in docs/ runs: all shell blocks in order, in one directory. Short here: sweeps, sound and a resume
+"""Every command in the README and in docs/ runs: all shell blocks in order, in one directory. Short here: sweeps, sound, two workers and a resume
 are in `make chaos`, and in tests of their own. The reader's own records are
 handwritten digits, which both phases learn.
 """
@@ -41,7 +41,14 @@ FEW = {
     "configs/phase1_av.yaml": ["data.train=[emoji:val, speech:val]", "data.val=null", "data.test={}"],
     "configs/phase2_av.yaml": ["data.train=[emoji:val, speech:val, emoji_speech:val]", "data.val=null", "data.test={}"],
 }
-ONLY_LONG = {"raytrain2p.tune", "--resume", "configs/phase1_av.yaml", "configs/phase2_av.yaml", "--audio"}  # in `make chaos` alone
+ONLY_LONG = {
+    "raytrain2p.tune",
+    "--resume",
+    "launch.num_workers=2",
+    "configs/phase1_av.yaml",
+    "configs/phase2_av.yaml",
+    "--audio",
+}  # in `make chaos` alone
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
 
