@@ -1,6 +1,5 @@
-"""Every command in the README and in docs/ runs: all shell blocks in order, in one directory. Short here: sweeps, sound, two workers and a resume
-are in `make chaos`, and in tests of their own. The reader's own records are
-handwritten digits, which both phases learn.
+"""Every command in the README and in docs/ runs: all shell blocks in order, in one directory. Short here: sweeps, sound, two workers
+and a resume are in `make chaos`, and in tests of their own. The reader's own records are handwritten digits, which both phases learn.
 """
 
 import json
