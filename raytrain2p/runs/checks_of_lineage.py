@@ -9,9 +9,10 @@ from typing import Any
 
 from raytrain2p.config import InputError, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, SWEEPS
-from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, damaged_file, difference
+from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, difference
+from raytrain2p.runs.lineage import content_of_aligner
 from raytrain2p.runs.removal import leftovers, name_of
-from raytrain2p.runs.summary import aligner_of
+from raytrain2p.runs.summary import aligner_of, phase_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_empty
 from raytrain2p.tracking.mlflow_runs import RemoteRun
@@ -85,7 +86,7 @@ def check_without_directory(root: str, remotes: Iterable[RemoteRun], here: Colle
             continue
         if launch_lock(root, launch_id).is_held() or directory_of(root, remote.run_id) is not None:
             continue  # it is being made, or was made just now
-        phase = remote.name.rpartition("_")[0].rpartition("_")[0]
+        phase = phase_of(remote)
         if COMMAND_TAG in remote.tags:
             what = f"has this run ({remote.status}), and there is no directory of it under {root}"
             yield Difference(phase, remote.run_id, "MLflow", what, DELETE.format(remote.run_id))
@@ -118,12 +119,9 @@ class LineageChecks:
         self.sweeps: dict[str, bool] = {}
 
     def check(self, run: Run) -> Iterator[Difference]:
-        try:
-            yield from self.aligner(run)
-            yield from self.sweep(run)
-            yield from self.trials(run)
-        except DamagedFileError as error:
-            yield damaged_file(run, error)
+        yield from self.aligner(run)
+        yield from self.sweep(run)
+        yield from self.trials(run)
 
     def aligner(self, run: Run) -> Iterator[Difference]:
         """The aligner of a phase 2 run, which its run.json has the content of."""
@@ -150,11 +148,9 @@ class LineageChecks:
     def digest(self, path: Path) -> str | None:
         """None if it is damaged: a difference of its own run."""
         if path not in self.digests:
-            from raytrain2p.models.artifacts import load_artifact  # imports torch
-
             self.digests[path] = None
             with suppress(InputError):
-                self.digests[path] = load_artifact(path, ALIGNMENT)["digest"]
+                self.digests[path] = content_of_aligner(path)
         return self.digests[path]
 
     def sweep(self, run: Run) -> Iterator[Difference]:
