@@ -376,6 +376,8 @@ def test_bytes_that_have_a_name_elsewhere_are_not_freed(tmp_path: Path) -> None:
     os.link(tmp_path / "b" / "file", tmp_path / "elsewhere")
     assert freed_by([tmp_path / "a"]) == 100
     assert freed_by([tmp_path / "b"]) == 0
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert freed_by([tmp_path / "link"]) == 0, "what a link leads to stays"
     assert freed_by([tmp_path / "b", tmp_path / "elsewhere", tmp_path / "missing"]) == 10
 
 
@@ -532,6 +534,7 @@ def test_tags_are_on_disk_while_mlflow_is_away_and_sent_later(settings: Settings
         (["--set", "keep"], "name a run"),
         (["latest"], "nothing says which tag"),
         (["latest", "--set", "raytrain2p.root=/"], "is written by the program itself"),
+        (["latest", "--set", "version.data=3"], "is written by the program itself"),
         (["latest", "--set", "what?"], "is not a name for a tag"),
         (["latest", "--set", "keep", "--remove", "keep"], "leave one out"),
         (["latest", "--set", f"keep={'x' * 8001}"], "take at most 8000"),
