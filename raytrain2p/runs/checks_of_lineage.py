@@ -3,7 +3,7 @@
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,15 @@ def directory_of(root: str, run_id: str) -> Path | None:
     return next((path for path in found if not is_empty(path)), None)
 
 
+def digest(aligner: Path) -> str | None:
+    """None if it is damaged: a difference of its own run."""
+    with suppress(InputError):
+        return content_of_aligner(aligner)
+    return None
+
+
 class LineageChecks:
-    """What a run was made from, and what was made from it. Digests of aligners are computed once.
+    """What a run was made from, and what was made from it. Each directory is looked for, and each aligner's digest computed, once.
 
     Args:
         deep: compare contents too.
@@ -115,8 +122,7 @@ class LineageChecks:
 
     def __init__(self, root: str, deep: bool) -> None:
         self.root, self.deep = root, deep
-        self.digests: dict[Path, str | None] = {}
-        self.sweeps: dict[str, bool] = {}
+        self.directory_of, self.digest = cache(partial(directory_of, root)), cache(digest)
 
     def check(self, run: Run) -> Iterator[Difference]:
         yield from self.aligner(run)
@@ -141,26 +147,14 @@ class LineageChecks:
     def aligner_path(self, named: str, run_id: str | None) -> Path | None:
         if Path(named).is_file():
             return Path(named)
-        directory = directory_of(self.root, run_id) if run_id else None
+        directory = self.directory_of(run_id) if run_id else None
         path = RunDirectory(directory).artifact(ALIGNMENT) if directory else None
         return path if path is not None and path.is_file() else None
-
-    def digest(self, path: Path) -> str | None:
-        """None if it is damaged: a difference of its own run."""
-        if path not in self.digests:
-            self.digests[path] = None
-            with suppress(InputError):
-                self.digests[path] = content_of_aligner(path)
-        return self.digests[path]
 
     def sweep(self, run: Run) -> Iterator[Difference]:
         """The sweep of a trial."""
         sweep = run.files.tags().get(SWEEP_TAG)
-        if sweep is None:
-            return
-        if sweep not in self.sweeps:
-            self.sweeps[sweep] = directory_of(self.root, sweep) is not None
-        if not self.sweeps[sweep]:
+        if sweep is not None and self.directory_of(sweep) is None:
             yield difference(run, Path(self.root, SWEEPS), f"has no directory of sweep {sweep}, whose trial this run is", RESTORE)
 
     def trials(self, run: Run) -> Iterator[Difference]:

@@ -94,8 +94,8 @@ def run(request: Request) -> int:
         raise request.nothing_here()
     criteria = read_criteria(request, unfinished)
     remote = {} if options.without_mlflow else ask_mlflow(found, request)
-    sent_on = options.mlflow or options.without_mlflow or options.checkpoints_only
-    unsent = (lambda run: False) if sent_on else partial(is_unsent, request)
+    sent_or_not = options.mlflow or options.without_mlflow or options.checkpoints_only  # whether MLflow has it all
+    unsent = (lambda run: False) if sent_or_not else partial(is_unsent, request)
     decide(found, root, criteria, remote, options.checkpoints_only, unsent)
     for one in found:
         if one.damage:
