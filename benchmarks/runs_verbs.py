@@ -25,14 +25,14 @@ from raytrain2p.tracking.run_directory import RUN_ID_LENGTH
 from tests.chaos.mlflow_server import Server
 
 AIMED = 5.0  # seconds, on a store of 1,000 runs; a full verification takes what it takes
-COLUMNS = ("store", "runs", "command", "exit", "seconds", f"of {AIMED:.0f} s", "runs/s", "MB/s", "memory, MB", "of the first")
+COLUMNS = ("store", "runs", "command", "exit", "seconds", f"of {AIMED:.0f} s", "CPU, s", "runs/s", "MB/s", "memory, MB", "of the first")
 
 
 def commands(root: str) -> dict[str, list[str]]:
     """What is measured, by name."""
     aligner, run = (run_directories(root, [phase.name])[0].name[:RUN_ID_LENGTH] for phase in (ALIGNMENT, INSTRUCTION))
     return {
-        "--help": ["--help"],  # starts Python and nothing else
+        "(start)": ["--help"],  # Python alone
         "list": ["list"],
         "list --where": ["list", "--where", "val/loss<2", "--sort", "val/loss"],
         "show": ["show", run],
@@ -45,14 +45,14 @@ def commands(root: str) -> dict[str, list[str]]:
     }
 
 
-def measured(words: list[str], log: Path) -> tuple[int, float, float]:
-    """Run a verb. Returns its exit code, the seconds that it took, and the largest memory of its process, in MB."""
+def measured(words: list[str], log: Path) -> tuple[int, float, float, float]:
+    """Run a verb. Returns its exit code, the seconds that it took, those of a CPU, and the largest memory of its process, in MB."""
     begin = time.monotonic()
     with log.open("wb") as stream:
         process = subprocess.Popen([sys.executable, "-m", "raytrain2p.runs", *words], stdout=stream, stderr=stream)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    return process.returncode, time.monotonic() - begin, usage.ru_maxrss / 1000
+    return process.returncode, time.monotonic() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1000
 
 
 def main() -> None:
@@ -75,12 +75,12 @@ def main() -> None:
             for name, words in commands(root).items():
                 if options.verbs and name not in options.verbs:
                     continue
-                given = [] if name == "--help" else where
+                given = [] if words == ["--help"] else where
                 tries = [measured([*words, *given], folder / "verb.log") for _ in range(1 if name == "verify" else options.repeat)]
-                code, seconds, memory = min(tries, key=lambda one: one[1])
+                code, seconds, cpu, memory = min(tries, key=lambda one: one[1])
                 ratio = memory / first.setdefault(name, memory)
-                rate = f"{megabytes / seconds:.1f}" if name == "verify" else ""
-                row = [store, f"{count:,}", f"`{name}`", code, f"{seconds:.2f}", f"{seconds / AIMED:.2f}", f"{count / seconds:.0f}", rate]
+                rates = [f"{count / seconds:.0f}", f"{megabytes / seconds:.1f}"] if name == "verify" else ["", ""]
+                row = [store, f"{count:,}", f"`{name}`", code, f"{seconds:.2f}", f"{seconds / AIMED:.2f}", f"{cpu:.1f}", *rates]
                 print(f"| {' | '.join(map(str, [*row, f'{memory:.0f}', f'{ratio:.2f}']))} |", flush=True)
 
 

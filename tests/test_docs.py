@@ -15,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from raytrain2p.data.embedded import clips, images
+from raytrain2p.runs import __main__ as runs
 from tests.chaos.killing import LONG
 from tests.launch.launching import Command, run_command
 
@@ -98,7 +99,11 @@ def learnt(phase: int, done: Command) -> None:
 
 @pytest.mark.real
 @pytest.mark.timeout(1200)
-def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str, embedded_features: str) -> None:
+def test_every_command_of_the_documentation_runs(
+    reader: Path, ray_head: str, embedded_features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(reader)
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(reader))
     typed = [list(words) for words in dict.fromkeys(map(tuple, commands()))]  # a command on two pages runs once
     assert len(typed) >= 8
     for words in typed:
@@ -111,6 +116,9 @@ def test_every_command_of_the_documentation_runs(reader: Path, ray_head: str, em
             arguments = training_arguments(arguments) + (["--json"] if own else [])
         if arguments[0] == "raytrain2p.tune":
             arguments += SWEEP
+        if arguments[0] == "raytrain2p.runs":  # in this process: each would import MLflow
+            assert runs.main(arguments[1:]) == 0, " ".join(words)
+            continue
         done = run_command(reader, *arguments, RAY_ADDRESS=ray_head, RAYTRAIN2P_FEATURES=embedded_features)
         assert done.code == 0, f"{' '.join(words)}\n{done.err[-3000:]}"
         if own:

@@ -15,7 +15,6 @@ import torch
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
-from raytrain2p.models.pretrained import fingerprint, is_model
 from raytrain2p.storage.files import replaced
 
 FORMAT_VERSION = 3
@@ -133,6 +132,8 @@ def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, director
     Raises:
         InputError: the fingerprints differ. The message names both models.
     """
+    from raytrain2p.models.pretrained import fingerprint, is_model  # imports transformers, which who reads artifacts alone does not need
+
     if not is_model(directory, needed["fingerprint"]):
         found = fingerprint(directory)
         raise InputError(

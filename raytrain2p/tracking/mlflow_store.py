@@ -22,7 +22,7 @@ from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.secrets import MASK, masked
 from raytrain2p.storage.files import written_aside
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.mlflow_errors import Kind, store_problem
+from raytrain2p.tracking.mlflow_errors import Kind, is_unknown_request, store_problem
 from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG
 
 STORE_ERRORS = (MlflowException, OSError, SQLAlchemyError)
@@ -148,13 +148,26 @@ def record_pruned(client: MlflowClient, run_id: str, delete: bool) -> None:
 
     Args:
         delete: delete the run, too, as MLflow's own interface does: it can be restored until `mlflow gc` removes it, with its artifacts.
+            Its logged model is deleted for good: it is made from the directory alone.
     """
     try:
         client.set_tag(run_id, PRUNED_TAG, PRUNED_DIRECTORY)
         if delete:
+            delete_models(client, run_id)
             client.delete_run(run_id)
     except STORE_ERRORS as error:
         if store_problem(error).kind not in (Kind.DELETED, Kind.GONE):
+            raise
+
+
+def delete_models(client: MlflowClient, run_id: str) -> None:
+    """Delete the logged model of a run; a server before MLflow 3 has none."""
+    experiment = client.get_run(run_id).info.experiment_id
+    try:
+        for model in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+            client.delete_logged_model(model.model_id)
+    except MlflowException as error:
+        if not is_unknown_request(error):
             raise
 
 

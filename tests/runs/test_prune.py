@@ -275,6 +275,14 @@ def test_the_run_in_mlflow_stays_with_a_tag_or_is_deleted(settings: Settings) ->
     assert Path(found[1].info.artifact_uri.removeprefix("file://"), "model", "model.pt").is_file(), "`mlflow gc` removes artifacts"
 
 
+def test_the_logged_model_of_a_run_that_is_deleted_in_mlflow_goes_with_it(settings: Settings) -> None:
+    run, client = made(settings, "a"), client_of(settings.tracking.uri)
+    experiment = mlflow_run(settings, run).info.experiment_id
+    assert len(client.search_logged_models([experiment])) == 1
+    assert prune(settings, run.run_id, "--yes", "--mlflow") == 0
+    assert client.search_logged_models([experiment]) == []
+
+
 @pytest.mark.parametrize("words", [(), ("--mlflow",), ("--without-mlflow",)])
 def test_a_launch_id_of_a_pruned_run_begins_a_new_run_or_is_refused(settings: Settings, words: tuple[str, ...]) -> None:
     run = made(settings, "a", status="FAILED")
