@@ -308,8 +308,10 @@ def test_a_store_that_goes_away_meanwhile_leaves_what_the_next_prune_finishes(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_tag", refuse)
-        assert prune(settings, "--status", "FAILED", "--yes") == 1
-    assert "repeat the command to finish" in capsys.readouterr().err
+        assert prune(settings, "--status", "FAILED", "--yes", "--json") == 1
+    printed = capsys.readouterr()
+    assert "repeat the command to finish" in printed.err
+    assert "away" in json.loads(printed.out)["runs"][0]["stays"]
     assert len(leftovers(settings.output.root)) == 1
     assert find_runs(settings.output.root, []) == []
     assert prune(settings, run.run_id[:8], "--yes") == 0
