@@ -70,7 +70,7 @@ def _migrate(request: Request, known: "list[Migration]") -> int:
     if not request.options.yes:
         _print_plan(request, [*begun, *new], done, found, "would become")
         return 0
-    failures = _each([*begun, *new], known, request, migrate, write_first=True)
+    failures = _each([*begun, *new], known, request, migrate)
     _print_plan(request, [*begun, *new], done, found, "became", failures)
     return FAILED if failures else 0
 
@@ -89,14 +89,12 @@ def _undo(request: Request, known: "list[Migration]") -> int:
     return FAILED if failures else 0
 
 
-def _each(
-    migrations: "list[Migration]", known: "list[Migration]", request: Request, action: Callable[..., Any], write_first: bool = False
-) -> dict[str, str]:
-    """Apply an action to each. Returns what is left and why, by launch ID.
+def _each(migrations: "list[Migration]", known: "list[Migration]", request: Request, action: Callable[..., Any]) -> dict[str, str]:
+    """Apply an action to each, once all journals are written: it changes the times of folders that the others share. Returns what is
+    left and why, by launch ID.
 
     Args:
         known: journals from which this was planned.
-        write_first: write all journals before the first action, which changes the times of folders that the others share.
 
     Raises:
         InputError: another migration is under way, or MLflow cannot be used; nothing was changed.
@@ -119,7 +117,7 @@ def _each(
         stores = {(one.tracking_uri, one.experiment, one.phase): one for one in migrations}
         for one in stores.values():
             prepare_store(settings[one.launch_id], PHASES_BY_NAME[one.phase].experiment)
-        for one in migrations if write_first else ():
+        for one in migrations:
             write_journal(request.root, one)
         for one in migrations:
             try:
