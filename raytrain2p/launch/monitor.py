@@ -172,7 +172,7 @@ def mlflow_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
 
 
-def typed_command(module: str, leave_out: str = "") -> str:
+def typed_command(module: str, leave_out: str | None = None) -> str:
     """The command line of this process, without credentials: Ray keeps it with the job.
 
     Args:

@@ -12,12 +12,12 @@ from typing import Any
 from raytrain2p.runs.difference import NOT_CHANGEABLE, SEND_AGAIN, SYNC, Difference, difference
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_errors import Kind, store_problem
+from raytrain2p.tracking.mlflow_pages import NOTE_TAG
 from raytrain2p.tracking.mlflow_runs import RemoteRun
 from raytrain2p.tracking.mlflow_store import local_path
 from raytrain2p.tracking.mlflow_sync import MlflowSync, params_of, tags_of
 from raytrain2p.tracking.run import Run
 
-EDITED_THERE = ("mlflow.note.content",)  # tags that people edit in MLflow's pages: any value counts
 NAMES_SHOWN = 5
 MOVED = "is where the run is now, and MLflow has another directory"
 
@@ -65,7 +65,8 @@ def description(run: Run, sync: MlflowSync, remote: RemoteRun, tags: dict[str, A
         yield difference(run, "MLflow", f"lacks tags that were sent: {some(lacking)}", SEND_AGAIN)
     for name, value in wanted.items():
         there = remote.tags.get(name, value)
-        if there != value and name not in EDITED_THERE and not (there and len(there) >= 5000 and value.startswith(there)):  # cut off
+        # The note is edited in MLflow's pages: any counts. A long value is cut off there.
+        if there != value and name != NOTE_TAG and not (there and len(there) >= 5000 and value.startswith(there)):
             yield difference(run, "MLflow", f"has the tag {name} as {there!r}, {run.files.record.name} as {value!r}", SEND_AGAIN)
 
 

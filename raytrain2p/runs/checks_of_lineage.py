@@ -3,15 +3,16 @@
 import os
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import InputError, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, SWEEPS
-from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, damaged_file, difference
+from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, difference
+from raytrain2p.runs.lineage import content_of_aligner
 from raytrain2p.runs.removal import leftovers, name_of
-from raytrain2p.runs.summary import aligner_of
+from raytrain2p.runs.summary import aligner_of, phase_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_empty
 from raytrain2p.tracking.mlflow_runs import RemoteRun
@@ -85,7 +86,7 @@ def check_without_directory(root: str, remotes: Iterable[RemoteRun], here: Colle
             continue
         if launch_lock(root, launch_id).is_held() or directory_of(root, remote.run_id) is not None:
             continue  # it is being made, or was made just now
-        phase = remote.name.rpartition("_")[0].rpartition("_")[0]
+        phase = phase_of(remote)
         if COMMAND_TAG in remote.tags:
             what = f"has this run ({remote.status}), and there is no directory of it under {root}"
             yield Difference(phase, remote.run_id, "MLflow", what, DELETE.format(remote.run_id))
@@ -105,8 +106,15 @@ def directory_of(root: str, run_id: str) -> Path | None:
     return next((path for path in found if not is_empty(path)), None)
 
 
+def digest(aligner: Path) -> str | None:
+    """None if it is damaged: a difference of its own run."""
+    with suppress(InputError):
+        return content_of_aligner(aligner)
+    return None
+
+
 class LineageChecks:
-    """What a run was made from, and what was made from it. Digests of aligners are computed once.
+    """What a run was made from, and what was made from it. Each directory is looked for, and each aligner's digest computed, once.
 
     Args:
         deep: compare contents too.
@@ -114,16 +122,12 @@ class LineageChecks:
 
     def __init__(self, root: str, deep: bool) -> None:
         self.root, self.deep = root, deep
-        self.digests: dict[Path, str | None] = {}
-        self.sweeps: dict[str, bool] = {}
+        self.directory_of, self.digest = cache(partial(directory_of, root)), cache(digest)
 
     def check(self, run: Run) -> Iterator[Difference]:
-        try:
-            yield from self.aligner(run)
-            yield from self.sweep(run)
-            yield from self.trials(run)
-        except DamagedFileError as error:
-            yield damaged_file(run, error)
+        yield from self.aligner(run)
+        yield from self.sweep(run)
+        yield from self.trials(run)
 
     def aligner(self, run: Run) -> Iterator[Difference]:
         """The aligner of a phase 2 run, which its run.json has the content of."""
@@ -143,28 +147,14 @@ class LineageChecks:
     def aligner_path(self, named: str, run_id: str | None) -> Path | None:
         if Path(named).is_file():
             return Path(named)
-        directory = directory_of(self.root, run_id) if run_id else None
+        directory = self.directory_of(run_id) if run_id else None
         path = RunDirectory(directory).artifact(ALIGNMENT) if directory else None
         return path if path is not None and path.is_file() else None
-
-    def digest(self, path: Path) -> str | None:
-        """None if it is damaged: a difference of its own run."""
-        if path not in self.digests:
-            from raytrain2p.models.artifacts import load_artifact  # imports torch
-
-            self.digests[path] = None
-            with suppress(InputError):
-                self.digests[path] = load_artifact(path, ALIGNMENT)["digest"]
-        return self.digests[path]
 
     def sweep(self, run: Run) -> Iterator[Difference]:
         """The sweep of a trial."""
         sweep = run.files.tags().get(SWEEP_TAG)
-        if sweep is None:
-            return
-        if sweep not in self.sweeps:
-            self.sweeps[sweep] = directory_of(self.root, sweep) is not None
-        if not self.sweeps[sweep]:
+        if sweep is not None and self.directory_of(sweep) is None:
             yield difference(run, Path(self.root, SWEEPS), f"has no directory of sweep {sweep}, whose trial this run is", RESTORE)
 
     def trials(self, run: Run) -> Iterator[Difference]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
-from raytrain2p.runs.difference import RESTORE, Difference, damaged_file, difference
+from raytrain2p.runs.difference import RESTORE, Difference, difference, readable
 from raytrain2p.storage.files import PARTIAL
-from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
+from raytrain2p.tracking.damage import damaged, read_as
 from raytrain2p.tracking.metrics_file import SummaryFile, read_points, summarize
 from raytrain2p.tracking.run import EARLY_TAG, RUN_FOLDERS, Run
 
@@ -29,13 +29,7 @@ def check_content(run: Run, alive: bool) -> Iterator[Difference]:
 
 def all_of(checks: tuple[Check, ...], run: Run, alive: bool) -> Iterator[Difference]:
     for check in checks:
-        try:
-            yield from check(run, alive)
-        except DamagedFileError as error:
-            yield damaged_file(run, error)
-        except FileNotFoundError:
-            if not alive:  # or it was replaced just now
-                raise
+        yield from readable(run, check(run, alive), alive)
 
 
 def identity(run: Run, alive: bool) -> Iterator[Difference]:

@@ -197,7 +197,7 @@ def metric_rows(runs: Sequence[ComparedRun]) -> Iterator[Row]:
         steps = [run.best_step for run in runs]
         yield Row(METRICS, f"best {monitor}", values_at(best, steps), best_of_row(runs, monitor, best))
     for name in dict.fromkeys(name for run in runs for name in run.summary.metrics):
-        last, mode = [run.summary.metrics.get(name) for run in runs], direction(summaries(runs), name)
+        last, mode = [run.summary.metrics.get(name) for run in runs], direction((run.summary for run in runs), name)
         if NOT_IN_TABLE.fullmatch(name) or (not mode and len({*last}) == 1):  # the latter: chance, of the same test records
             continue
         yield Row(METRICS, name, values_at(last), best_of_row(runs, name, last))
@@ -230,16 +230,12 @@ def values_at(values: Sequence[float | None], steps: Sequence[int | None] | None
     return [MISSING if value is None else f"{number(value)}{step}" for value, step in zip(values, at, strict=True)]
 
 
-def summaries(runs: Sequence[ComparedRun]) -> list[RunSummary]:
-    return [run.summary for run in runs]
-
-
 def best_of_row(runs: Sequence[ComparedRun], name: str, values: Sequence[float | None]) -> frozenset[int]:
     """The runs that have the best value of a metric: in each phase, since the losses of two phases measure different things."""
     best = set[int]()
     for phase in {run.summary.phase for run in runs}:
-        of_phase = {n: value for n, value in enumerate(values) if value is not None and runs[n].summary.phase == phase}
-        if (mode := direction(summaries(runs), name)) and len({*of_phase.values()}) > 1:
+        of_phase = {n: value for n, value in enumerate(values) if value is not None and value == value and runs[n].summary.phase == phase}
+        if (mode := direction((run.summary for run in runs), name)) and len({*of_phase.values()}) > 1:
             top = (min if mode == "min" else max)(of_phase.values())
             best |= {n for n, value in of_phase.items() if value == top}
     return frozenset(best)
@@ -249,10 +245,10 @@ def ranked(runs: Sequence[ComparedRun]) -> list[int]:
     """The runs of a phase, the best first, by what their best checkpoints were chosen by; if that is not one metric, by the last
     training loss."""
     first = runs[0].summary
-    values, sign = [run.summary.best for run in runs], -1 if direction(summaries(runs), first.monitor) == "max" else 1
+    values, sign = [run.summary.best for run in runs], -1 if direction((run.summary for run in runs), first.monitor) == "max" else 1
     if any(run.summary.monitor != first.monitor for run in runs):
         values, sign = [run.summary.metrics.get("train_loss") for run in runs], 1
-    order = {n: float("inf") if value is None else sign * value for n, value in enumerate(values)}
+    order = {n: float("inf") if value is None or value != value else sign * value for n, value in enumerate(values)}
     return sorted(order, key=order.__getitem__)
 
 

@@ -1,5 +1,6 @@
 """One thing that `verify` finds, and what fixes it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from raytrain2p.config.secrets import one_line
@@ -38,6 +39,17 @@ def difference(run: Run, where: object, what: str, fix: str) -> Difference:
     return Difference(run.phase, run.run_id, str(where), what, fix)
 
 
-def damaged_file(run: Run, error: DamagedFileError) -> Difference:
-    problem = error.problems[0]
-    return difference(run, problem.where, problem.what, problem.fix)
+def readable(run: Run, checks: Iterator[Difference], alive: bool = False) -> Iterator[Difference]:
+    """What checks find, until one comes to a file that is damaged, or that cannot be read: that is what is found, too.
+
+    Args:
+        alive: a process works on the run: a file that has vanished was replaced just now.
+    """
+    try:
+        yield from checks
+    except DamagedFileError as error:
+        problem = error.problems[0]
+        yield difference(run, problem.where, problem.what, problem.fix)
+    except OSError as error:
+        if not (alive and isinstance(error, FileNotFoundError)):
+            yield difference(run, error.filename or run.directory, f"cannot be read: {error.strerror or error}", RESTORE)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import ALIGNMENT, SWEEPS
 from raytrain2p.config.secrets import masked, one_line
-from raytrain2p.runs.known import fitting_runs, summaries
+from raytrain2p.runs.known import fitting_runs, named, summaries
 from raytrain2p.runs.lineage import ALIGNER, came_from_aligner, content_of_aligner, read_data
 from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
@@ -59,7 +59,7 @@ def run(request: Request) -> int:
     for line in [*damaged, *(mlflow.away or {}).values()]:
         report(line)
     demanded = conditions(request, known)
-    chosen = [one for one in fitting_all(known, request.names) if all(fits(one) for fits in demanded)]
+    chosen = [one for one in named(known, request.names, several=True) if all(fits(one) for fits in demanded)]
     found = [described(one, one.run_id in here, mlflow) for one in chosen]
     if options.json:
         print_json(found)
@@ -112,25 +112,6 @@ def mlflow_condition(request: Request, local: Sequence[RunSummary]) -> str:
     fitting = [fitting_runs(local, name) for name in names]
     ids = ", ".join(f"'{run.run_id}'" for runs in fitting for run in runs)
     return f"attributes.run_id IN ({ids})" if all(fitting) else ""
-
-
-def fitting_all(known: Sequence[RunSummary], names: Sequence[str]) -> list[RunSummary]:
-    """The runs with these names, or all; a name may fit several.
-
-    Raises:
-        InputError: every name that fits none.
-    """
-    findings, chosen = Findings(), set[str]()
-    for name in names:
-        fitting = fitting_runs(known, name)
-        chosen |= {run.run_id for run in fitting}
-        if not fitting:
-            fix = (
-                "give a directory, a run ID or its start, a launch ID, or `latest`; output.root=DIR and tracking.uri=URI say where to look"
-            )
-            findings.add(Problem(f"RUN {name}", "there is no such run, neither here nor in MLflow", fix))
-    findings.raise_any()
-    return [run for run in known if run.run_id in chosen or not names]
 
 
 def conditions(request: Request, known: Sequence[RunSummary]) -> list[Callable[[RunSummary], bool]]:

@@ -74,8 +74,11 @@ def remote_runs(request: Request) -> list[RunSummary]:
     return [remote_summary(run) for run in our_runs(request.settings.tracking.uri) if run.lifecycle == "active"]
 
 
-def named(runs: Sequence[RunSummary], names: Sequence[str]) -> list[RunSummary]:
+def named(runs: Sequence[RunSummary], names: Sequence[str], several: bool = False) -> list[RunSummary]:
     """Those with these names, or all if there are none.
+
+    Args:
+        several: whether a name may fit several.
 
     Raises:
         InputError: every name that fits none, or several.
@@ -83,9 +86,12 @@ def named(runs: Sequence[RunSummary], names: Sequence[str]) -> list[RunSummary]:
     chosen, problems = dict[str, RunSummary](), list[Problem]()
     for name in names:
         fitting = fitting_runs(runs, name)
-        if len(fitting) != 1:
+        if not fitting or (len(fitting) > 1 and not several):
             what = f"fits {len(fitting)} runs: {', '.join(run.run_id for run in fitting)}" if fitting else "there is no such run"
-            problems.append(Problem(f"RUN {name}", what, "give a run ID or more of it, a launch ID, or `latest`"))
+            fix = (
+                "give a directory, a run ID or more of it, a launch ID, or `latest`; output.root=DIR and tracking.uri=URI say where to look"
+            )
+            problems.append(Problem(f"RUN {name}", what, fix))
         chosen |= {run.run_id: run for run in fitting}
     if problems:
         raise InputError(problems)

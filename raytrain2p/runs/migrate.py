@@ -58,9 +58,7 @@ def _migrate(request: Request, known: "list[Migration]") -> int:
     if halves := [one.source for one in known if one.state == "undoing"]:
         raise InputError(Problem(", ".join(halves), "is being put back", "let `--undo --yes` finish first"))
     begun, done = ([one for one in known if one.state == state] for state in ("begun", "done"))
-    with _reporting_store(request):
-        is_known = _mlflow_knows(request.settings.tracking.uri)
-        found = find_old_runs(folder, PHASES.get(request.options.phase), is_known) if folder.is_dir() else Found()
+    found = find_old_runs(folder, PHASES.get(request.options.phase), _mlflow_knows(request)) if folder.is_dir() else Found()
     taken = {(one.source, one.phase) for one in begun}
     new = [planned(old, request.settings) for old in found.runs if (str(old.source), old.phase.name) not in taken]
     for one in new:
@@ -72,7 +70,7 @@ def _migrate(request: Request, known: "list[Migration]") -> int:
     if not request.options.yes:
         _print_plan(request, [*begun, *new], done, found, "would become")
         return 0
-    failures = _each([*begun, *new], known, request, migrate, write_first=True)
+    failures = _each([*begun, *new], known, request, migrate)
     _print_plan(request, [*begun, *new], done, found, "became", failures)
     return FAILED if failures else 0
 
@@ -91,14 +89,12 @@ def _undo(request: Request, known: "list[Migration]") -> int:
     return FAILED if failures else 0
 
 
-def _each(
-    migrations: "list[Migration]", known: "list[Migration]", request: Request, action: Callable[..., Any], write_first: bool = False
-) -> dict[str, str]:
-    """Apply an action to each. Returns what is left and why, by launch ID.
+def _each(migrations: "list[Migration]", known: "list[Migration]", request: Request, action: Callable[..., Any]) -> dict[str, str]:
+    """Apply an action to each, once all journals are written: it changes the times of folders that the others share. Returns what is
+    left and why, by launch ID.
 
     Args:
         known: journals from which this was planned.
-        write_first: write all journals before the first action, which changes the times of folders that the others share.
 
     Raises:
         InputError: another migration is under way, or MLflow cannot be used; nothing was changed.
@@ -121,7 +117,7 @@ def _each(
         stores = {(one.tracking_uri, one.experiment, one.phase): one for one in migrations}
         for one in stores.values():
             prepare_store(settings[one.launch_id], PHASES_BY_NAME[one.phase].experiment)
-        for one in migrations if write_first else ():
+        for one in migrations:
             write_journal(request.root, one)
         for one in migrations:
             try:
@@ -157,7 +153,7 @@ def _check_space(migrations: "list[Migration]", root: str) -> None:
 
 
 @contextmanager
-def _reporting_store(request: Request) -> Iterator[None]:
+def _reporting_store(uri: str) -> Iterator[None]:
     """Raises InputError for what MLflow raises."""
     from raytrain2p.tracking.mlflow_errors import store_problem
     from raytrain2p.tracking.mlflow_store import STORE_ERRORS
@@ -166,32 +162,33 @@ def _reporting_store(request: Request) -> Iterator[None]:
         yield
     except STORE_ERRORS as error:
         problem = store_problem(error)
-        where = f"tracking.uri={masked(request.settings.tracking.uri)}"
-        raise InputError(Problem(where, problem.what, problem.fix or "start the server, or fix the URI")) from None
+        raise InputError(Problem(f"tracking.uri={masked(uri)}", problem.what, problem.fix or "start the server, or fix the URI")) from None
 
 
-def _mlflow_knows(uri: str) -> Callable[[str], bool]:
+def _mlflow_knows(request: Request) -> Callable[[str], bool]:
     """A function that returns whether MLflow has a run of an ID. No store is made.
 
     Raises:
-        STORE_ERRORS: it does not answer; the function raises them, too.
+        InputError: it does not answer; the function raises it, too.
     """
     from raytrain2p.tracking.mlflow_errors import Kind, store_problem
     from raytrain2p.tracking.mlflow_store import STORE_ERRORS, check_server, client_of, store_exists
 
-    if not store_exists(uri):
+    if not store_exists(uri := request.settings.tracking.uri):
         return lambda run_id: False
-    check_server(uri)
-    client = client_of(uri)
-    client.search_experiments(max_results=1)  # it is MLflow, and answers
+    with _reporting_store(uri):
+        check_server(uri)
+        client = client_of(uri)
+        client.search_experiments(max_results=1)  # it is MLflow, and answers
 
     def knows(run_id: str) -> bool:
-        try:
-            client.get_run(run_id)
-        except STORE_ERRORS as error:
-            if store_problem(error).kind is not Kind.GONE:
-                raise
-            return False
+        with _reporting_store(uri):
+            try:
+                client.get_run(run_id)
+            except STORE_ERRORS as error:
+                if store_problem(error).kind is not Kind.GONE:
+                    raise
+                return False
         return True
 
     return knows

@@ -33,7 +33,6 @@ from raytrain2p.tracking.run_directory import BEST, RunDirectory
 from raytrain2p.tracking.run_writer import describe_run
 
 MIGRATED_TAG = "raytrain2p.migrated_from"
-BEGUN, DONE, UNDOING = "begun", "done", "undoing"
 ENDED = "migrated: training has ended; whether it came as far as it should is not known"
 Report = Callable[[str], None]
 

@@ -16,6 +16,7 @@ import torch
 
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES, Phase
 from raytrain2p.config.secrets import masked
+from raytrain2p.storage.files import regular_files
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.tracking.run_directory import LAST, RunDirectory, best_checkpoint_name
 
@@ -231,7 +232,7 @@ class OldRun:
         """Bytes of all that is moved."""
         if not self.is_whole:
             return sum(one.size for one in self.checkpoints)
-        return sum(path.lstat().st_size for path in self.source.rglob("*") if path.is_symlink() or path.is_file())
+        return sum(one.st_size for one in regular_files(self.source))
 
     @property
     def begin(self) -> datetime:

@@ -27,6 +27,7 @@ from raytrain2p.runs.removal import (
     remove_run,
 )
 from raytrain2p.runs.request import Request
+from raytrain2p.runs.summary import SECONDS, seconds_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.find import find_run
@@ -39,7 +40,6 @@ RULE = f"""A run goes if it meets all of RUN, --phase, --status and --older-than
 model, running or damaged, or that a run that stays needs: its aligner, its sweep, the best trial of a sweep. So does one of which
 MLflow lacks something, unless --mlflow is given."""
 COLUMNS = ("run", "phase", "status", "age", "size", "")
-SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 HINTS = {
     "orphaned": "`python -m raytrain2p.runs reconcile` sets orphaned runs FAILED",
     "unsent": "`python -m raytrain2p.runs sync` sends what MLflow lacks",
@@ -70,10 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def age(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([hdw])", text)
-    if match is None:
+    if (seconds := seconds_of(text)) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not an age: write 12h, 30d or 8w")
-    return float(match[1]) * SECONDS[match[2]]
+    return seconds
 
 
 def count(text: str) -> int:
@@ -95,8 +94,8 @@ def run(request: Request) -> int:
         raise request.nothing_here()
     criteria = read_criteria(request, unfinished)
     remote = {} if options.without_mlflow else ask_mlflow(found, request)
-    sent_on = options.mlflow or options.without_mlflow or options.checkpoints_only
-    unsent = (lambda run: False) if sent_on else partial(is_unsent, request)
+    sent_or_not = options.mlflow or options.without_mlflow or options.checkpoints_only  # whether MLflow has it all
+    unsent = (lambda run: False) if sent_or_not else partial(is_unsent, request)
     decide(found, root, criteria, remote, options.checkpoints_only, unsent)
     for one in found:
         if one.damage:
@@ -262,7 +261,7 @@ class Pruning:
 
     def __init__(self, request: Request) -> None:
         self.request, self.options, self.root = request, request.options, request.root
-        self.freed, self.failed, self.deleted = 0, 0, list[str]()
+        self.freed, self.failed, self.deleted = 0, 0, 0
 
     def all(self, found: list[Candidate], unfinished: list[Path], criteria: Criteria) -> int:
         """Finish what was interrupted, delete the runs, and print what was done. Returns how many failed.
@@ -281,33 +280,37 @@ class Pruning:
                 if one.run is None:
                     continue
                 if not one.why and not self.options.checkpoints_only:
-                    self._step(one.run_id[:8], one.phase, paths_of(one, self.root, False), partial(self._remove, one.run))
+                    one.why = self._step(one.run_id[:8], one.phase, paths_of(one, self.root, False), partial(self._remove, one.run))
                 elif not one.why or half_pruned(one.run):
-                    self._step(one.run_id[:8], one.phase, list(checkpoints_of(one.run)), partial(self._remove_checkpoints, one.run))
+                    paths = list(checkpoints_of(one.run))
+                    one.why = self._step(one.run_id[:8], one.phase, paths, partial(self._remove_checkpoints, one.run)) or one.why
         if self.options.json:
             done = {"rule": sentence(criteria), "done": True, "bytes": self.freed, "failed": self.failed}
             print_json(done | {"runs": [as_json(one) for one in found]})
         else:
             what = "runs' checkpoints were deleted" if self.options.checkpoints_only else "runs were deleted"
-            say(f"{len(self.deleted)} {what}, which freed {human_bytes(self.freed)}{f'; {self.failed} failed' if self.failed else ''}")
+            say(f"{self.deleted} {what}, which freed {human_bytes(self.freed)}{f'; {self.failed} failed' if self.failed else ''}")
             if self.options.mlflow and self.deleted:
                 say("they are deleted in MLflow, too, where they can be restored until `mlflow gc` removes them and their artifacts")
         return self.failed
 
-    def _step(self, run_id: str, phase: str, paths: list[Path], remove: Callable[[], None]) -> None:
+    def _step(self, run_id: str, phase: str, paths: list[Path], remove: Callable[[], None]) -> str:
+        """Returns why the run stays; empty if it was deleted."""
         size = freed_by(paths)
         try:
             remove()
         except InUseError as error:
             report(f"{phase} {run_id}  stays: {error}")
+            return str(error)
         except (StorageError, OSError) as error:
             self.failed += 1
             report(f"{phase} {run_id}  {error}; repeat the command to finish")
-        else:
-            self.freed += size
-            self.deleted.append(run_id)
-            if not self.options.json:
-                say(f"{phase} {run_id}  deleted, {human_bytes(size)}")
+            return str(error)
+        self.freed += size
+        self.deleted += 1
+        if not self.options.json:
+            say(f"{phase} {run_id}  deleted, {human_bytes(size)}")
+        return ""
 
     def _remove(self, run: Run) -> None:
         remove_run(run, self.root, self.options.mlflow, self._forget)

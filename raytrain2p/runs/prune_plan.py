@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,6 @@ class Candidate:
     Args:
         summary: None if a file of it is damaged.
         why: why it stays; empty if it goes.
-        needs: run IDs of the runs that it was made from, or that it is the record of, and what they are to it.
         damage: a line about the damaged file.
     """
 
@@ -68,7 +68,6 @@ class Candidate:
     run: Run | None = None
     summary: RunSummary | None = None
     why: str = ""
-    needs: dict[str, str] = field(default_factory=dict)
     damage: str = ""
 
     @property
@@ -282,11 +281,14 @@ def _aligners_like(files: RunDirectory, aligners: Mapping[str, Candidate]) -> li
     wanted = {str(content.get("content")) for where, content in inputs.items() if where.startswith("model.aligner=")}
     if not wanted:
         return []
+    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path).artifact(ALIGNMENT)) in wanted]
+
+
+@cache  # many runs may have taken copies
+def _digest(aligner: Path) -> str | None:
     from raytrain2p.models.artifacts import recorded_digest  # with torch, which takes seconds: few runs need it
 
-    return [
-        run_id for run_id, one in aligners.items() if not one.why and recorded_digest(RunDirectory(one.path).artifact(ALIGNMENT)) in wanted
-    ]
+    return recorded_digest(aligner)
 
 
 def as_json(one: Candidate) -> dict[str, Any]:

@@ -7,15 +7,14 @@ root is deleted, and no link is followed.
 
 import os
 import re
-import shutil
-import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from raytrain2p.config.phases import SWEEPS
-from raytrain2p.storage.files import write_file
+from raytrain2p.storage.files import regular_files, remove, write_file
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.run import (
     PRUNED_CHECKPOINTS,
@@ -106,7 +105,9 @@ def finish(leftover: Path, root: str, forget: Forget) -> None:
             mark_trial(run, root)
             for path in launch_files(run, root):
                 delete(path, root)
-    _delete_content(leftover, last=files.record.name)
+    for path in sorted(leftover.iterdir(), key=lambda path: path == files.record):
+        remove(path)
+    leftover.rmdir()
 
 
 def mark_trial(run: Run, root: str) -> None:
@@ -125,21 +126,8 @@ def launch_files(run: Run, root: str) -> list[Path]:
 
 def delete(path: Path, root: str) -> None:
     """Delete a file or directory of the form ROOT/FOLDER/NAME, if it lies there."""
-    if path.parent.is_symlink() or path.parent.parent.resolve() != Path(root).resolve():
-        return
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _delete_content(folder: Path, last: str) -> None:
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    folder.rmdir()
+    if not path.parent.is_symlink() and path.parent.parent.resolve() == Path(root).resolve():
+        remove(path)
 
 
 def remove_checkpoints(run: Run, root: str, send: Callable[[Run], None]) -> None:
@@ -164,11 +152,10 @@ def remove_checkpoints(run: Run, root: str, send: Callable[[Run], None]) -> None
         checkpoints, aside = checkpoints_of(run)
         if checkpoints.is_symlink():
             checkpoints.unlink()
-        if aside.is_dir():
-            shutil.rmtree(aside)
+        remove(aside)
         if checkpoints.is_dir():
             checkpoints.rename(aside)
-            shutil.rmtree(aside)
+            remove(aside)
         send(run)
 
 
@@ -189,16 +176,6 @@ def _hold_directory(run: Run, stack: ExitStack) -> None:
 
 def freed_by(paths: Iterable[Path]) -> int:
     """The bytes that deleting these files and directories frees: a file that has a name elsewhere, too, stays."""
-    names, sizes = dict[tuple[int, int], int](), dict[tuple[int, int], tuple[int, int]]()
-    for path in paths:
-        inside = (os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files)  # noqa: PTH118 - of thousands of files
-        for name in [*inside, str(path)]:
-            try:
-                found = os.lstat(name)
-            except OSError:
-                continue
-            if stat.S_ISREG(found.st_mode):
-                key = found.st_dev, found.st_ino
-                names[key] = names.get(key, 0) + 1
-                sizes[key] = found.st_size, found.st_nlink
-    return sum(size for key, (size, links) in sizes.items() if names[key] >= links)
+    found = [one for path in paths if not path.is_symlink() for one in regular_files(path)]
+    names = Counter((one.st_dev, one.st_ino) for one in found)
+    return sum({key: one.st_size for one in found if names[key := (one.st_dev, one.st_ino)] >= one.st_nlink}.values())

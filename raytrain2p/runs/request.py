@@ -63,7 +63,7 @@ def read_request(options: argparse.Namespace) -> Request:
     Raises:
         InputError: a setting is wrong.
     """
-    overrides = [word for word in options.words if "=" in word]
+    overrides = [word for word in options.words if "=" in word.partition("/")[0]]  # else in a path, as in /old/lr=0.1
     settings = load_settings(1, None, overrides)
     uri = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
-    return Request([word for word in options.words if "=" not in word], settings, uri, options)
+    return Request([word for word in options.words if word not in overrides], settings, uri, options)

@@ -2,9 +2,7 @@
 
 import ast
 import operator
-import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import SWEEPS
 from raytrain2p.runs.output import age_of
+from raytrain2p.storage.files import regular_files
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.metrics_file import LOSSES, MetricSummary, read_summary
@@ -33,7 +32,7 @@ CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
 ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")
 OWN_TAGS = ("raytrain2p.", "mlflow.", VERSION_PREFIX)  # all others are a person's
 HEADINGS = {"run": "run_id", "size": "bytes"}
-AGE, AGE_UNITS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)"), {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+AGE, SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)"), {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 
 @dataclass(frozen=True)
@@ -199,16 +198,7 @@ def test_metrics(run: Run) -> dict[str, float]:
 
 def size_of(directory: Path) -> int:
     """Bytes of all files under a directory, hard links once; what vanishes meanwhile does not count."""
-    sizes = dict[tuple[int, int], int]()
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            try:
-                found = os.lstat(os.path.join(folder, name))  # noqa: PTH118 - of thousands of files
-            except OSError:
-                continue
-            if stat.S_ISREG(found.st_mode):
-                sizes[found.st_dev, found.st_ino] = found.st_size
-    return sum(sizes.values())
+    return sum({(one.st_dev, one.st_ino): one.st_size for one in regular_files(directory)}.values())
 
 
 def aligner_of(settings: dict[str, Any]) -> str | None:
@@ -234,6 +224,12 @@ def direction(summaries: Iterable[RunSummary], metric: str) -> str:
     return "min" if LESS_IS_BETTER.fullmatch(metric) else "max" if MORE_IS_BETTER.fullmatch(metric) else ""
 
 
+def seconds_of(age: str) -> float | None:
+    """The seconds of an age such as `12h` or `30d`; None if it is none."""
+    match = AGE.fullmatch(age)
+    return float(match[1]) * SECONDS[match[2]] if match is not None else None
+
+
 def condition(text: str) -> Condition:
     """A condition such as `val/loss<2.1`, `status=FINISHED` or `age<7d`. A run without the value does not meet it.
 
@@ -245,8 +241,8 @@ def condition(text: str) -> Condition:
         fix = "write a metric, a setting or a tag, one of < <= > >= = !=, and a value: 'val/loss<2.1'"
         raise InputError(Problem(f"--where {text}", "is not a condition", fix))
     name, symbol, wanted = match.groups()
-    if name == "age" and (age := AGE.fullmatch(wanted)) is not None:
-        wanted = str(float(age[1]) * AGE_UNITS[age[2]])
+    if name == "age" and (seconds := seconds_of(wanted)) is not None:
+        wanted = str(seconds)
 
     def holds(run: RunSummary) -> bool:
         value = run.value(name)
@@ -261,12 +257,13 @@ def condition(text: str) -> Condition:
 
 
 def order(runs: Sequence[RunSummary], name: str | None, reverse: bool) -> list[RunSummary]:
-    """The runs sorted by a value. Those without it come last."""
+    """The runs sorted by a value. Those without it come last, and so does NaN, which is not less than any number, nor more."""
     if name is None:
         return list(reversed(runs)) if reverse else list(runs)
-    having = [run for run in runs if run.value(name) is not None]
+    having = [run for run in runs if (value := run.value(name)) is not None and value == value]
+    lacking = [run for run in runs if (value := run.value(name)) is None or value != value]
     try:
         ordered = sorted(having, key=lambda run: float(run.value(name)), reverse=reverse)
     except (TypeError, ValueError):
         ordered = sorted(having, key=lambda run: str(run.value(name)), reverse=reverse)
-    return ordered + [run for run in runs if run.value(name) is None]
+    return ordered + lacking

@@ -87,10 +87,7 @@ def sync(run: Run, root: str, uri: str | None, report: Callable[[str], None]) ->
     except InputError as error:
         report(f"{name}  {one_line(error.problems[0], 1000)}")
         return False
-    except RunDirectoryError as error:
-        report(f"{name}  {error}")
-        return False
-    except UnusableStoreError as error:
+    except (RunDirectoryError, UnusableStoreError) as error:
         report(f"{name}  {error}")
         return False
     except STORE_ERRORS as error:

@@ -7,13 +7,13 @@ from raytrain2p.config import Findings, Problem
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
+from raytrain2p.runs.summary import OWN_TAGS
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import is_alive
 from raytrain2p.tracking.run import Run, original_of
 
 KEY, VALUE_LENGTH = re.compile(r"[\w.\- /]{1,250}"), 8000  # what MLflow takes
-OURS = ("raytrain2p.", "mlflow.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +85,7 @@ def read_tags(request: Request) -> tuple[dict[str, str], list[str]]:
     for key in [*added, *options.remove]:
         if not KEY.fullmatch(key):
             findings.add(Problem(f"{key!r}", "is not a name for a tag", "take up to 250 letters, digits, `_`, `.`, `-`, `/` and blanks"))
-        elif key.startswith(OURS):
+        elif key.startswith(OWN_TAGS):
             findings.add(Problem(key, "is written by the program itself", "take a name of your own"))
         elif len(added.get(key, "")) > VALUE_LENGTH:
             findings.add(Problem(key, f"its value has {len(added[key])} characters", f"take at most {VALUE_LENGTH}"))

@@ -6,12 +6,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.runs.checks_in_mlflow import check_artifacts, check_points, check_record
 from raytrain2p.runs.checks_of_lineage import LineageChecks, check_launch_of, check_launches, check_without_directory
 from raytrain2p.runs.checks_on_disk import check_content, check_small_files
-from raytrain2p.runs.difference import RECONCILE, REPAIRED, SEND_AGAIN, Difference, damaged_file, difference
+from raytrain2p.runs.difference import RECONCILE, REPAIRED, SEND_AGAIN, Difference, difference, readable
 from raytrain2p.runs.output import human_bytes, print_json
 from raytrain2p.runs.reconcile import reconcile, reconcile_unborn
 from raytrain2p.runs.request import Request
@@ -25,7 +26,7 @@ from raytrain2p.tracking.mlflow_runs import RemoteRun, our_runs
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, store_exists
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import RUN_FOLDERS, Run, has_launches, original_of
-from raytrain2p.tracking.run_directory import RUN_ID_LENGTH
+from raytrain2p.tracking.run_directory import RunDirectory
 
 SECONDS_BETWEEN_LINES = 0.2  # of the progress in a terminal
 CLEAR = "\r\x1b[K"  # the line
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass
-class Findings:
+class Verified:
     """What was verified, and what was found.
 
     Args:
@@ -82,9 +83,9 @@ def run(request: Request) -> int:
     return FAILED if findings.differences else 0
 
 
-def verify(request: Request) -> Findings:
+def verify(request: Request) -> Verified:
     """Check what is there, run by run."""
-    began, found = time.monotonic(), Findings()
+    began, found = time.monotonic(), Verified()
     runs, everything = runs_of(request, found), not request.names
     stores = Stores(request, runs, found)
     lineage = LineageChecks(request.root, deep=not request.options.fast)
@@ -92,24 +93,16 @@ def verify(request: Request) -> Findings:
         found.differences += check_launches(request.root)
     for each in with_progress(runs):
         with reading_once():
-            found.differences += dict.fromkeys(whole(each, check(each, request, stores, lineage, found)))
+            found.differences += dict.fromkeys(readable(each, check(each, request, stores, lineage, found)))
     if everything:
-        here = {path.name[:RUN_ID_LENGTH] for path in run_directories(request.root, RUN_FOLDERS) if not is_empty(path)}
+        here = {RunDirectory(path).run_id for path in run_directories(request.root, RUN_FOLDERS) if not is_empty(path)}
         here |= {one.run_id for one in found.differences}
         found.differences += check_without_directory(request.root, stores.all_runs(), here)
     found.runs, found.seconds = len(runs), time.monotonic() - began
     return found
 
 
-def whole(run: Run, checks: Iterator[Difference]) -> Iterator[Difference]:
-    """What checks find, until one reads a damaged file: that is what is found, too, and several may find it."""
-    try:
-        yield from checks
-    except DamagedFileError as error:
-        yield damaged_file(run, error)
-
-
-def check(run: Run, request: Request, stores: "Stores", lineage: LineageChecks, found: Findings) -> Iterator[Difference]:
+def check(run: Run, request: Request, stores: "Stores", lineage: LineageChecks, found: Verified) -> Iterator[Difference]:
     """All checks of one run. What a run under way still writes, or sends, is not a difference."""
     alive, deep = is_alive(run, request.root), not request.options.fast
     found.under_way += alive
@@ -126,11 +119,11 @@ def check(run: Run, request: Request, stores: "Stores", lineage: LineageChecks, 
     if orphaned:
         yield difference(run, run.files.status, "has RUNNING, and no process works on it", RECONCILE)
     yield from check_launch_of(run)
-    yield from lineage.check(run)
+    yield from readable(run, lineage.check(run))
     yield from stores.check(run, alive or orphaned, deep, {one.where for one in on_disk})
 
 
-def runs_of(request: Request, found: Findings) -> list[Run]:
+def runs_of(request: Request, found: Verified) -> list[Run]:
     """The runs named, or all; a damaged run.json is a difference.
 
     Raises:
@@ -145,10 +138,8 @@ def runs_of(request: Request, found: Findings) -> list[Run]:
         try:
             runs.append(read())
         except DamagedFileError as error:
-            problem, path = error.problems[0], str(error.problems[0].where)
-            directory = next((one for one in directories if path.startswith(str(one))), None)
-            phase, run_id = (directory.parent.name, directory.name[:RUN_ID_LENGTH]) if directory else ("run", "")
-            found.differences.append(Difference(phase, run_id, path, problem.what, problem.fix))
+            problem, files = error.problems[0], RunDirectory(Path(error.problems[0].where).parent)
+            found.differences.append(Difference(files.path.parent.name, files.run_id, problem.where, problem.what, problem.fix))
     return runs
 
 
@@ -160,7 +151,7 @@ class Stores:
         request: with the tracking URI, if it was given; else each run has its own on record.
     """
 
-    def __init__(self, request: Request, runs: list[Run], found: Findings) -> None:
+    def __init__(self, request: Request, runs: list[Run], found: Verified) -> None:
         self.given, self.found = request.uri, found
         self.remotes: dict[str, dict[str, RemoteRun] | None] = {}
         for uri in dict.fromkeys(self.uri_of(run) for run in runs):
@@ -207,6 +198,8 @@ class Stores:
             if not unfinished:
                 yield from check_artifacts(run, sync, remote, damaged_files)
         except STORE_ERRORS as error:
+            if str(getattr(error, "filename", "")).startswith(run.directory):
+                raise  # the run's own disk
             self.not_compared(uri, str(store_problem(error)))
 
 
@@ -216,7 +209,7 @@ def repair(request: Request, differences: list[Difference]) -> None:
     needed = {one.run_id for one in differences if one.fix in REPAIRED}
     again = {one.run_id for one in differences if one.fix == SEND_AGAIN}
     uri = request.settings.tracking.uri
-    runs = runs_of(request, Findings())
+    runs = runs_of(request, Verified())
     if not request.names:
         for store in dict.fromkeys([*(request.uri or each.tracking_uri for each in runs), uri]):
             if store_exists(store):
@@ -246,7 +239,7 @@ def with_progress(runs: list[Run]) -> Iterator[Run]:
         print(CLEAR, end="", file=sys.stderr, flush=True)
 
 
-def summary(found: Findings, fast: bool) -> str:
+def summary(found: Verified, fast: bool) -> str:
     """As in `1,000 runs, 300,000 points, 1.2 GB in 41 s: nothing differs`."""
     read = "" if fast else f", {found.points:,} points, {human_bytes(found.bytes)}"
     under_way = f"; {found.under_way} under way" if found.under_way else ""

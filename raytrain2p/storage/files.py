@@ -151,6 +151,16 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def regular_files(path: Path) -> Iterator[os.stat_result]:
+    """A file, or each one under a directory, hard links as often as they are there. Symbolic links in it do not count, nor does what
+    vanishes meanwhile."""
+    inside = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)  # noqa: PTH118 - of thousands of files
+    for name in [str(path), *inside]:
+        with suppress(OSError):
+            if stat.S_ISREG((found := os.lstat(name)).st_mode):
+                yield found
+
+
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes left half written below a directory. No other process may be writing there."""
     for aside in folder.rglob(PARTIAL):

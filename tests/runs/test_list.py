@@ -1,11 +1,13 @@
 """`runs list`: what is known of each run, from its directory or from MLflow alone; conditions and order."""
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from raytrain2p.config import Settings
 from raytrain2p.runs import __main__ as runs
 from raytrain2p.runs.output import human_age, human_bytes
+from raytrain2p.runs.summary import order, summary_of
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, read_summary, summarize, write_summary
 from raytrain2p.tracking.mlflow_store import client_of
@@ -197,3 +200,11 @@ def test_sizes_and_ages_are_short() -> None:
     assert human_age(time.strftime("%Y%m%d_%H%M%S", time.localtime(time.time() - 3 * 86400 - 60))) == "3 d"
     assert human_age("20261399_000000") == human_age("29990101_000000") == human_age("today") == ""
     assert human_age(time.strftime("%Y%m%d_%H%M%S", time.localtime(time.time() + 3600))) == "0 s"
+
+
+def test_a_value_that_is_not_a_number_is_sorted_last(three: list[Run]) -> None:
+    values = zip(three, (2.0, math.nan, 1.0), strict=True)  # as MLflow has them of a run that diverged
+    known = [replace(summary_of(run, str(run.path.parent.parent)), metrics={"val/loss": value}) for run, value in values]
+    first, diverged, best = known
+    assert order(known, "val/loss", reverse=False) == [best, first, diverged]
+    assert order(known, "val/loss", reverse=True) == [first, best, diverged]

@@ -308,8 +308,10 @@ def test_a_store_that_goes_away_meanwhile_leaves_what_the_next_prune_finishes(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "set_tag", refuse)
-        assert prune(settings, "--status", "FAILED", "--yes") == 1
-    assert "repeat the command to finish" in capsys.readouterr().err
+        assert prune(settings, "--status", "FAILED", "--yes", "--json") == 1
+    printed = capsys.readouterr()
+    assert "repeat the command to finish" in printed.err
+    assert "away" in json.loads(printed.out)["runs"][0]["stays"]
     assert len(leftovers(settings.output.root)) == 1
     assert find_runs(settings.output.root, []) == []
     assert prune(settings, run.run_id[:8], "--yes") == 0
@@ -384,6 +386,8 @@ def test_bytes_that_have_a_name_elsewhere_are_not_freed(tmp_path: Path) -> None:
     os.link(tmp_path / "b" / "file", tmp_path / "elsewhere")
     assert freed_by([tmp_path / "a"]) == 100
     assert freed_by([tmp_path / "b"]) == 0
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    assert freed_by([tmp_path / "link"]) == 0, "what a link leads to stays"
     assert freed_by([tmp_path / "b", tmp_path / "elsewhere", tmp_path / "missing"]) == 10
 
 
@@ -540,6 +544,7 @@ def test_tags_are_on_disk_while_mlflow_is_away_and_sent_later(settings: Settings
         (["--set", "keep"], "name a run"),
         (["latest"], "nothing says which tag"),
         (["latest", "--set", "raytrain2p.root=/"], "is written by the program itself"),
+        (["latest", "--set", "version.data=3"], "is written by the program itself"),
         (["latest", "--set", "what?"], "is not a name for a tag"),
         (["latest", "--set", "keep", "--remove", "keep"], "leave one out"),
         (["latest", "--set", f"keep={'x' * 8001}"], "take at most 8000"),

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWE
 from raytrain2p.models.artifacts import PARTS, load_artifact, save_artifact
 from raytrain2p.runs import __main__ as runs
 from raytrain2p.runs.checks_in_mlflow import MOVED
+from raytrain2p.runs.difference import Difference, readable
 from raytrain2p.storage.files import read_json, write_file, write_json
 from raytrain2p.tracking.checkpoints import write_checkpoint
 from raytrain2p.tracking.create_run import get_or_create_run
@@ -33,7 +34,7 @@ from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import LAUNCH_TAG, ROOT_TAG, SWEEP_TAG, Run, launch_lock, launch_record
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
 from tests.tracking.checkpoint_files import content, tear
-from tests.tracking.stores import EXPERIMENT, NOBODY, away, begin, lock_holder, note, settings_in
+from tests.tracking.stores import EXPERIMENT, NOBODY, away, begin, create, lock_holder, note, settings_in
 
 OWN = "tracking.experiment=of this store"  # the artifacts of the experiment in the store that is copied are elsewhere
 BEST = "best-epoch=00-train_loss=0.5000.ckpt"
@@ -425,3 +426,17 @@ def test_fast_loads_no_torch(store: Store) -> None:
     code = "import sys; from raytrain2p.runs.__main__ import main; main(); sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "verify", "--fast", f"output.root={store.root}"], capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_file_that_cannot_be_read_is_a_difference_of_its_run_and_ends_nothing_else(settings: Settings) -> None:
+    run = create(settings)
+
+    def check(error: OSError) -> Iterator[Difference]:
+        raise error
+        yield
+
+    (found,) = readable(run, check(PermissionError(13, "Permission denied", str(run.files.metrics))))
+    assert (found.run_id, found.where, found.what) == (run.run_id, str(run.files.metrics), "cannot be read: Permission denied")
+    gone = FileNotFoundError(2, "No such file or directory", str(run.files.status))
+    assert [*readable(run, check(gone), alive=True)] == [], "it was replaced just now"
+    assert len([*readable(run, check(gone))]) == 1

@@ -22,7 +22,7 @@ def question_arguments(splits: Mapping[str, Sequence[Record]]) -> list[str]:
     """
     names = [*(name for name in splits if name not in (TRAIN, VAL)), VAL, TRAIN]
     asked = list(chain.from_iterable(first_questions(islice(splits.get(name, ()), LOOKED_AT)) for name in names))
-    with_media = [message for message in asked if any(isinstance(part, MediaRef) for part in message.parts)]
+    with_media = [message for message in asked if refs(message)]
     chosen = next(filter(is_plain, with_media), None) or next(filter(is_plain, asked), None)
     if chosen is not None:
         return arguments_of(chosen, question_text(chosen))
@@ -38,14 +38,13 @@ def first_questions(records: Iterator[Record]) -> Iterator[Message]:
 def is_plain(message: Message) -> bool:
     """Whether the question can be read and typed as it is."""
     text = question_text(message)
-    media = sum(isinstance(part, MediaRef) for part in message.parts)
-    return shortened(text) == text and text.isprintable() and masked(text) == text and media <= MOST_MEDIA
+    return shortened(text) == text and text.isprintable() and masked(text) == text and len(refs(message)) <= MOST_MEDIA
 
 
 def question_text(message: Message) -> str:
     """The text, with a placeholder for each item unless all come first and in the order of the flags."""
-    modalities = [part.modality for part in message.parts[: len(list(refs(message)))] if isinstance(part, MediaRef)]
-    if len(modalities) == len(list(refs(message))) and modalities == sorted(modalities, key=list(MEDIA).index):
+    media = refs(message)
+    if list(message.parts[: len(media)]) == sorted(media, key=lambda ref: list(MEDIA).index(ref.modality)):
         return message.text.strip()
     return "".join(part if isinstance(part, str) else f"<{part.modality}>" for part in message.parts).strip()
 
@@ -55,8 +54,8 @@ def arguments_of(message: Message, question: str) -> list[str]:
     return [*found, question]
 
 
-def refs(message: Message) -> Iterator[MediaRef]:
-    return (part for part in message.parts if isinstance(part, MediaRef))
+def refs(message: Message) -> list[MediaRef]:
+    return [part for part in message.parts if isinstance(part, MediaRef)]
 
 
 def file_of(ref: MediaRef) -> str:
