@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from raytrain2p.config.phases import PHASES
 from raytrain2p.config.secrets import masked
 from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.progress import Console, cell, decimal
+from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import read_run
 from raytrain2p.tracking.next_commands import next_commands, resume_command, show_command
 from raytrain2p.tracking.run import Run
@@ -62,7 +64,9 @@ def failed_text(error: Exception, run: Run | None, base: Path, *options: str) ->
     text = f"raytrain2p: training failed\n{error}"
     if run is None:
         return text
-    diverged = "reason" in run.files.read_status()
+    diverged = False
+    with suppress(DamagedFileError):  # training has failed, whatever else is damaged
+        diverged = "reason" in run.files.read_status()
     how = f"see it with: {show_command(run, base)}" if diverged else f"resume it with: {resume_command(run, 'train', *options)}"
     return f"{text}\nrun {run.run_id} is in {run.directory}; {'' if diverged else 'once the cause is gone, '}{how}"
 

@@ -12,7 +12,7 @@ from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import PHASES, PHASES_BY_NAME
 from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_bytes, print_json
-from raytrain2p.runs.request import Request
+from raytrain2p.runs.request import Request, reporting_root
 
 if TYPE_CHECKING:  # `--help` waits neither for torch nor for MLflow
     from raytrain2p.runs.migration import Migration
@@ -106,7 +106,7 @@ def _each(migrations: "list[Migration]", known: "list[Migration]", request: Requ
     from raytrain2p.tracking.mlflow_sync import RunDirectoryError
 
     failures = dict[str, str]()
-    with _reporting_root(request.root), only_migration(request.root).held(1.0) as holder:
+    with reporting_root(request.root, "nothing was moved"), only_migration(request.root).held(1.0) as holder:
         if holder is not None or read_journals(request.root, _folder(request)) != known:
             what = f"another migration is under way ({holder})" if holder else "another migration has just ended"
             raise InputError(Problem(f"output.root={request.root}", what, "give the same command again after its end"))
@@ -127,16 +127,6 @@ def _each(migrations: "list[Migration]", known: "list[Migration]", request: Requ
             except STORE_ERRORS as error:
                 failures[one.launch_id] = str(store_problem(error))
     return failures
-
-
-@contextmanager
-def _reporting_root(root: str) -> Iterator[None]:
-    """Raises InputError if journals cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        what = f"cannot be written: {error.strerror}; nothing was moved"
-        raise InputError(Problem(f"output.root={root}", what, "set another output.root, or free space")) from None
 
 
 def _check_space(migrations: "list[Migration]", root: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ from raytrain2p.runs.removal import (
     remove_checkpoints,
     remove_run,
 )
-from raytrain2p.runs.request import Request
+from raytrain2p.runs.request import Request, reporting_root
 from raytrain2p.runs.summary import SECONDS, seconds_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.locks import Lock
@@ -270,8 +271,9 @@ class Pruning:
             InputError: another prune is under way.
         """
         lock = Lock(launch_record(self.root, "any").with_name(".prune.lock"))
-        lock.path.parent.mkdir(exist_ok=True)
-        with lock.held() as holder:
+        with reporting_root(self.root, "nothing was deleted"), ExitStack() as stack:
+            lock.path.parent.mkdir(exist_ok=True)
+            holder = stack.enter_context(lock.held())
             if holder is not None:
                 raise InputError(Problem(f"output.root={self.root}", f"another prune is under way: {holder}", "wait for its end"))
             for path in unfinished:

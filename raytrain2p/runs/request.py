@@ -1,7 +1,8 @@
 """What was typed behind `raytrain2p runs`: runs, settings and the options of the verb."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
@@ -67,3 +68,20 @@ def read_request(options: argparse.Namespace) -> Request:
     settings = load_settings(1, None, overrides)
     uri = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
     return Request([word for word in options.words if word not in overrides], settings, uri, options)
+
+
+@contextmanager
+def reporting_root(root: str, unchanged: str) -> Iterator[None]:
+    """Within, a verb writes its own records under an output root.
+
+    Args:
+        unchanged: what was not done, if it cannot.
+
+    Raises:
+        InputError: they cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}; {unchanged}"
+        raise InputError(Problem(f"output.root={root}", what, "set another output.root, or free space")) from None
