@@ -1,6 +1,7 @@
 """`prune`: delete runs that are not needed any more. Without `--yes` it prints what it would delete, and why each other run stays."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -275,12 +276,15 @@ class Pruning:
         with lock.held() as holder:
             if holder is not None:
                 raise InputError(Problem(f"output.root={self.root}", f"another prune is under way: {holder}", "wait for its end"))
-            for path in unfinished:
+            unfinished, found = ([*filter(os.path.lexists, unfinished)], [one for one in found if os.path.lexists(one.path)])
+            for path in unfinished:  # another prune may have deleted some since they were listed
                 self._step(name_of(path)[:8], path.parent.name, [path], partial(finish, path, self.root, self._forget))
             for one in found:
                 if one.run is None:
                     continue
-                if not one.why and not self.options.checkpoints_only:
+                if not one.why and one.run.files.read_status() != one.status:
+                    report(f"{one.phase} {one.run_id[:8]}  stays: it was resumed meanwhile")
+                elif not one.why and not self.options.checkpoints_only:
                     self._step(one.run_id[:8], one.phase, paths_of(one, self.root, False), partial(self._remove, one.run))
                 elif not one.why or half_pruned(one.run):
                     self._step(one.run_id[:8], one.phase, list(checkpoints_of(one.run)), partial(self._remove_checkpoints, one.run))

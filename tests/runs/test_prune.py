@@ -21,6 +21,7 @@ from raytrain2p.config.phases import SWEEPS
 from raytrain2p.launch.resume import check_resumable
 from raytrain2p.phases.inputs import InputDigests
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.runs.prune_plan import decide
 from raytrain2p.runs.removal import freed_by, leftovers
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.create_run import check_launch_is_free, get_or_create_run
@@ -307,6 +308,25 @@ def test_a_store_that_goes_away_meanwhile_leaves_what_the_next_prune_finishes(
     assert prune(settings, run.run_id[:8], "--yes") == 0
     assert gone(settings, run)
     assert mlflow_run(settings, run).data.tags[PRUNED_TAG] == "directory"
+
+
+def test_a_run_that_was_resumed_or_deleted_since_the_plan_was_made_is_left_alone(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, resumed, deleted = (made(settings, name, status="FAILED") for name in "abc")
+
+    def then(*arguments: Any) -> None:
+        decide(*arguments)
+        resumed.files.write_status("FAILED")
+        shutil.rmtree(deleted.path)
+
+    monkeypatch.setattr("raytrain2p.runs.prune.decide", then)
+    assert prune(settings, "--status", "FAILED", "--yes") == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"raytrain2p: phase2 {resumed.run_id[:8]}  stays: it was resumed meanwhile\n"
+    assert "1 runs were deleted" in captured.out
+    assert gone(settings, going)
+    assert resumed.files.last_checkpoint.is_file()
 
 
 # roots and links
