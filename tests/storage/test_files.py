@@ -120,7 +120,7 @@ def test_what_is_no_json_is_said_in_a_few_words(tmp_path: Path, content: bytes, 
         read_json(tmp_path / "a.json")
 
 
-def test_a_directory_a_pipe_or_a_huge_file_in_place_of_a_json_file_is_said_and_so_is_a_file_in_place_of_its_directory(
+def test_what_is_in_place_of_a_json_file_or_of_its_directory_is_said(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "a.json").mkdir()
