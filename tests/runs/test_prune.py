@@ -532,6 +532,9 @@ def test_tags_are_set_and_removed_on_disk_and_in_mlflow(settings: Settings) -> N
         assert ("keep" in tags, tags["note"]) == (False, "c")
     assert tag(settings, run.run_id[:8], "--set", "keep=2") == 0
     assert mlflow_run(settings, run).data.tags["keep"] == "2"
+    assert tag(settings, run.run_id[:8], "--set", "from=postgresql://me:hunter2@db/x", "--set", "token=hunter2hunter2") == 0
+    for tags in (run.files.tags(), mlflow_run(settings, run).data.tags):
+        assert (tags["from"], tags["token"]) == ("postgresql://me:***@db/x", "***")
 
 
 def test_tags_are_on_disk_while_mlflow_is_away_and_sent_later(settings: Settings) -> None:
