@@ -158,7 +158,7 @@ def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
     """What the stores of these runs have, by run ID: of runs that are registered or tagged, of damaged ones, and of those of other roots.
 
     Raises:
-        InputError: a store does not answer: what is registered or tagged there is not known.
+        InputError: a store does not answer, or the one that was given is another: what is registered or tagged is not known.
     """
     from raytrain2p.tracking.mlflow_runs import our_runs, registered_versions
 
@@ -172,6 +172,10 @@ def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
         try:
             versions = registered_versions(uri)
             remote |= {run_id: Remote({}, {}, True) for run_id in versions}
+            others = {one.run_id for one in found if one.run is not None and one.run.tracking_uri != masked(uri)} if request.uri else set()
+            if others and (lacking := others - {one.run_id for one in our_runs(uri)}):
+                what = f"does not have {len(lacking)} of these runs, such as {min(lacking)}: what protects them is not known"
+                findings.add(Problem(f"tracking.uri={masked(uri)}", what, "give the store that has them, or --without-mlflow"))
             for one in chain(*(our_runs(uri, condition) for condition in conditions)):
                 remote[one.run_id] = Remote(one.tags, one.params, one.run_id in versions)
         except StorageError as error:

@@ -27,7 +27,7 @@ from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.create_run import check_launch_is_free, get_or_create_run
 from raytrain2p.tracking.find import find_run, find_runs
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
-from raytrain2p.tracking.mlflow_store import client_of
+from raytrain2p.tracking.mlflow_store import client_of, prepare_store
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import PRUNED_TAG, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, launch_record
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
@@ -263,6 +263,15 @@ def test_without_mlflow_nothing_is_deleted_unless_that_is_wanted(settings: Setti
         assert run.path.is_dir()
         assert prune(settings, "--status", "FAILED", "--yes", "--without-mlflow") == 0
     assert gone(settings, run)
+
+
+def test_another_store_than_that_of_the_runs_is_refused(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(settings, "a", status="FAILED")
+    (tmp_path / "other").mkdir()
+    prepare_store(other := settings_in(tmp_path / "other", store="file"), EXPERIMENT)
+    assert prune(settings, "--status", "FAILED", "--yes", f"tracking.uri={other.tracking.uri}") == 2
+    assert f"does not have 1 of these runs, such as {run.run_id}" in capsys.readouterr().err
+    assert run.path.is_dir()
 
 
 def test_the_run_in_mlflow_stays_with_a_tag_or_is_deleted(settings: Settings) -> None:
