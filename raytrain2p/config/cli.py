@@ -57,6 +57,7 @@ def _default(field: FieldInfo) -> str:
 
 
 ACCEPT_HELP = "resume although records, models or the aligner have other content than the run began with; it is recorded in the run"
+NO_HOME = "Could not determine home directory."  # Path.expanduser
 FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
@@ -81,6 +82,11 @@ def exit_code(command: Callable[[], int]) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
+    except RuntimeError as error:
+        if str(error) != NO_HOME:
+            raise
+        print("raytrain2p: a path begins with `~` and the name of a user that there is not", file=sys.stderr)
+        return BAD_INPUT
     except InputError as error:
         print(f"raytrain2p: {printable(str(error))}", file=sys.stderr)
         return BAD_INPUT

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,8 +56,10 @@ def resumes(run: Run, alive: bool) -> Iterator[Difference]:
 
 
 def outcome(run: Run, alive: bool) -> Iterator[Difference]:
-    """A run that is FINISHED has its artifact, and its result, which names files that exist."""
+    """A run that is FINISHED has its artifact, and its result, which names files that exist; a migrated one never had them."""
     files = run.files
+    if "migrated" in (files.read_record() or {}):
+        return
     tests = read_as(files.test_metrics, dict[str, float]) or {}
     result = read_as(files.result, dict[str, Any])
     if result is not None and result.get("run_id") != run.run_id:
@@ -158,7 +161,12 @@ def checkpoints(run: Run, alive: bool) -> Iterator[Difference]:
 
     seen = set[tuple[int, int]]()
     for path in run.files.all_checkpoints():
-        found = path.stat()
+        try:
+            found = path.stat()
+        except OSError as error:
+            if os.path.lexists(path):  # else a run under way has just replaced it
+                yield difference(run, path, f"cannot be read: {error.strerror}", RESTORE)
+            continue
         if (found.st_dev, found.st_ino) not in seen and (reason := damage(path)) is not None and path.exists():
             yield difference(run, path, f"is damaged ({reason})", RESTORE)
         seen.add((found.st_dev, found.st_ino))

@@ -28,7 +28,7 @@ from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
 from raytrain2p.tracking.mlflow_errors import Kind, store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, check_password, client_of
 from raytrain2p.tracking.mlflow_sync import MlflowSync
-from raytrain2p.tracking.run import LAUNCH_TAG, Intent, Run, launch_lock, launch_record, run_path
+from raytrain2p.tracking.run import LAUNCH_TAG, Intent, Run, launch_lock, launch_record, migration_journal, run_path
 from raytrain2p.tracking.run_directory import BEST, RunDirectory
 from raytrain2p.tracking.run_writer import describe_run
 
@@ -112,11 +112,7 @@ def planned(old: OldRun, settings: Settings) -> Migration:
 
 
 def journals(root: str) -> Path:
-    return Path(root) / ".migrated"
-
-
-def journal(root: str, launch_id: str) -> Path:
-    return journals(root) / f"{launch_id}.json"
+    return migration_journal(root, "any").parent
 
 
 def only_migration(root: str) -> Lock:
@@ -126,7 +122,7 @@ def only_migration(root: str) -> Lock:
 
 
 def write_journal(root: str, migration: Migration) -> Migration:
-    write_json(journal(root, migration.launch_id), asdict(migration))
+    write_json(migration_journal(root, migration.launch_id), asdict(migration))
     return migration
 
 
@@ -171,7 +167,7 @@ def migrate(migration: Migration, settings: Settings, report: Report) -> Run:
     """
     root = settings.output.root
     with _exclusively(root, migration):
-        with reporting_disk_errors(journal(root, migration.launch_id), 100_000):
+        with reporting_disk_errors(migration_journal(root, migration.launch_id), 100_000):
             migration, run = _identity(migration, settings)
             _describe(migration, run)
             for old, new in migration.moves:
@@ -181,7 +177,7 @@ def migrate(migration: Migration, settings: Settings, report: Report) -> Run:
             if run.files.read_status()["status"] != "FINISHED":
                 run.files.write_status("FINISHED", ENDED, migration.end)
         MlflowSync(run, settings.tracking.uri).send()
-        with reporting_disk_errors(journal(root, migration.launch_id), 100_000):
+        with reporting_disk_errors(migration_journal(root, migration.launch_id), 100_000):
             write_journal(root, replace(migration, state="done"))
     return run
 
@@ -195,7 +191,7 @@ def undo(migration: Migration, settings: Settings, report: Report) -> None:
     """
     root = settings.output.root
     with _exclusively(root, migration):
-        with reporting_disk_errors(journal(root, migration.launch_id), 100_000):
+        with reporting_disk_errors(migration_journal(root, migration.launch_id), 100_000):
             migration = write_journal(root, replace(migration, state="undoing"))
             migration, run = _identity(migration, settings)  # of one that was killed early: whatever MLflow has of it is found
             if migration.is_best_last:
@@ -207,11 +203,11 @@ def undo(migration: Migration, settings: Settings, report: Report) -> None:
                 if Path(folder).is_dir():
                     os.utime(folder, ns=(Path(folder).stat().st_atime_ns, time_ns))
         _delete_run(run, settings.tracking.uri)
-        with reporting_disk_errors(journal(root, migration.launch_id), 0):
+        with reporting_disk_errors(migration_journal(root, migration.launch_id), 0):
             _remove_directory(run, report)
             record = launch_record(root, migration.launch_id)
             lock = launch_lock(root, migration.launch_id).path
-            for path in (record, record.with_suffix(".creating"), lock, journal(root, migration.launch_id)):
+            for path in (record, record.with_suffix(".creating"), lock, migration_journal(root, migration.launch_id)):
                 path.unlink(missing_ok=True)
 
 
@@ -257,7 +253,10 @@ def _move(source: Path, target: Path, run: Run, report: Report) -> None:
     with reporting_disk_errors(target, 0):
         if os.path.lexists(source):
             target.parent.mkdir(exist_ok=True)
-            move(source, target)
+            try:
+                move(source, target)
+            except FileExistsError:
+                raise StorageError(f"{target} is there already, and is not {source}: move it away") from None
         elif not os.path.lexists(target):
             if not run.path.is_dir():
                 raise StorageError(f"{run.directory} is gone: mount its disk again")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ OLD_DIRECTORY = re.compile(r"(?P<id>[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12
 NAMED_VALUE = re.compile(r"([A-Za-z_][\w.@/ ]*)=([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)")  # in the name of a checkpoint
 PREFIX = re.compile(r"(?i)^(?:phase[-_ ]?\d|[a-z]+)[-_ ](?=epoch=|step=)")  # before those
 METRIC = re.compile(r"[\w.@/ -]{1,100}")  # a name that may be one of a file
+NOT_TEXT = "its name is not UTF-8: rename it"
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")  # what torch says that it does not load
 MODE = re.compile(r"'mode': '(min|max)'")  # in Lightning's name for the state of a ModelCheckpoint
 
@@ -299,12 +301,14 @@ def find_old_runs(folder: Path, phase: Phase | None, is_known: Callable[[str], b
 
 def _look(folder: Path, phase: Phase | None, is_known: Callable[[str], bool], found: Found) -> None:
     old = OLD_DIRECTORY.fullmatch(folder.name)
-    if RunDirectory(folder).record.exists():
+    if not _is_text(folder):
+        found.left_alone.append((folder, NOT_TEXT))
+    elif RunDirectory(folder).record.exists():
         found.left_alone.append((folder, "a run of this layout"))
     elif old is not None and is_known(old["id"].replace("-", "").lower()):
         found.left_alone.append((folder, "MLflow has its run"))
     elif old is not None:
-        names = sorted(str(path.relative_to(folder)) for path in _files(folder) if path.suffix == SUFFIX)
+        names = sorted(str(path.relative_to(folder)) for path in _files(folder) if path.suffix == SUFFIX and _is_text(path))
         checkpoints = [read_checkpoint(folder / name, name) for name in names]
         phases = {kind for one in checkpoints for kind in [_phase_of(one)] if kind}
         kind = _only(phases) or _phase_in(folder.parent.name) or phase
@@ -324,6 +328,8 @@ def _look_inside(folder: Path, phase: Phase | None, is_known: Callable[[str], bo
     except OSError as error:
         found.left_alone.append((folder, f"cannot be read: {error.strerror}"))
         return
+    found.left_alone += [(path, NOT_TEXT) for path in entries if not _is_text(path)]
+    entries = [path for path in entries if _is_text(path)]
     named = [path for path in entries if path.suffix == SUFFIX and (path.stem.startswith("last") or "epoch=" in path.stem.lower())]
     checkpoints = {path.name: read_checkpoint(path, path.name) for path in named if path.is_file() and not path.is_symlink()}
     phases = {name: _phase_of(one) for name, one in checkpoints.items()}
@@ -345,6 +351,11 @@ def _look_inside(folder: Path, phase: Phase | None, is_known: Callable[[str], bo
             found.left_alone.append((path, "not a checkpoint of an older layout"))
     if not entries:
         found.left_alone.append((folder, "is empty"))
+
+
+def _is_text(path: Path) -> bool:
+    """Whether a path is UTF-8: others can be written neither to a record nor to MLflow."""
+    return os.fsencode(path).decode(errors="replace") == str(path)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -1,6 +1,7 @@
 """`prune`: delete runs that are not needed any more. Without `--yes` it prints what it would delete, and why each other run stays."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -157,7 +158,7 @@ def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
     """What the stores of these runs have, by run ID: of runs that are registered or tagged, of damaged ones, and of those of other roots.
 
     Raises:
-        InputError: a store does not answer: what is registered or tagged there is not known.
+        InputError: a store does not answer, or the one that was given is another: what is registered or tagged is not known.
     """
     from raytrain2p.tracking.mlflow_runs import our_runs, registered_versions
 
@@ -171,6 +172,10 @@ def ask_mlflow(found: list[Candidate], request: Request) -> dict[str, Remote]:
         try:
             versions = registered_versions(uri)
             remote |= {run_id: Remote({}, {}, True) for run_id in versions}
+            others = {one.run_id for one in found if one.run is not None and one.run.tracking_uri != masked(uri)} if request.uri else set()
+            if others and (lacking := others - {one.run_id for one in our_runs(uri)}):
+                what = f"does not have {len(lacking)} of these runs, such as {min(lacking)}: what protects them is not known"
+                findings.add(Problem(f"tracking.uri={masked(uri)}", what, "give the store that has them, or --without-mlflow"))
             for one in chain(*(our_runs(uri, condition) for condition in conditions)):
                 remote[one.run_id] = Remote(one.tags, one.params, one.run_id in versions)
         except StorageError as error:
@@ -276,12 +281,16 @@ class Pruning:
             holder = stack.enter_context(lock.held())
             if holder is not None:
                 raise InputError(Problem(f"output.root={self.root}", f"another prune is under way: {holder}", "wait for its end"))
-            for path in unfinished:
+            unfinished, found = ([*filter(os.path.lexists, unfinished)], [one for one in found if os.path.lexists(one.path)])
+            for path in unfinished:  # another prune may have deleted some since they were listed
                 self._step(name_of(path)[:8], path.parent.name, [path], partial(finish, path, self.root, self._forget))
             for one in found:
                 if one.run is None:
                     continue
-                if not one.why and not self.options.checkpoints_only:
+                if not one.why and one.run.files.read_status() != one.status:
+                    one.why = "it was resumed meanwhile"
+                    report(f"{one.phase} {one.run_id[:8]}  stays: {one.why}")
+                elif not one.why and not self.options.checkpoints_only:
                     one.why = self._step(one.run_id[:8], one.phase, paths_of(one, self.root, False), partial(self._remove, one.run))
                 elif not one.why or half_pruned(one.run):
                     paths = list(checkpoints_of(one.run))

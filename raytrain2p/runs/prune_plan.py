@@ -16,7 +16,7 @@ from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_of, direction,
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_alive, is_empty, read_run, run_directories
 from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run
-from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_directory import RunDirectory, RunStatus
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Candidate:
 
     Args:
         summary: None if a file of it is damaged.
+        status: as it was when that was made.
         why: why it stays; empty if it goes.
         damage: a line about the damaged file.
     """
@@ -67,6 +68,7 @@ class Candidate:
     phase: str
     run: Run | None = None
     summary: RunSummary | None = None
+    status: RunStatus | None = None
     why: str = ""
     damage: str = ""
 
@@ -84,6 +86,7 @@ def read_candidates(root: str) -> list[Candidate]:
         one = Candidate(path, path.parent.name)
         try:
             run = read_run(path)
+            one.status = run.files.read_status()
             one.summary, one.run = summary_of(run, root), run
         except DamagedFileError as error:
             one.why, one.damage = "damaged", error.line

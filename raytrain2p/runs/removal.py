@@ -25,6 +25,7 @@ from raytrain2p.tracking.run import (
     Run,
     launch_lock,
     launch_record,
+    migration_journal,
     original_of,
     recorded_run,
 )
@@ -120,8 +121,9 @@ def mark_trial(run: Run, root: str) -> None:
 
 
 def launch_files(run: Run, root: str) -> list[Path]:
-    """What a launch has outside the directory of its run: Ray's records, and then its own record, by which the former are found."""
-    return [Path(root) / ".ray" / run.launch_id, launch_record(root, run.launch_id)]
+    """What a launch has outside the directory of its run: Ray's records, those of its migration, which cannot be undone any more, and
+    then its own record, by which the former are found."""
+    return [Path(root) / ".ray" / run.launch_id, migration_journal(root, run.launch_id), launch_record(root, run.launch_id)]
 
 
 def delete(path: Path, root: str) -> None:

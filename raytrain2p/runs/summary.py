@@ -243,6 +243,8 @@ def condition(text: str) -> Condition:
     name, symbol, wanted = match.groups()
     if name == "age" and (seconds := seconds_of(wanted)) is not None:
         wanted = str(seconds)
+    elif name == "age" and not is_number(wanted):
+        raise InputError(Problem(f"--where {text}", f"{wanted} is not an age", "write a number and s, min, h, d or w, as in 'age<7d'"))
 
     def holds(run: RunSummary) -> bool:
         value = run.value(name)
@@ -251,9 +253,19 @@ def condition(text: str) -> Condition:
         try:
             return bool(OPERATORS[symbol](float(value), float(wanted)))
         except (TypeError, ValueError):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                return symbol == "!="  # as text, 10 would be less than `2,1`
             return bool(OPERATORS[symbol](str(value).lower(), wanted.lower()))  # `True` as in MLflow, `true` as in YAML
 
     return Condition(name, holds)
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def order(runs: Sequence[RunSummary], name: str | None, reverse: bool) -> list[RunSummary]:

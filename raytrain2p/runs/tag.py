@@ -5,6 +5,7 @@ import re
 
 from raytrain2p.config import Findings, Problem
 from raytrain2p.config.cli import FAILED, report, say
+from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import OWN_TAGS
@@ -71,13 +72,13 @@ def change(run: Run, root: str, added: dict[str, str], removed: list[str]) -> st
 
 
 def read_tags(request: Request) -> tuple[dict[str, str], list[str]]:
-    """The tags to add, and the names of those to remove.
+    """The tags to add, without credentials, and the names of those to remove.
 
     Raises:
         InputError: everything that is wrong.
     """
     options, findings = request.options, Findings()
-    added = {key: value if given else "true" for key, given, value in (text.partition("=") for text in options.set)}
+    added = {key: value if given else "true" for key, given, value in (text.partition("=") for text in map(masked, options.set))}
     if not request.names:
         findings.add(Problem("RUN", "is missing", "name a run: a directory, a run ID or its start, or `latest`"))
     if not added and not options.remove:

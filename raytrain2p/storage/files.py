@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 # What file systems answer that cannot sync a directory: network and FUSE mounts among them.
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 # What a path answers at which there is no file that this process may read. Other errors are the disk's.
-NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+NOT_A_FILE = (errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+MOST_JSON = 2**28  # bytes: ours have a few MB at most
 PARTIAL = ".*.aside-*"  # files that are half written, or were when their process was killed
 
 
@@ -51,7 +52,13 @@ def read_json(path: Path) -> Any:
         OSError: the disk has failed.
     """
     try:
-        content = path.read_bytes()
+        with open(path, "rb", opener=_without_waiting) as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ValueError("is not a file, but a pipe or a device")
+            if found.st_size > MOST_JSON:
+                raise ValueError(f"has {found.st_size / 1e9:.1f} GB, more than any such file")
+            content = stream.read()
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -72,6 +79,11 @@ def read_json(path: Path) -> Any:
     if value is None:
         raise ValueError("is `null`")
     return value
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; also a pipe to which nobody writes, for which `open` would wait forever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def link_file(source: Path, path: Path) -> None:

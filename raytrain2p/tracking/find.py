@@ -23,7 +23,14 @@ def run_directories(root: str, phases: Iterable[str]) -> list[Path]:
     """All run directories of these phases, the oldest first; those that an older version made, which did not number them, before the
     others, by the local time in their names. A damaged one may be the latest."""
     found = [folder for phase in phases for folder in (Path(root) / phase).glob("*_*_*") if RUN_DIRECTORY.fullmatch(folder.name)]
-    return sorted(found, key=lambda folder: (RunDirectory(folder).sequence(), folder.name[RUN_ID_LENGTH:], folder.stat().st_mtime_ns))
+    return sorted(found, key=lambda folder: (RunDirectory(folder).sequence(), folder.name[RUN_ID_LENGTH:], _changed(folder)))
+
+
+def _changed(folder: Path) -> int:
+    """Its modification time, in nanoseconds; 0 of a link to nowhere, or if `prune` has just deleted it."""
+    with suppress(OSError):
+        return folder.stat().st_mtime_ns
+    return 0
 
 
 def is_trial(directory: Path) -> bool:

@@ -49,12 +49,16 @@ def client_of(uri: str) -> MlflowClient:
     """A client for a tracking URI. It makes no store: `prepare_store` alone does.
 
     Raises:
-        UnusableStoreError: the store in files is missing or broken.
+        UnusableStoreError: the store in files is missing or broken, or the driver of its database is not installed.
     """
     if not store_exists(uri):
         raise UnusableStoreError(missing_store(uri))
     with only_opener(uri):
-        return _opened(uri)
+        try:
+            return _opened(uri)
+        except ModuleNotFoundError as error:
+            what, fix = f"needs {error.name}, which is not installed", "install it, or set tracking.uri to an MLflow server"
+            raise UnusableStoreError(Problem(f"tracking.uri={masked(uri)}", what, fix)) from None
 
 
 @contextmanager

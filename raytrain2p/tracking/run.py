@@ -96,6 +96,11 @@ def launch_record(root: str, launch_id: str) -> Path:
     return Path(root) / ".launches" / f"{launch_id}.json"
 
 
+def migration_journal(root: str, launch_id: str) -> Path:
+    """The file in which `migrate` records what it does for the run of a launch."""
+    return Path(root) / ".migrated" / f"{launch_id}.json"
+
+
 def has_launches(root: str) -> bool:
     """Whether a launch has been begun under a root, be it that none came as far as a run."""
     return launch_record(root, "any").parent.is_dir()

@@ -70,6 +70,7 @@ def test_the_table_has_a_line_for_each_and_nothing_in_it_controls_the_terminal(
         (("--where", "training.learning_rate=1e-2"), "b"),
         (("--where", "keep=true"), "b"),
         (("--where", "no/such>0"), ""),
+        (("--where", "val/loss<9,9"), ""),
         (("--sort", "best"), "abc"),
         (("--sort", "best", "--reverse"), "cba"),
         (("--sort", "note"), "bac"),
@@ -86,6 +87,10 @@ def test_runs_are_chosen_and_sorted(three: list[Run], capsys: pytest.CaptureFixt
 def test_a_condition_that_is_none_is_refused(three: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
     assert runs.main(["list", f"output.root={three[0].path.parent.parent}", "--where", "val/loss"]) == 2
     assert "--where val/loss\n    is not a condition" in capsys.readouterr().err
+    assert runs.main(["list", f"output.root={three[0].path.parent.parent}", "--where", "age<7days"]) == 2
+    assert "7days is not an age" in capsys.readouterr().err
+    assert runs.main(["show", f"output.root={three[0].path.parent.parent}", "~nobody here"]) == 2
+    assert "the name of a user that there is not" in capsys.readouterr().err
 
 
 def test_a_damaged_run_is_a_line_and_the_others_are_listed(three: list[Run], capsys: pytest.CaptureFixture[str]) -> None:

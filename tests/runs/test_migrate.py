@@ -194,6 +194,10 @@ def test_other_verbs_work_on_a_migrated_run_and_it_is_never_the_latest(
     assert runs.main(["reconcile", root]) == 0
     assert runs.main(["sync", root]) == 0
     assert [mlflow_run(settings, run).info.status for run in migrated(settings)] == ["FINISHED", "FINISHED"]
+    names = [run.run_id for run in migrated(settings)]
+    assert runs.main(["verify", root, *names]) == 0
+    assert runs.main(["prune", root, *names, "--yes"]) == 0
+    assert migrate(settings, old, "--undo", "--yes") == 2, "what was deleted cannot be put back, and is not begun to be"
 
 
 def test_a_migrated_run_is_not_resumed(settings: Settings, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,10 +371,16 @@ def test_undo_puts_everything_back_and_moves_the_runs_to_the_trash(
 
 
 def test_undo_leaves_files_that_came_later(settings: Settings, old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(os.fsdecode(os.fsencode(old / "flat") + b"/last\xff.ckpt")).write_text("not UTF-8")
     before = listing(old)
     assert migrate(settings, old / "flat", "--yes") == 0
+    assert "its name is not UTF-8" in capsys.readouterr().out
     (run,) = migrated(settings)
     (run.path / "report.txt").write_text("mine")
+    (old / "flat" / FIRST).write_text("in the way")
+    assert migrate(settings, old, "--undo", "--yes") == 1
+    assert f"{FIRST} is there already, and is not {run.path}" in capsys.readouterr().out
+    (old / "flat" / FIRST).unlink()
     assert migrate(settings, old, "--undo", "--yes") == 0
     assert listing(old) == before
     assert [path.name for path in run.path.iterdir()] == ["report.txt"]

@@ -21,12 +21,13 @@ from raytrain2p.config.phases import SWEEPS
 from raytrain2p.launch.resume import check_resumable
 from raytrain2p.phases.inputs import InputDigests
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.runs.prune_plan import decide
 from raytrain2p.runs.removal import freed_by, leftovers
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.create_run import check_launch_is_free, get_or_create_run
 from raytrain2p.tracking.find import find_run, find_runs
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile
-from raytrain2p.tracking.mlflow_store import client_of
+from raytrain2p.tracking.mlflow_store import client_of, prepare_store
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import PRUNED_TAG, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, launch_record
 from raytrain2p.tracking.run_writer import describe_run, resolved_config
@@ -264,6 +265,15 @@ def test_without_mlflow_nothing_is_deleted_unless_that_is_wanted(settings: Setti
     assert gone(settings, run)
 
 
+def test_another_store_than_that_of_the_runs_is_refused(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made(settings, "a", status="FAILED")
+    (tmp_path / "other").mkdir()
+    prepare_store(other := settings_in(tmp_path / "other", store="file"), EXPERIMENT)
+    assert prune(settings, "--status", "FAILED", "--yes", f"tracking.uri={other.tracking.uri}") == 2
+    assert f"does not have 1 of these runs, such as {run.run_id}" in capsys.readouterr().err
+    assert run.path.is_dir()
+
+
 def test_the_run_in_mlflow_stays_with_a_tag_or_is_deleted(settings: Settings) -> None:
     stays, goes = made(settings, "a", status="FAILED"), made(settings, "b", status="KILLED")
     assert prune(settings, "--status", "FAILED", "--yes") == 0
@@ -317,6 +327,25 @@ def test_a_store_that_goes_away_meanwhile_leaves_what_the_next_prune_finishes(
     assert prune(settings, run.run_id[:8], "--yes") == 0
     assert gone(settings, run)
     assert mlflow_run(settings, run).data.tags[PRUNED_TAG] == "directory"
+
+
+def test_a_run_that_was_resumed_or_deleted_since_the_plan_was_made_is_left_alone(
+    settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    going, resumed, deleted = (made(settings, name, status="FAILED") for name in "abc")
+
+    def then(*arguments: Any) -> None:
+        decide(*arguments)
+        resumed.files.write_status("FAILED")
+        shutil.rmtree(deleted.path)
+
+    monkeypatch.setattr("raytrain2p.runs.prune.decide", then)
+    assert prune(settings, "--status", "FAILED", "--yes") == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"raytrain2p: phase2 {resumed.run_id[:8]}  stays: it was resumed meanwhile\n"
+    assert "1 runs were deleted" in captured.out
+    assert gone(settings, going)
+    assert resumed.files.last_checkpoint.is_file()
 
 
 # roots and links
@@ -524,6 +553,9 @@ def test_tags_are_set_and_removed_on_disk_and_in_mlflow(settings: Settings) -> N
         assert ("keep" in tags, tags["note"]) == (False, "c")
     assert tag(settings, run.run_id[:8], "--set", "keep=2") == 0
     assert mlflow_run(settings, run).data.tags["keep"] == "2"
+    assert tag(settings, run.run_id[:8], "--set", "from=postgresql://me:hunter2@db/x", "--set", "token=hunter2hunter2") == 0
+    for tags in (run.files.tags(), mlflow_run(settings, run).data.tags):
+        assert (tags["from"], tags["token"]) == ("postgresql://me:***@db/x", "***")
 
 
 def test_tags_are_on_disk_while_mlflow_is_away_and_sent_later(settings: Settings) -> None:

@@ -221,6 +221,11 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "a line of metrics.jsonl is zeros": (lambda s: zero_line(s.tuned.files.metrics), "metrics.jsonl has damaged lines: 1", ""),
     "metrics_summary.json is another": (lambda s: edit(s.tuned.files.metrics_summary, metrics={}), "is not the summary", ""),
     "last.ckpt is torn": (lambda s: tear(s.tuned.files.last_checkpoint), "last.ckpt is damaged", ""),
+    "a checkpoint is a link to nowhere": (
+        lambda s: (s.tuned.checkpoints / "a.ckpt").symlink_to("b"),
+        "a.ckpt cannot be read: No such file",
+        "",
+    ),
     "a bit of the artifact flipped": (lambda s: flip(s.tuned.files.artifact(INSTRUCTION)), "the digest in it differs", ""),
     # between runs
     "a launch's record is torn": (lambda s: tear(launch_record(s.root, "failed")), "failed.json is not JSON", "fast"),

@@ -120,13 +120,21 @@ def test_what_is_no_json_is_said_in_a_few_words(tmp_path: Path, content: bytes, 
         read_json(tmp_path / "a.json")
 
 
-def test_a_directory_in_place_of_a_json_file_is_said_and_so_is_a_file_in_place_of_its_directory(tmp_path: Path) -> None:
+def test_what_is_in_place_of_a_json_file_or_of_its_directory_is_said(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "a.json").mkdir()
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
         read_json(tmp_path / "a.json")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be read: Not a directory"):
         read_json(tmp_path / "file" / "a.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="is not a file, but a pipe"):
+        read_json(tmp_path / "pipe")
+    os.truncate(tmp_path / "file", 2**40)
+    with pytest.raises(ValueError, match=r"has 1099\.5 GB, more than any such file"):
+        read_json(tmp_path / "file")
 
 
 # Moves

@@ -282,6 +282,8 @@ def test_run_directories_are_listed_by_time_without_other_directories(tmp_path: 
     assert run_directories(str(tmp_path), BOTH) == runs
     assert run_directories(str(tmp_path), ["alignment"]) == runs[1:2]
     assert run_directories(str(tmp_path / "nowhere"), BOTH) == []
+    (tmp_path / "phase2" / f"{FIRST}_20260101_110000").symlink_to("nowhere")
+    assert run_directories(str(tmp_path), BOTH)[1:] == runs
 
 
 def test_a_run_of_another_machine_that_did_not_touch_its_lock_is_not_alive(settings: Settings) -> None:

@@ -359,3 +359,8 @@ def test_only_a_database_can_be_repaired(tmp_path: Path, content: bytes | None, 
         assert "is unchanged: file is not a database" in capsys.readouterr().err
         assert path.read_bytes() == content
     assert [one.name for one in tmp_path.iterdir() if one != path and one.suffix != ".lock"] == []
+
+
+def test_a_driver_that_is_not_installed_is_said_without_the_password() -> None:
+    with pytest.raises(UnusableStoreError, match=r"mssql\+pymssql://me:\*\*\*@db/x: needs pymssql, which is not installed"):
+        client_of("mssql+pymssql://me:hunter2@db/x")
