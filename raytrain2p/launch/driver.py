@@ -67,6 +67,7 @@ def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console:
                 check_resumable(run, settings, inputs.digests, accept_changed_inputs)
             if (outcome := finished(run, settings, inputs, console)) is not None:
                 return outcome
+            check_aligner_is_there(settings)
             with muted_stderr(verbose):
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)
@@ -126,6 +127,16 @@ def resolve_aligner(settings: Settings, console: Console, run: Run | None = None
     path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings, console), console.say)
     console.say(f"aligner: {path}")
     return with_aligner(settings, path)
+
+
+def check_aligner_is_there(settings: Settings) -> None:
+    """Check, now that `prune` sees that this launch is under way, that it has not just deleted the aligner.
+
+    Raises:
+        InputError: it has.
+    """
+    if isinstance(settings, InstructionSettings) and not Path(settings.model.aligner).is_file():
+        raise InputError(Problem(f"model.aligner={settings.model.aligner}", "was deleted just now", "choose another one"))
 
 
 def with_aligner(settings: InstructionSettings, path: Path) -> InstructionSettings:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
-from raytrain2p.config.phases import PHASES, SWEEPS
+from raytrain2p.config.phases import ALIGNMENT, PHASES, SWEEPS
 from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_age, human_bytes, print_json, print_table
 from raytrain2p.runs.prune_plan import Candidate, Criteria, Remote, as_json, decide, read_candidates
@@ -32,8 +32,8 @@ from raytrain2p.runs.request import Request, reporting_root
 from raytrain2p.runs.summary import SECONDS, seconds_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.locks import Lock
-from raytrain2p.tracking.find import find_run
-from raytrain2p.tracking.run import ROOT_TAG, RUN_FOLDERS, Run, launch_record, original_of
+from raytrain2p.tracking.find import find_run, run_directories
+from raytrain2p.tracking.run import ROOT_TAG, RUN_FOLDERS, Run, beginning_launches, launch_record, original_of
 
 # MLflow is imported where it is asked: its import takes 2 s, and `--without-mlflow` needs none of it.
 
@@ -262,6 +262,16 @@ def in_words(seconds: float) -> str:
     return f"{seconds / SECONDS['d']:g} days" if seconds >= SECONDS["d"] else f"{seconds / SECONDS['h']:g} hours"
 
 
+def changed_since(one: Candidate, found: list[Candidate], root: str) -> str:
+    """Why a run stays though the plan lets it go: what happened since. Deleting large runs takes minutes."""
+    if one.run is not None and one.run.files.read_status() != one.status:
+        return "it was resumed meanwhile"
+    new = {*run_directories(root, RUN_FOLDERS)} - {each.path for each in found}
+    if one.phase == ALIGNMENT.name and (new or beginning_launches(root)):
+        return "a run has begun meanwhile, which may need its aligner"
+    return ""
+
+
 class Pruning:
     """Does what the plan says."""
 
@@ -287,8 +297,9 @@ class Pruning:
             for one in found:
                 if one.run is None:
                     continue
-                if not one.why and one.run.files.read_status() != one.status:
-                    one.why = "it was resumed meanwhile"
+                changed = changed_since(one, found, self.root) if not one.why else ""
+                if changed:
+                    one.why = changed
                     report(f"{one.phase} {one.run_id[:8]}  stays: {one.why}")
                 elif not one.why and not self.options.checkpoints_only:
                     one.why = self._step(one.run_id[:8], one.phase, paths_of(one, self.root, False), partial(self._remove, one.run))

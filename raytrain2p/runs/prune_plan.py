@@ -15,7 +15,7 @@ from raytrain2p.runs.removal import KEEP, is_in_place
 from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_of, direction, summary_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_alive, is_empty, read_run, run_directories
-from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run
+from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run, beginning_launches
 from raytrain2p.tracking.run_directory import RunDirectory, RunStatus
 
 
@@ -124,6 +124,8 @@ def decide(
                 one.why = "running"
             if not one.why and unsent(one.run):
                 one.why = "unsent"
+            if not one.why and one.phase == ALIGNMENT.name and not checkpoints_only and (begins := beginning_launches(root)):
+                one.why = f"parent of launch {begins[0]}?"
     _keep_parents(found, root, remote)
 
 

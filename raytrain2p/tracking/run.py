@@ -136,6 +136,16 @@ def recorded_run(root: str, launch_id: str) -> Run | None:
     return replace(run, directory=run_path(root, run.phase, run.run_id, run.timestamp))
 
 
+def beginning_launches(root: str) -> list[str]:
+    """Launches under way that have no run yet: which aligner they take is not on record.
+
+    Raises:
+        DamagedFileError: the record of one is damaged.
+    """
+    held = [lock.stem for lock in launch_record(root, "any").parent.glob("[!.]*.lock") if Lock(lock).is_held()]
+    return [launch_id for launch_id in sorted(held) if recorded_run(root, launch_id) is None]
+
+
 def run_path(root: str, phase: str, run_id: str, timestamp: str) -> str:
     return str(Path(root) / phase / f"{run_id}_{timestamp}")
 

@@ -21,6 +21,7 @@ from raytrain2p.config.phases import SWEEPS
 from raytrain2p.launch.resume import check_resumable
 from raytrain2p.phases.inputs import InputDigests
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.runs import prune as prune_module
 from raytrain2p.runs.prune_plan import decide
 from raytrain2p.runs.removal import freed_by, leftovers
 from raytrain2p.storage.files import read_json, write_json
@@ -192,6 +193,25 @@ def test_what_never_goes(settings: Settings, why: Callable[..., Any]) -> None:
     assert gone(settings, plain)
     assert (outside / "model.pt").is_file()
     assert why(*words, "--mlflow", code=1)["h"] is None, "the run in MLflow goes, too"
+
+
+def test_no_aligner_goes_while_a_launch_begins_which_may_take_it(
+    settings: Settings, why: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = made(settings, "a", phase="alignment"), made(settings, "b", phase="alignment")
+    with lock_holder(launch_lock(settings.output.root, "begins").path):
+        assert why(first.run_id) == {"a": "parent of launch begins?", "b": "not named"}
+    assert why(first.run_id) == {"a": None, "b": "not named"}
+    whole = prune_module.Pruning.all
+
+    def late(pruning: Any, *plan: Any) -> int:
+        made(settings, "c")
+        return whole(pruning, *plan)
+
+    monkeypatch.setattr(prune_module.Pruning, "all", late)
+    assert prune(settings, first.run_id, "--yes") == 0
+    assert first.path.is_dir()
+    assert second.path.is_dir()
 
 
 def test_what_a_kept_run_needs_is_kept(settings: Settings, tmp_path: Path, why: Callable[..., Any]) -> None:
