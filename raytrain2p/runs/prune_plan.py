@@ -112,7 +112,7 @@ def decide(
     Raises:
         InputError: the metric to choose the best by is not that of any run, or nothing says whether less of it is better.
     """
-    last, best = _last(found, criteria), _best(found, criteria)
+    last, best, begins = _last(found, criteria), _best(found, criteria), beginning_launches(root)
     for one in found:
         if one.run is not None and one.summary is not None:
             known = remote.get(one.run_id, NOTHING)
@@ -124,7 +124,7 @@ def decide(
                 one.why = "running"
             if not one.why and unsent(one.run):
                 one.why = "unsent"
-            if not one.why and one.phase == ALIGNMENT.name and not checkpoints_only and (begins := beginning_launches(root)):
+            if not one.why and one.phase == ALIGNMENT.name and not checkpoints_only and begins:
                 one.why = f"parent of launch {begins[0]}?"
     _keep_parents(found, root, remote)
 
