@@ -1,4 +1,4 @@
-"""Kills between operations: an action in a child process, which ends without a word before its n-th change of a file or of MLflow."""
+"""Kills between operations: an action in a child process, which ends at once before its n-th change of a file or of MLflow."""
 
 import os
 import sys

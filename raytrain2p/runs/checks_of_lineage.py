@@ -12,7 +12,7 @@ from raytrain2p.config.phases import ALIGNMENT, SWEEPS
 from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, difference
 from raytrain2p.runs.lineage import content_of_aligner
 from raytrain2p.runs.removal import leftovers, name_of
-from raytrain2p.runs.summary import aligner_of, phase_of
+from raytrain2p.runs.summary import aligner_digest, aligner_of, phase_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_empty
 from raytrain2p.tracking.mlflow_runs import RemoteRun
@@ -139,9 +139,8 @@ class LineageChecks:
         if path is None:
             yield difference(run, named, "is missing, the aligner that this run was trained with", RESTORE)
             return
-        inputs: dict[str, Any] = (run.files.read_record() or {}).get("inputs", {})
-        wanted = [content.get("content") for setting, content in inputs.items() if setting.startswith("model.aligner=")]
-        if self.deep and wanted and (found := self.digest(path)) is not None and found != wanted[-1]:
+        wanted = aligner_digest((run.files.read_record() or {}).get("inputs", {}))
+        if self.deep and wanted and (found := self.digest(path)) is not None and found != wanted:
             yield difference(run, path, "has another content than the aligner that this run was trained with", RESTORE)
 
     def aligner_path(self, named: str, run_id: str | None) -> Path | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from raytrain2p.config.phases import ALIGNMENT
-from raytrain2p.runs.summary import RunSummary
+from raytrain2p.runs.summary import RunSummary, aligner_digest
 
 ALIGNER = "model.aligner"
 
@@ -16,7 +16,7 @@ def aligner_path(run: RunSummary) -> str:
 
 def aligner_content(run: RunSummary) -> str | None:
     """The digest of the aligner that a run began with, as its record has it."""
-    return next((parts.get("content") for key, parts in run.inputs.items() if key.startswith(f"{ALIGNER}=")), None)
+    return aligner_digest(run.inputs)
 
 
 def aligner_runs(runs: Sequence[RunSummary]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME, SWEEPS
 from raytrain2p.runs.removal import KEEP, is_in_place
-from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_of, direction, summary_of
+from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_digest, aligner_of, direction, summary_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_alive, is_empty, read_run, run_directories
 from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run, beginning_launches
@@ -282,11 +282,9 @@ def _aligners_like(files: RunDirectory, aligners: Mapping[str, Candidate]) -> li
     record: dict[str, Any] = {}
     with suppress(DamagedFileError):
         record = files.read_record() or {}
-    inputs = record.get("inputs", {})
-    wanted = {str(content.get("content")) for where, content in inputs.items() if where.startswith("model.aligner=")}
-    if not wanted:
+    if (wanted := aligner_digest(record.get("inputs", {}))) is None:
         return []
-    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path).artifact(ALIGNMENT)) in wanted]
+    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path).artifact(ALIGNMENT)) == wanted]
 
 
 @cache  # many runs may have taken copies

@@ -4,7 +4,7 @@ import ast
 import operator
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,6 +205,11 @@ def aligner_of(settings: dict[str, Any]) -> str | None:
     """The run ID of the aligner that the settings name, by the directory that it is in."""
     folder = Path(str(settings.get("model.aligner") or "")).parent.name
     return folder[:RUN_ID_LENGTH] if RUN_DIRECTORY.fullmatch(folder) else None
+
+
+def aligner_digest(inputs: Mapping[str, Mapping[str, str]]) -> str | None:
+    """The content of the aligner that a run began with, from the inputs in its run.json."""
+    return next((parts.get("content") for setting, parts in inputs.items() if setting.startswith("model.aligner=")), None)
 
 
 @dataclass(frozen=True)
