@@ -1,6 +1,6 @@
 """Media items (images, clips of sound, …): MEDIA says what each kind is; a reference says where its bytes are.
 
-No bytes are kept: they are read when an item is hashed, checked or encoded.
+No bytes are kept, but of what a program holds in memory: they are read when an item is hashed, checked or encoded.
 """
 
 import binascii
@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,14 @@ class MediaRef:
         source: a media file, or a Parquet or JSON file of records that holds the item.
         row: number of the row in a Parquet file, or byte at which the record begins in a JSON file.
         place: keys and indices that lead from the record to the item, such as `images.1`.
+        content: the encoded bytes themselves, of an item that is in no file; `source` and `place` then name it in messages.
     """
 
     modality: str
     source: str
     row: int | None = None
     place: str = ""
+    content: bytes | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The encoded bytes.
@@ -65,6 +67,8 @@ class MediaRef:
             OSError: the file cannot be read.
             ValueError: the item is not at that place any more.
         """
+        if self.content is not None:
+            return self.content
         if self.row is None:
             if (size := Path(self.source).stat().st_size) > MOST_BYTES:
                 raise ValueError(f"has {size:,} bytes, the most that is read is {MOST_BYTES:,}")
@@ -77,6 +81,8 @@ class MediaRef:
         return item_bytes(_walk(record, rest))
 
     def __str__(self) -> str:
+        if self.content is not None:
+            return f"{self.source} ({self.place})"
         if self.row is None:
             return self.source
         return f"in {self.source} at {'row' if self.source.endswith('.parquet') else 'byte'} {self.row} ({self.place})"
@@ -234,6 +240,18 @@ def decode_image(encoded: bytes) -> Image.Image:
         raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that are read") from None
     with _one_at_a_time(image.width * image.height, "pixels"):
         return _rgb(image)
+
+
+def image_bytes(image: Image.Image) -> bytes:
+    """An image that a program holds, as a PNG, which loses nothing; turned as its Exif tag says.
+
+    Raises:
+        ValueError, OSError: as `decode_image`.
+    """
+    image = ImageOps.exif_transpose(image)
+    stream = io.BytesIO()
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else _rgb(image)).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
 
 
 def _one_at_a_time(values: int, unit: str) -> AbstractContextManager[object]:

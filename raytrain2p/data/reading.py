@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.embedded import EMBEDDED, embedded_records
 from raytrain2p.data.files import rows, source_files
 from raytrain2p.data.formats import FORMATS, Format, format_of
@@ -153,6 +155,30 @@ def _readable(path: Path) -> Iterator[set[str]]:
     return ({key for key, value in row.value.items() if value is not None} for row in rows(path) if isinstance(row.value, Mapping))
 
 
+def records_in_memory(values: Mapping[str, Mapping[str, Any]]) -> list[Record]:
+    """Records of phase 2 that a program holds, each in a format of its own; answers are not needed. Media are files' names, relative to
+    the working directory, data URLs, bytes or PIL images.
+
+    Args:
+        values: by what messages call each one.
+
+    Raises:
+        InputError: every problem of every record.
+    """
+    file, records, problems = RecordFile(Path.cwd() / "record", in_memory=True), list[Record](), list[Problem]()
+    for where, fields in values.items():
+        row = Row(file, where, 0, fields)
+        kind = format_of([set(row.fields)])
+        if kind is None or INSTRUCTION.number not in kind.phases:
+            kind = FORMATS["instruction"]
+        row.check_keys(row.fields, tuple(kind.keys()))
+        records.append(_record(row, kind, INSTRUCTION.number, answered=False))
+        problems += row.problems
+    if problems:
+        raise InputError(problems)
+    return records
+
+
 def question_record(question: str, media: Mapping[str, Sequence[str]]) -> Record:
     """A question without an answer, as a person types it: files of media come first, unless placeholders say where.
 
@@ -160,8 +186,4 @@ def question_record(question: str, media: Mapping[str, Sequence[str]]) -> Record
         InputError: a file does not exist, or the numbers of placeholders and files differ.
     """
     fields = {"instruction": question} | {modality: list(files) for modality, files in media.items() if files}
-    row = Row(RecordFile(Path.cwd() / "question"), "the question", 0, fields)
-    record = _record(row, FORMATS["instruction"], 2, answered=False)
-    if row.problems:
-        raise InputError(row.problems)
-    return record
+    return records_in_memory({"the question": fields})[0]

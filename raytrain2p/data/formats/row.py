@@ -8,9 +8,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from raytrain2p.config import Problem
 from raytrain2p.config.paths import is_kind
-from raytrain2p.data.media import MEDIA, MediaRef, item_bytes
+from raytrain2p.data.media import MEDIA, MediaRef, image_bytes, item_bytes
 
 LONGEST_SHOWN = 200  # characters of a value in a message
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -18,9 +20,15 @@ LOCAL_FILE = "file://"
 
 
 class RecordFile:
-    """What the records of one file have in common. Records that use one media file share one reference to it."""
+    """What the records of one file have in common. Records that use one media file share one reference to it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file; media files are relative to its folder.
+        in_memory: there is no such file: the records come from a program, and references to what is inside them hold it.
+    """
+
+    def __init__(self, path: Path, in_memory: bool = False) -> None:
+        self.in_memory = in_memory
         self.path, self.folder, self.is_parquet = str(path), path.parent, path.suffix == ".parquet"
         self.modalities = tuple(MEDIA)
         self.placeholders = re.compile("|".join(f"<{modality}>" for modality in MEDIA))
@@ -107,7 +115,11 @@ class Row:
         return found
 
     def media(self, modality: str, value: Any, place: str) -> MediaRef | None:
-        """The reference to an item: a file's name, a data URL, or in Parquet {bytes, path}; None, and a problem, if it is bad."""
+        """The reference to an item: a file's name, a data URL, or in Parquet {bytes, path}; None, and a problem, if it is bad. From a
+        program it may also be a Path, bytes or a PIL image."""
+        if self.file.in_memory and isinstance(value, bytes | Image.Image):
+            return self.held(modality, value, place)
+        value = str(value) if self.file.in_memory and isinstance(value, Path) else value
         if self.file.is_parquet and isinstance(value, bool | Mapping):
             content, path = (value.get("bytes"), value.get("path")) if isinstance(value, Mapping) else (value, None)
             if content:
@@ -133,11 +145,22 @@ class Row:
     def embedded(self, modality: str, encoded: str, place: str) -> MediaRef | None:
         """The reference to an item that is inside the record, in base64."""
         try:
-            item_bytes(encoded)
+            content = item_bytes(encoded)
         except ValueError as error:
             self.bad(f"`{place}` {error}", cause=f"{modality} that is not base64")
             return None
+        if self.file.in_memory:
+            return self.held(modality, content, place)
         return MediaRef(modality, self.file.path, self.start, sys.intern(place))
+
+    def held(self, modality: str, value: bytes | Image.Image, place: str) -> MediaRef | None:
+        """The reference to an item that a program holds."""
+        try:
+            content = value if isinstance(value, bytes) else image_bytes(value)
+        except (ValueError, OSError) as error:
+            self.bad(f"`{place}` is an image that cannot be used: {error}")
+            return None
+        return MediaRef(modality, self.where, place=place, content=content)
 
 
 def present(fields: Mapping[str, Any]) -> dict[str, Any]:
