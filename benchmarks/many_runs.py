@@ -30,7 +30,7 @@ from PIL import Image
 
 from raytrain2p.config import InstructionSettings, Settings, load_settings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES, SWEEPS, Phase
-from raytrain2p.models.artifacts import load_artifact, save_artifact
+from raytrain2p.models.artifacts import load_artifact, recorded_digest, save_artifact
 from raytrain2p.phases.inputs import described, split_sources
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.sweep.load import load_sweep
@@ -192,7 +192,12 @@ class Store:
         write_file(run.files.training_curve, self.plot)
         write_json(run.files.test_metrics, tests)
         best, last = best_checkpoint(run.checkpoints), last_checkpoint(run.checkpoints)
-        write_json(run.files.result, asdict(Outcome(run.run_id, run.directory, str(best), str(last), str(artifact), tests | losses, steps)))
+        write_json(
+            run.files.result,
+            asdict(
+                Outcome(run.run_id, run.directory, str(best), str(last), str(artifact), tests | losses, steps, recorded_digest(artifact))
+            ),
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(self.random.randrange(2**31))

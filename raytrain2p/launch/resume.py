@@ -103,4 +103,5 @@ def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | No
     if planned > trained:
         return None
     here = {key: value.replace(outcome["directory"], run.directory) for key, value in outcome.items() if isinstance(value, str)}
-    return Outcome(**{field.name: (outcome | here)[field.name] for field in fields(Outcome)})
+    known = {field.name for field in fields(Outcome)}
+    return Outcome(**{name: value for name, value in (outcome | here).items() if name in known})

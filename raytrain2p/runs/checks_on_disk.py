@@ -173,17 +173,20 @@ def checkpoints(run: Run, alive: bool) -> Iterator[Difference]:
 
 
 def artifact(run: Run, alive: bool) -> Iterator[Difference]:
-    """The digest in an artifact is that of its content, and it has all parts."""
+    """The digest in an artifact is that of its content and that of the result, and it has all parts."""
     if run.phase not in PHASES_BY_NAME or not (path := run.files.artifact(PHASES_BY_NAME[run.phase])).is_file():
         return
     from raytrain2p.config import InputError
     from raytrain2p.models.artifacts import load_artifact  # imports torch
 
     try:
-        load_artifact(path, PHASES_BY_NAME[run.phase])
+        found = load_artifact(path, PHASES_BY_NAME[run.phase])
     except InputError as error:
         problem = error.problems[0]
         yield difference(run, problem.where, problem.what, problem.fix)
+        return
+    if not alive and (wanted := run.files.artifact_digest()) not in (None, found["digest"]):
+        yield difference(run, path, f"has the digest {found['digest'][:12]}, {run.files.result.name} has {wanted[:12]}", RESTORE)
 
 
 def plots(run: Run, alive: bool) -> Iterator[Difference]:

@@ -144,9 +144,10 @@ def aligner_wanted(wanted: str, known: Sequence[RunSummary]) -> tuple[str | None
         return aligner_of({ALIGNER: str(path.absolute())}), content_of_aligner(path)
     run_id = run_of(wanted, [one for one in known if one.phase == ALIGNMENT.name], [one.aligner for one in known], "--aligner")
     directory = next((one.directory for one in known if one.run_id == run_id), None)
-    artifact = RunDirectory(Path(directory or "/nowhere")).artifact(ALIGNMENT)
+    files = RunDirectory(Path(directory or "/nowhere"))
+    artifact = files.artifact(ALIGNMENT)
     try:
-        return run_id, content_of_aligner(artifact) if artifact.is_file() else None
+        return run_id, files.artifact_digest() or (content_of_aligner(artifact) if artifact.is_file() else None)
     except InputError as error:
         report(f"copies of the aligner are not found: {artifact} {one_line(error.problems[0].what)}")
         return run_id, None

@@ -284,14 +284,17 @@ def _aligners_like(files: RunDirectory, aligners: Mapping[str, Candidate]) -> li
         record = files.read_record() or {}
     if (wanted := aligner_digest(record.get("inputs", {}))) is None:
         return []
-    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path).artifact(ALIGNMENT)) == wanted]
+    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path)) == wanted]
 
 
 @cache  # many runs may have taken copies
-def _digest(aligner: Path) -> str | None:
-    from raytrain2p.models.artifacts import recorded_digest  # with torch, which takes seconds: few runs need it
+def _digest(files: RunDirectory) -> str | None:
+    with suppress(DamagedFileError):
+        if (known := files.artifact_digest()) is not None:
+            return known
+    from raytrain2p.models.artifacts import recorded_digest  # with torch, which takes seconds: runs of earlier versions need it
 
-    return recorded_digest(aligner)
+    return recorded_digest(files.artifact(ALIGNMENT))
 
 
 def as_json(one: Candidate) -> dict[str, Any]:

@@ -144,8 +144,8 @@ def runs_of(request: Request, found: Verified) -> list[Run]:
 
 
 class Stores:
-    """The MLflow stores that runs were sent to. Each is asked for all of its runs at once; one that does not answer is reported once,
-    and not asked again.
+    """The MLflow stores that runs were sent to. Each is asked once for all of its runs, which come page by page while others are
+    checked; one that does not answer is reported once, and not asked again.
 
     Args:
         request: with the tracking URI, if it was given; else each run has its own on record.
@@ -153,29 +153,35 @@ class Stores:
 
     def __init__(self, request: Request, runs: list[Run], found: Verified) -> None:
         self.given, self.found = request.uri, found
-        self.remotes: dict[str, dict[str, RemoteRun] | None] = {}
-        for uri in dict.fromkeys(self.uri_of(run) for run in runs):
-            self.ask(uri)
+        uris = {self.uri_of(run) for run in runs}
         uri = request.settings.tracking.uri
-        if not request.names and uri not in self.remotes and store_exists(uri) and (request.uri or not runs):
-            self.ask(uri)
+        if not request.names and uri not in uris and store_exists(uri) and (request.uri or not runs):
+            uris.add(uri)
+        self.coming = {uri: our_runs(uri) for uri in sorted(uris)}
+        self.remotes: dict[str, dict[str, RemoteRun]] = {uri: {} for uri in self.coming}  # that came
 
     def uri_of(self, run: Run) -> str:
         return self.given or run.tracking_uri
 
-    def ask(self, uri: str) -> None:
+    def receive(self, uri: str, until: str = "") -> None:
+        """Receive runs until that one has come; else all."""
         try:
-            self.remotes[uri] = {remote.run_id: remote for remote in our_runs(uri)}
+            for remote in self.coming[uri]:
+                self.remotes[uri][remote.run_id] = remote
+                if remote.run_id == until:
+                    return
         except StorageError as error:
             self.not_compared(uri, str(error))
 
     def not_compared(self, uri: str, why: str) -> None:
-        self.remotes[uri] = None
+        del self.coming[uri]
         self.found.differences.append(Difference("MLflow", "", uri, f"was not compared: {why}", "verify again when it answers"))
 
     def all_runs(self) -> Iterator[RemoteRun]:
-        for remotes in self.remotes.values():
-            yield from (remotes or {}).values()
+        for uri in [*self.coming]:
+            self.receive(uri)
+        for uri in self.coming:
+            yield from self.remotes[uri].values()
 
     def check(self, run: Run, unfinished: bool, deep: bool, damaged_files: set[str]) -> Iterator[Difference]:
         """A run against its store.
@@ -184,10 +190,11 @@ class Stores:
             unfinished: what MLflow lacks is sent by the process that works on it, or by `reconcile`.
         """
         uri = self.uri_of(run)
-        remotes = self.remotes[uri]
-        if remotes is None:
+        if uri in self.coming and run.run_id not in self.remotes[uri]:
+            self.receive(uri, run.run_id)
+        if uri not in self.coming:
             return
-        remote, sync = remotes.get(run.run_id), MlflowSync(run, uri)
+        remote, sync = self.remotes[uri].get(run.run_id), MlflowSync(run, uri)
         for name, reason in sync.refusals().items():
             self.found.refused.append(f"{run.phase} {run.run_id[:8]}  MLflow does not take {name} ({reason}); the directory has it")
         yield from check_record(run, sync, remote, unfinished)

@@ -1,6 +1,7 @@
 """What MLflow has: its runs of ours and its registered model versions, as plain data."""
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,14 +125,14 @@ def registered_versions(uri: str) -> dict[str, list[str]]:
 
 
 def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    """All items of an answer that comes in pages."""
-    token = None
-    while True:
-        items: Sequence[Any] = page(token)
-        yield from items
-        token = getattr(items, "token", None)
-        if not token:
-            return
+    """All items of an answer that comes in pages. The next page is asked for while the items of one are worked on."""
+    with ThreadPoolExecutor(1, "mlflow-page") as thread:
+        coming: Future[Any] | None = thread.submit(page, None)
+        while coming is not None:
+            items = coming.result()
+            token = getattr(items, "token", None)
+            coming = thread.submit(page, token) if token else None
+            yield from items
 
 
 def _remote(found: MlflowRun, names: dict[str, str], uri: str) -> RemoteRun:

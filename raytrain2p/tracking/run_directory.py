@@ -126,6 +126,15 @@ class RunDirectory:
     def artifact(self, phase: Phase) -> Path:
         return self.path / phase.artifact
 
+    def artifact_digest(self) -> str | None:
+        """That of the artifact that the result names; None if there is no result, or an earlier version wrote it.
+
+        Raises:
+            DamagedFileError: result.json is damaged.
+        """
+        digest = (read_as(self.result, dict[str, Any]) or {}).get("digest")
+        return str(digest) if digest else None
+
     def comparison(self, ids: Sequence[str]) -> Path:
         """The plot of this run and others."""
         return self.plots / f"comparison_{'_'.join(ids)}.png"

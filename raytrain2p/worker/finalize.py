@@ -12,6 +12,7 @@ from PIL import Image
 
 from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.data.media import MEDIA, MediaRef, decode
+from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Split
@@ -145,6 +146,7 @@ def outcome_of(run: Run, metrics: dict[str, float], steps: int) -> Outcome:
         str(artifact_path(run)),
         metrics | last_values(run.files.metrics, ("val/loss", "train_loss")),
         steps,
+        recorded_digest(artifact_path(run)),
     )
 
 

@@ -65,3 +65,4 @@ class Outcome:
     artifact: str
     metrics: dict[str, float]
     steps: int = 0  # optimizer steps that it was trained; 0 in a result of an earlier version
+    digest: str | None = None  # of the artifact; None in a result of an earlier version

@@ -10,6 +10,7 @@ from raytrain2p.config import Settings
 from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.run import SWEEP_TAG, Run
 from tests.runs.made import printed, sent, trained
@@ -102,6 +103,7 @@ def test_a_store_that_is_away_is_a_line_and_the_directories_are_found(family: di
 
 def test_what_fits_nothing_is_a_problem_and_a_damaged_run_a_line(family: dict[str, Run], capsys: pytest.CaptureFixture[str]) -> None:
     root = f"output.root={family['direct'].path.parent.parent}"
+    content = load_artifact(family["aligner"].files.artifact(ALIGNMENT), ALIGNMENT)["digest"]
     for words, problem in (
         (("zz", "yy"), "2 problems"),
         (("--aligner", "zz"), "no run came from it"),
@@ -109,7 +111,11 @@ def test_what_fits_nothing_is_a_problem_and_a_damaged_run_a_line(family: dict[st
     ):
         assert runs.main(["find", "--no-mlflow", root, *words]) == 2
         assert problem in capsys.readouterr().err
-    family["aligner"].files.artifact(ALIGNMENT).write_bytes(b"torn")
+    artifact, result = family["aligner"].files.artifact(ALIGNMENT), family["aligner"].files.result
+    artifact.write_bytes(b"torn")
+    write_json(result, {"digest": content})
+    assert found(family, capsys, "--no-mlflow", "--aligner", "aligner") == ["direct", "copied"]  # by the digest that the run recorded
+    result.unlink()
     assert runs.main(["find", "--no-mlflow", root, "--aligner", "aligner"]) == 0  # by the place alone
     out, err = capsys.readouterr()
     assert out.splitlines()[0] == f"{family['direct'].run_id}  phase2"

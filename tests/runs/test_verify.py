@@ -227,6 +227,11 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
         "",
     ),
     "a bit of the artifact flipped": (lambda s: flip(s.tuned.files.artifact(INSTRUCTION)), "the digest in it differs", ""),
+    "another whole artifact": (
+        lambda s: edit(s.tuned.files.result, digest="0" * 64),
+        f"result.json has {'0' * 12}",
+        "",
+    ),
     # between runs
     "a launch's record is torn": (lambda s: tear(launch_record(s.root, "failed")), "failed.json is not JSON", "fast"),
     "a launch's record is gone": (lambda s: launch_record(s.root, "failed").unlink(), "failed.json does not record this run", "fast"),
