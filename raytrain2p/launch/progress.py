@@ -63,7 +63,13 @@ class Console:
         stream = stream or own_stderr()
         terminal = stream.isatty()
         self.rich = RichConsole(
-            file=stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
+            file=stream,
+            force_terminal=terminal,
+            force_jupyter=False,  # it would show lines as HTML, and not on the stream
+            width=None if terminal else PLAIN_WIDTH,
+            markup=False,
+            emoji=False,
+            highlight=False,
         )
         self.live = terminal and not self.rich.is_dumb_terminal
         self._status: Live | None = None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 LOGGERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning")
+STDERR = 2  # its file descriptor
 
 
 def quiet() -> None:
@@ -30,21 +31,24 @@ def muted_stderr(verbose: bool) -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = os.dup(STDERR)
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
+    os.dup2(devnull, STDERR)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(kept, STDERR)
         os.close(devnull)
         os.close(kept)
 
 
 def own_stderr() -> TextIO:
-    """A duplicate of standard error; where that has no file descriptor, as under pytest, standard error itself."""
+    """A duplicate of standard error; where that has another file descriptor or none, so that `muted_stderr` does not discard it, standard
+    error itself. That of a notebook shows its lines in the cell, and has the descriptor of the notebook server's terminal."""
     try:
-        raw = _Output(os.dup(sys.stderr.fileno()), "w")
+        if sys.stderr.fileno() != STDERR:
+            return sys.stderr
+        raw = _Output(os.dup(STDERR), "w")
     except OSError:
         return sys.stderr
     return io.TextIOWrapper(io.BufferedWriter(raw), sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
