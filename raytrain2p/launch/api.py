@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,8 @@ def train(
         words += ["--resume", wanted]
     words += given if resume is not None and config is None else changed(checked, load_settings(number))
 
-    from raytrain2p.launch.driver import launch
+    with quiet_imports():
+        from raytrain2p.launch.driver import launch
 
     command = command_line("train", words)
     with called(quiet) as console:
@@ -164,6 +166,18 @@ def _at(tree: Any, key: str) -> tuple[str, Any]:
         tree = tree[name]
         done.append(name)
     return ".".join(done), tree
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Within, Ray and tqdm do not report as they are imported that a notebook lacks packages of widgets."""
+    widgets = logging.getLogger("ray.widgets")
+    level = widgets.level
+    widgets.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    widgets.setLevel(level)
 
 
 @contextmanager

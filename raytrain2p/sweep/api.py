@@ -9,7 +9,7 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.program import as_overrides
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
-from raytrain2p.launch.api import CallableModule, GivenSettings, called, command_line, config_of
+from raytrain2p.launch.api import CallableModule, GivenSettings, called, command_line, config_of, quiet_imports
 
 if TYPE_CHECKING:
     from raytrain2p.sweep.results import SweepOutcome
@@ -59,18 +59,22 @@ def sweep(
             config["sweep"] = {"phase": phase}
         checked, run = load_sweep(config, given), None
     problems.raise_any()
-    words = [] if config is None or isinstance(config, dict) else ["--config", str(config)]
+    with quiet_imports():
+        from raytrain2p.sweep.results import sweep_config
+        from raytrain2p.sweep.run import run_sweep
+
+    words = [*(["--config", str(config)] if config is not None else []), *given]
+    if isinstance(config, dict):
+        words = as_overrides(sweep_config(checked), known, problems)
     if resume is not None:
         from raytrain2p.tracking.find import name_of
 
         wanted = name_of(resume)
         checked, run = resumed(checked, wanted, config, given)
-        words = ["--resume", wanted]
-
-    from raytrain2p.sweep.run import run_sweep
+        words = ["--resume", wanted, *given]
 
     with called(quiet) as console:
-        return run_sweep(checked, run, ray_logs, console, accept_changed_inputs, command_line("tune", [*words, *given]))
+        return run_sweep(checked, run, ray_logs, console, accept_changed_inputs, command_line("tune", words))
 
 
 def resumed(sweep: "Sweep", wanted: str, config: Any, overrides: Sequence[str]) -> "tuple[Sweep, Run]":
