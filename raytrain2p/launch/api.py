@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import shlex
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from raytrain2p.tracking.run_directory import RunDirectory
     from raytrain2p.worker.job import Outcome
 
+_RUNNING = threading.Lock()
 GivenSettings = RunSettings | Mapping[str, Any] | str | Path | None
 
 
@@ -185,11 +187,17 @@ def called(quiet: bool) -> "Iterator[Console]":
     """Within, a launch runs on behalf of a program, whose loggers are as before in the end; yields the console to print on.
 
     Errors that end it have no trace of Ray's, and name the run that can be resumed.
+
+    Raises:
+        InputError: another thread is in such a call: the session of Ray and standard error are those of the whole process.
     """
     from raytrain2p.launch.monitor import TrainingFailedError
     from raytrain2p.launch.progress import Console
     from raytrain2p.launch.quiet import LOGGERS
 
+    if not _RUNNING.acquire(blocking=False):
+        what = "another call of train or sweep in this process has not ended"
+        raise InputError(Problem("raytrain2p", what, "wait for its end, or call from a process of its own"))
     levels = {name: logging.getLogger(name).level for name in LOGGERS}
     with Path(os.devnull).open("w") as nowhere:
         try:
@@ -203,6 +211,7 @@ def called(quiet: bool) -> "Iterator[Console]":
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+            _RUNNING.release()
 
 
 class CallableModule(ModuleType):

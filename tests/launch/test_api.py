@@ -105,6 +105,13 @@ def test_the_programs_loggers_are_as_before() -> None:
         logger.setLevel(logging.NOTSET)
 
 
+def test_one_call_at_a_time_is_under_way() -> None:
+    with called(quiet=True), pytest.raises(InputError, match="has not ended"), called(quiet=True):
+        pass
+    with called(quiet=True):
+        pass
+
+
 class Workers:
     """Which stop when they are asked to."""
 
