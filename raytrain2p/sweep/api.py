@@ -59,22 +59,22 @@ def sweep(
             config["sweep"] = {"phase": phase}
         checked, run = load_sweep(config, given), None
     problems.raise_any()
-    with quiet_imports():
-        from raytrain2p.sweep.results import sweep_config
-        from raytrain2p.sweep.run import run_sweep
 
-    words = [*(["--config", str(config)] if config is not None else []), *given]
-    if isinstance(config, dict):
-        words = as_overrides(sweep_config(checked), known, problems)
+    wanted: str | None = None
     if resume is not None:
         from raytrain2p.tracking.find import name_of
 
         wanted = name_of(resume)
         checked, run = resumed(checked, wanted, config, given)
-        words = ["--resume", wanted, *given]
+
+    def command(sweep: "Run") -> str:
+        return command_line("tune", ["--config", str(sweep.files.config)] if wanted is None else ["--resume", wanted, *given])
+
+    with quiet_imports():
+        from raytrain2p.sweep.run import run_sweep
 
     with called(quiet) as console:
-        return run_sweep(checked, run, ray_logs, console, accept_changed_inputs, command_line("tune", words))
+        return run_sweep(checked, run, ray_logs, console, accept_changed_inputs, command)
 
 
 def resumed(sweep: "Sweep", wanted: str, config: Any, overrides: Sequence[str]) -> "tuple[Sweep, Run]":

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Problem
@@ -37,7 +38,7 @@ def run_sweep(
     verbose: bool,
     console: Console,
     accept_changed_inputs: bool = False,
-    command: str | None = None,
+    command: Callable[[Run], str] = lambda run: typed_command("raytrain2p.tune"),
 ) -> SweepOutcome:
     """Run a sweep, or resume one.
 
@@ -45,7 +46,7 @@ def run_sweep(
         resumed: the run of a sweep to resume.
         verbose: show Ray's own output.
         accept_changed_inputs: trials may be resumed with inputs of other content.
-        command: shell line that runs the same; None takes what was typed.
+        command: shell line that runs the same as the run of the sweep; by default what was typed.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -66,7 +67,7 @@ def _run_sweep(
     verbose: bool,
     console: Console,
     accept_changed_inputs: bool,
-    command: str | None,
+    command: Callable[[Run], str],
 ) -> SweepOutcome:
     sweep, inputs_by_key = check_sweep(sweep, console)
     root, options = sweep.base.output.root, sweep.options
@@ -115,18 +116,18 @@ def run_trials(
     capacity: Capacity,
     verbose: bool,
     console: Console,
-    command: str | None,
+    command: Callable[[Run], str],
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
     source, at_once = source_tags("raytrain2p.tune"), trials_at_once(sweep, capacity)
     run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, source)
-    command, launched = command or typed_command("raytrain2p.tune"), time.time()
-    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page, "launched": launched}
+    shell_line, launched = command(run), time.time()
+    describe = {"config": sweep_config(sweep), "command": shell_line, "facts": {}, "page": sweep_page, "launched": launched}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
         job = SweepJob(
             sweep,
             launch_id,
-            command,
+            shell_line,
             launched,
             run,
             {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id} | source,
