@@ -180,6 +180,6 @@ def test_a_program_gives_a_dictionary_or_checked_settings_in_place_of_a_file(tmp
         load_sweep({"sweep": {"num_trials": 0, "space": SPACE}} | BASE)
     phase1 = load_settings(1, None, ["training.max_steps=7", "checkpoint.best_of=saves", "checkpoint.every_steps=5"])
     space = '{"model.hidden": {"choice": [16, 32]}}'
-    sweep = load_sweep(as_tree(phase1) | {"sweep": {"phase": 1}}, [f"sweep.space={space}", "sweep.metric=train_loss"])
+    sweep = load_sweep(as_tree(phase1) | {"sweep": {"phase": 1, "num_trials": 2}}, [f"sweep.space={space}", "sweep.metric=train_loss"])
     assert (sweep.options.phase, [axis.setting for axis in sweep.axes]) == (1, ["model.hidden"])
     assert sweep.base == phase1
