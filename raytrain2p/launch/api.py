@@ -20,6 +20,7 @@ from raytrain2p.config.program import as_overrides, as_tree, written
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings
 from raytrain2p.interrupts import StoppedError
+from raytrain2p.launch import PROGRAM_BARS
 
 if TYPE_CHECKING:
     from raytrain2p.launch.progress import Console
@@ -172,12 +173,19 @@ def _at(tree: Any, key: str) -> tuple[str, Any]:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Within, Ray and tqdm do not report as they are imported that a notebook lacks packages of widgets."""
+    """Within, Ray and tqdm do not report as they are imported that a notebook lacks packages of widgets. The program's own progress bars
+    stay: tqdm reads while it is imported whether it shows any.
+    """
     widgets = logging.getLogger("ray.widgets")
     level = widgets.level
     widgets.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        ours = os.environ.pop("TQDM_DISABLE", "1")
+        if PROGRAM_BARS is not None:
+            os.environ["TQDM_DISABLE"] = PROGRAM_BARS
+        importlib.import_module("tqdm.auto")
+        os.environ["TQDM_DISABLE"] = ours
         yield
     widgets.setLevel(level)
 

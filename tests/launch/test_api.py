@@ -5,6 +5,8 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -145,3 +147,12 @@ def test_outside_the_main_thread_no_handler_is_set() -> None:
     thread.start()
     thread.join()
     assert tuple(seen) == before
+
+
+@pytest.mark.parametrize(("variables", "shown"), [({}, True), ({"TQDM_DISABLE": "1"}, False)])
+def test_progress_bars_are_the_programs_affair(variables: dict[str, str], shown: bool, tmp_path: Path) -> None:
+    """tqdm reads TQDM_DISABLE once, while it is imported."""
+    script = "from raytrain2p.launch.api import quiet_imports\nwith quiet_imports(): pass\nfrom tqdm import tqdm\nlist(tqdm(range(3)))"
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"} | variables
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert ("3/3" in done.stderr) == shown
