@@ -235,6 +235,6 @@ def test_ctrl_c_ends_the_workers_and_not_the_program(own: bool, workdir: Path, m
     done = subprocess.run([sys.executable, "-c", lines], cwd=workdir, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     first, *rest = done.stdout.splitlines()
-    assert re.fullmatch(r"stopped run (\w{32}) is in .*/\1_\d{8}_\d{6}; resume it with resume='\w{8}'", first)
+    assert re.fullmatch(r"stopped run (\w{32}) can be resumed with resume='.*/\1_\d{8}_\d{6}'", first)
     assert rest == ["stopped again", "then 6"]
     assert (workdir / "mlflow.db").is_file()

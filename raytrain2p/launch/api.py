@@ -214,7 +214,7 @@ def called(quiet: bool) -> "Iterator[Console]":
             raise failed from None
         except StoppedError as stopped:
             if (run := stopped.run) is not None:
-                stopped.add_note(f"run {run.run_id} is in {run.directory}; resume it with resume={run.run_id[:8]!r}")
+                stopped.add_note(f"run {run.run_id} can be resumed with resume={run.directory!r}")
             raise
         finally:
             for name, level in levels.items():

@@ -82,7 +82,7 @@ class RunActor(ProgressActor):
 
     def __init__(self) -> None:
         super().__init__()
-        self.controller: ActorHandle | None = None
+        self.controller: asyncio.Queue[ActorHandle] = asyncio.Queue()
         self.points: list[MetricPoint] = []
         self.stop, self.training = asyncio.Event(), False
         self.reports: asyncio.Queue[TrialReport] = asyncio.Queue()
@@ -104,11 +104,10 @@ class RunActor(ProgressActor):
         await self.stop.wait()
 
     async def put_controller(self, controller: ActorHandle) -> None:
-        self.controller = controller
+        await self.controller.put(controller)
 
-    async def take_controller(self) -> ActorHandle | None:
-        controller, self.controller = self.controller, None
-        return controller
+    async def take_controller(self) -> ActorHandle:
+        return await self.controller.get()
 
     async def end_of_training(self) -> None:
         self.training = False
@@ -200,8 +199,8 @@ class RunChannel(Channel[StepProgress | Stage]):
         self.actor.put_controller.remote(controller)
 
     def end_workers(self) -> None:
-        """End the workers at once, and their controller. Returns when they have ended, or do not answer."""
-        with contextlib.suppress(ray.exceptions.RayError):  # it ends in the call
+        """End the workers at once, and their controller, which may only just start. Returns when they have ended, or do not answer."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the controller ends in the call
             controller = ray.get(self.actor.take_controller.remote(), timeout=SECONDS_TO_ANSWER)
             ray.get(controller.abort.remote(), timeout=SECONDS_TO_ANSWER)
 

@@ -90,7 +90,7 @@ def test_a_failure_names_the_run_and_hides_the_errors_of_ray() -> None:
 def test_an_interruption_names_the_run_to_resume() -> None:
     stopped = ended_by(StoppedError(signal.SIGINT))
     assert isinstance(stopped, KeyboardInterrupt)
-    assert stopped.__notes__ == [f"run {'a' * 32} is in /runs/a; resume it with resume='aaaaaaaa'"]
+    assert stopped.__notes__ == [f"run {'a' * 32} can be resumed with resume='/runs/a'"]
 
 
 def test_the_programs_loggers_are_as_before() -> None:
