@@ -1,14 +1,17 @@
-"""`python -m raytrain2p.train --phase {1,2} [--config FILE] [key=value ...]`: train one phase."""
+"""`python -m raytrain2p.train --phase {1,2} [--config FILE] [key=value ...]`: train one phase. A program calls `raytrain2p.train(...)`,
+which is this module too: see launch/api.py.
+"""
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
 
-from raytrain2p.config import InputError, Problem, Settings, base_directory, load_settings
+from raytrain2p.config import base_directory, load_settings
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code, say
 from raytrain2p.config.phases import PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
+from raytrain2p.launch.api import TrainModule, resumed
 
 DRY_RUN = "--dry-run"
 
@@ -54,7 +57,7 @@ def train(options: argparse.Namespace) -> int:
     """
     settings = load_settings(options.phase, options.config, options.overrides)
     if options.resume is not None:
-        settings, options.launch_id = resumed(settings, options)
+        settings, options.launch_id = resumed(settings, options.phase, options.resume, options.launch_id, options.config, options.overrides)
 
     # Imported here: `--help` and wrong settings need none of them.
     from raytrain2p.launch.driver import check, checked_launch_id, launch, run_to_resume
@@ -73,7 +76,7 @@ def train(options: argparse.Namespace) -> int:
         with stoppable():
             outcome = launch(settings, options.phase, options.launch_id, options.ray_logs, console, options.accept_changed_inputs)
     except TrainingFailedError as error:
-        console.say(failed_text(error, error.run, base_directory(), "--phase", str(options.phase)))
+        console.say(failed_text(error.reason, error.run, base_directory(), "--phase", str(options.phase)))
         return FAILED
     except StoppedError as stopped:
         console.say(stopped_line(stopped, "train", "--phase", str(options.phase)))
@@ -84,25 +87,7 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
-def resumed(settings: Settings, options: argparse.Namespace) -> tuple[Settings, str]:
-    """The settings and the launch ID of the run to resume. The settings are the run's own, unless `--config` is given.
-
-    Raises:
-        InputError: no such run, or a launch ID as well.
-    """
-    from raytrain2p.tracking.find import check_in_place, find_run
-    from raytrain2p.tracking.mlflow_store import check_password
-
-    if options.launch_id is not None:
-        raise InputError(Problem("--resume with --launch-id", "each of them names the run to resume", "give one of them"))
-    run = find_run(settings.output.root, [PHASES[options.phase].name], options.resume, "--resume")
-    run.files.check()
-    if options.config is None and run.files.read_config() is not None:
-        settings = load_settings(options.phase, run.files.config, [*run.files.moved_settings(), *options.overrides])
-    check_password(settings.tracking.uri)
-    check_in_place(run, settings.output.root, f"--resume {options.resume}")
-    return settings, run.launch_id
-
+sys.modules[__name__].__class__ = TrainModule
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,16 +4,13 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
-from raytrain2p.config import InputError, Problem, base_directory
+from raytrain2p.config import base_directory
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
+from raytrain2p.sweep.api import resumed
 from raytrain2p.sweep.load import load_sweep
-from raytrain2p.sweep.settings import Sweep, SweepSettings
-
-if TYPE_CHECKING:
-    from raytrain2p.tracking.run import Run
+from raytrain2p.sweep.settings import SweepSettings
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -36,31 +33,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def resumed(sweep: Sweep, options: argparse.Namespace) -> tuple[Sweep, "Run"]:
-    """The sweep to resume, and its run.
-
-    Raises:
-        InputError: there is none, or it cannot be resumed with these settings.
-    """
-    from raytrain2p.config.phases import SWEEPS
-    from raytrain2p.sweep.results import TrialRecords, check_unchanged
-    from raytrain2p.tracking.find import check_in_place, find_run
-    from raytrain2p.tracking.mlflow_store import check_password
-
-    if options.config is not None:
-        what = "a sweep is resumed with its own settings"
-        raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
-    run = find_run(sweep.base.output.root, [SWEEPS], options.resume, "--resume")
-    run.files.check()
-    TrialRecords(run.path, sweep.base.output.root).trials()
-    if (before := run.files.read_config()) is not None:
-        sweep = load_sweep(run.files.config, [*run.files.moved_settings(), *options.overrides])
-        check_unchanged(run, sweep, before)
-    check_password(sweep.base.tracking.uri)
-    check_in_place(run, sweep.base.output.root, f"--resume {options.resume}")
-    return sweep, run
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 (a trial did not end, or none succeeded) or 2; 129, 130 and 143 if stopped."""
     options = parse(arguments)
@@ -75,7 +47,7 @@ def tune(options: argparse.Namespace) -> int:
     """
     sweep, run = load_sweep(options.config, options.overrides), None
     if options.resume is not None:
-        sweep, run = resumed(sweep, options)
+        sweep, run = resumed(sweep, options.resume, options.config, options.overrides)
 
     from raytrain2p.launch.progress import Console
     from raytrain2p.launch.summary import stopped_line

@@ -1,6 +1,7 @@
 """From a YAML file and `key=value` overrides to checked, frozen settings; all problems are reported at once."""
 
 import contextlib
+import copy
 import difflib
 import errno
 import re
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.paths import absolute_paths, packaged_config
 from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.program import GIVEN
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, Source, cross_field_problems, flatten_tree
 
@@ -95,22 +97,22 @@ for tag, pattern, first in (
 SettingsLoader.add_constructor("tag:yaml.org,2002:int", SettingsLoader.construct_number)
 
 
-def load_settings(phase: int, config: str | Path | None = None, overrides: Sequence[str] = ()) -> Settings:
+def load_settings(phase: int, config: str | Path | dict[str, Any] | None = None, overrides: Sequence[str] = ()) -> Settings:
     """Read, merge and check the settings of one run.
 
     Args:
         phase: 1 (alignment) or 2 (instruction).
-        config: a YAML file; None takes the packaged one of the phase.
+        config: a YAML file, or its groups as a dictionary; None takes the packaged file of the phase.
         overrides: `dotted.key=value` pairs, each value read as YAML; later ones win.
 
     Raises:
         InputError: the file cannot be read, or keys or values are wrong.
     """
-    path = Path(config) if config is not None else packaged_config(f"phase{phase}")
+    path = path_of(config, f"phase{phase}")
     typed: dict[str, Any] = {}
     with Findings() as findings:
         merge_overrides(typed, overrides)
-    tree = read_yaml(path) if config is not None else packaged_tree(phase, typed)
+    tree = read_tree(config) if config is not None else packaged_tree(phase, typed)
     with contextlib.suppress(InputError):  # collected already
         merge_overrides(tree, overrides)
     settings = None
@@ -119,6 +121,26 @@ def load_settings(phase: int, config: str | Path | None = None, overrides: Seque
     findings.raise_any()
     assert settings is not None
     return settings
+
+
+def path_of(config: str | Path | dict[str, Any] | None, packaged: str) -> Path:
+    """Where settings come from, for messages.
+
+    Args:
+        packaged: stem of the file that is used if there is no other.
+    """
+    if isinstance(config, dict):
+        return Path(GIVEN)
+    return Path(config) if config is not None else packaged_config(packaged)
+
+
+def read_tree(config: str | Path | dict[str, Any]) -> dict[str, Any]:
+    """Settings as nested groups, which the caller may change.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    return copy.deepcopy(config) if isinstance(config, dict) else read_yaml(Path(config))
 
 
 def packaged_tree(phase: int, over: Mapping[str, Any]) -> dict[str, Any]:

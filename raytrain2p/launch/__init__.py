@@ -14,4 +14,5 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # silences a n
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+PROGRAM_BARS = os.environ.get("TQDM_DISABLE")  # of the program that imports this
 os.environ.setdefault("TQDM_DISABLE", "1")  # progress is shown by launch/progress.py

@@ -26,11 +26,17 @@ CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFL
 
 @dataclass(frozen=True)
 class Capacity:
-    """CPUs and GPUs by node, how many machines these nodes are on, and whether this process started the cluster."""
+    """CPUs and GPUs by node, and how many machines these nodes are on.
+
+    Args:
+        started_here: this launch started the cluster, and stops it.
+        of_caller: the program that called us had initialised Ray, which stays as it is.
+    """
 
     nodes: tuple[tuple[float, float], ...]
     machines: int = 1
     started_here: bool = False
+    of_caller: bool = False
 
     @property
     def cpus(self) -> float:
@@ -157,7 +163,7 @@ def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
 
 def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
     """The same for a cluster that would be started here, before it is; an existing one is checked in `connected`."""
-    if existing_address() is not None:
+    if ray.is_initialized() or existing_address() is not None:
         return []
     problems, memory = check_capacity(launch, local_capacity()), get_system_memory() // 1024**2
     if launch.object_store_mb > memory:
@@ -180,6 +186,9 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     Raises:
         InputError: the cluster cannot be reached, or lacks what the launch asks for.
     """
+    if ray.is_initialized():
+        yield checked_capacity(launch, of_caller=True)
+        return
     hide_command_line()
     address = existing_address()
     check_token(address)
@@ -208,14 +217,23 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
             )
         ) from None
     try:
-        capacity = cluster_capacity()
-        if problems := check_capacity(launch, capacity):
-            raise InputError(problems)
-        yield replace(capacity, started_here=starts)
+        yield checked_capacity(launch, started_here=starts)
     finally:
         ray.shutdown()
         if starts:
             del os.environ["RAY_GCS_SERVER_PORT"]
+
+
+def checked_capacity(launch: LaunchSettings, started_here: bool = False, of_caller: bool = False) -> Capacity:
+    """Of the cluster that this process is connected to.
+
+    Raises:
+        InputError: it lacks what the launch asks for.
+    """
+    capacity = replace(cluster_capacity(), started_here=started_here, of_caller=of_caller)
+    if problems := check_capacity(launch, capacity):
+        raise InputError(problems)
+    return capacity
 
 
 def free_port() -> int:

@@ -31,7 +31,13 @@ from raytrain2p.worker.job import Outcome
 
 
 def launch(
-    settings: Settings, phase: int, launch_id: str | None, verbose: bool, console: Console, accept_changed_inputs: bool = False
+    settings: Settings,
+    phase: int,
+    launch_id: str | None,
+    verbose: bool,
+    console: Console,
+    accept_changed_inputs: bool = False,
+    command: str | None = None,
 ) -> Outcome:
     """Train one phase.
 
@@ -39,6 +45,7 @@ def launch(
         launch_id: stable name of the launch; None makes a new one. If it has a run already, that run is resumed.
         verbose: print Ray's own output too.
         accept_changed_inputs: a resumed run may have inputs of other content.
+        command: shell line that launches the same, which the run records; None takes what was typed.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -49,10 +56,12 @@ def launch(
         quiet()
     launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
     with naming_run(settings.output.root, launch_id):
-        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs)
+        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command)
 
 
-def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool) -> Outcome:
+def _launch(
+    asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool, command: str | None
+) -> Outcome:
     run = run_to_resume(asked, launch_id, phase)
     settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
     if (outcome := finished(run, settings, inputs, console)) is not None:
@@ -72,7 +81,17 @@ def _launch(asked: Settings, phase: int, launch_id: str, verbose: bool, console:
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)
             say_workers(settings.launch, threads, console)
-            return train(settings, prepared(inputs), phase, launch_id, threads, console, own_cluster=capacity.started_here)
+            return train(
+                settings,
+                prepared(inputs),
+                phase,
+                launch_id,
+                threads,
+                console,
+                own_cluster=capacity.started_here,
+                ray_stays=capacity.of_caller,
+                command=command,
+            )
 
 
 def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: Console) -> Outcome | None:

@@ -43,6 +43,14 @@ class TrainingFailedError(RuntimeError):
 
     run: Run | None = None
 
+    @property
+    def reason(self) -> str:
+        """Why they failed: one line, or the traceback of a worker."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return self.reason if self.run is None else f"run {self.run.run_id} in {self.run.directory}: {self.reason}"
+
 
 class TrialStoppedError(RuntimeError):
     """The sweep has stopped or paused this trial, and so its workers. Not a failure."""
@@ -97,12 +105,16 @@ def train(
     console: Console,
     trial: TrialLaunch | None = None,
     own_cluster: bool = False,
+    ray_stays: bool = False,
+    command: str | None = None,
 ) -> Outcome:
     """Train on prepared splits.
 
     Args:
         threads: CPUs of a worker.
         own_cluster: Ray was started by this process, and ends with it.
+        ray_stays: this process had initialised Ray before, and keeps it.
+        command: shell line that launches the same; None takes what was typed.
 
     Raises:
         TrainingFailedError: the workers failed.
@@ -114,7 +126,7 @@ def train(
         settings,
         phase,
         launch_id,
-        command=trial.command if trial else typed_command("raytrain2p.train"),
+        command=trial.command if trial else command or typed_command("raytrain2p.train"),
         threads=threads,
         data=splits.data,
         channel=channel,
@@ -124,11 +136,15 @@ def train(
         trial=trial.context if trial else None,
         tags=trial.tags if trial else source_tags("raytrain2p.train"),
     )
-    signal = run_workers(job, console, trial, own_cluster)
+    try:
+        signal = run_workers(job, console, trial, own_cluster, ray_stays)
+    finally:
+        if ray_stays:
+            channel.close()
     return outcome_of(job, console, signal)
 
 
-def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_cluster: bool) -> int | None:
+def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_cluster: bool, ray_stays: bool) -> int | None:
     """Run the workers to their end; if they do not end by themselves, record it in the run.
 
     Returns:
@@ -137,9 +153,9 @@ def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_
     stopped = threading.Event()
     try:
         with followed(job.channel, console), trial.reported(job.channel) if trial else nullcontext(stopped) as stopped:
-            return fit_until_stopped(ray_trainer(job, own_cluster).fit, job.channel, console.say)
+            return fit_until_stopped(ray_trainer(job, own_cluster, ray_stays).fit, job.channel, console.say)
     except StoppedError:
-        ray.shutdown()  # the workers end before the status is written
+        job.channel.end_workers() if ray_stays else ray.shutdown()  # before the status is written
         record_end(job, "KILLED", console)
         raise
     except Exception as error:

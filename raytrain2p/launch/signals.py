@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from raytrain2p.interrupts import StoppedError, end_at_once, handle
+from raytrain2p.interrupts import StoppedError, end_at_once, handle, stop
 from raytrain2p.worker.channel import RunChannel
 
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
@@ -17,7 +17,8 @@ LONGEST_WAIT = 0.5  # seconds
 
 
 class StopSignals:
-    """Within, signals that stop a launch are kept in `received`, and set `news`; after one, the next ends this process at once."""
+    """Within, signals that stop a launch are kept in `received`, and set `news`. After one, the next ends a command at once; of a
+    program that called us, it is the program's own again."""
 
     def __init__(self) -> None:
         self.news, self.received = threading.Event(), list[int]()
@@ -28,7 +29,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        handle(*((end_at_once,) if self.received else self.before))
+        handle(*(end_at_once if self.received and handler is stop else handler for handler in self.before))
 
     def wait(self, seconds: float = math.inf) -> bool:
         """Wait for news; False if there was none. In short parts: the kernel may give a signal to another thread (a process that is

@@ -60,9 +60,9 @@ def stopped_line(stopped: StoppedError, verb: str, *options: str) -> str:
     return f"raytrain2p: {stopped}; run {run.run_id} is in {run.directory}; resume it with: {resume_command(run, verb, *options)}"
 
 
-def failed_text(error: Exception, run: Run | None, base: Path, *options: str) -> str:
+def failed_text(reason: str, run: Run | None, base: Path, *options: str) -> str:
     """Why training failed, and where its run is, if it has one. One that diverged, which its status says, would do so again."""
-    text = f"raytrain2p: training failed\n{error}"
+    text = f"raytrain2p: training failed\n{reason}"
     if run is None:
         return text
     diverged = False

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -19,18 +20,20 @@ from raytrain2p.config import Settings
 from raytrain2p.config.secrets import mask_error
 from raytrain2p.launch.process_group import OwnAddressConfig
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
+from raytrain2p.worker.channel import RunChannel
 from raytrain2p.worker.job import TrainJob
 
 HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
+def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> TorchTrainer:
     """The trainer of a job. Ray keeps its state under the launch ID, apart from the run directories.
 
     Args:
         job: for each worker.
         own_cluster: Ray was started by this process, and ends with it.
+        ray_stays: this process must be able to end the workers without `ray.shutdown`.
     """
     settings, storage = job.settings, Path(job.settings.output.root) / ".ray"
     remove_torn_state(storage / job.launch_id)
@@ -54,6 +57,7 @@ def ray_trainer(job: TrainJob, own_cluster: bool) -> TorchTrainer:
         ),
         is_trial=job.trial is not None,
         own_cluster=own_cluster,
+        reports_to=job.channel if ray_stays else None,
     )
 
 
@@ -72,16 +76,17 @@ class LeanTrainer(TorchTrainer):
     """Leaves out the sharding of Ray Datasets, since the splits come through the object store, and:
 
     - the process that frees the CPUs if the controller is killed, on a cluster of its own and in a trial: it would outlive each
-      trial that Tune stops, and the sweep frees the CPUs itself;
+      trial that Tune stops, and the sweep frees the CPUs itself; and on a Ray that our caller has initialised: it would look for the
+      controller in the cluster that was started last on this machine, which may be another one, and end the workers;
     - the requests to an autoscaler, on a cluster of its own, which has none.
 
     A trial's controller runs in the trial's own process, which would only wait otherwise, and with which the workers must end.
     """
 
-    def __init__(self, *args: Any, is_trial: bool, own_cluster: bool, **options: Any) -> None:
+    def __init__(self, *args: Any, is_trial: bool, own_cluster: bool, reports_to: RunChannel | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._own_cluster, self._is_trial = own_cluster, is_trial
-        cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster else ()
+        self._own_cluster, self._is_trial, self._reports_to = own_cluster, is_trial, reports_to
+        cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster or reports_to else ()
         self._unneeded = (DatasetsCallback, *cleaner)
 
     def _create_default_callbacks(self) -> list[Any]:
@@ -90,6 +95,8 @@ class LeanTrainer(TorchTrainer):
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         if self._own_cluster:
             options["scaling_policy"] = WithoutAutoscaler(options["scaling_policy"].scaling_config)
+        if self._reports_to is not None:
+            options["scaling_policy"] = KnownController(options["scaling_policy"].scaling_config, self._reports_to)
         if self._is_trial:
             controller = TrainController(**options)
             asyncio.run(controller.run())
@@ -105,6 +112,18 @@ class WithoutAutoscaler(FixedScalingPolicy):
 
     def _maybe_send_resource_request(self) -> None:
         pass
+
+
+class KnownController(FixedScalingPolicy):
+    """Makes the controller known on a channel: `fit` keeps it to itself."""
+
+    def __init__(self, scaling_config: ScalingConfig, channel: RunChannel) -> None:
+        super().__init__(scaling_config)
+        self._channel = channel
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        super().after_controller_start(train_run_context)
+        self._channel.put_controller(ray.get_runtime_context().current_actor)
 
 
 def remove_torn_state(folder: Path) -> None:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from raytrain2p.config.loading import Settings, checked, merge_overrides, packaged_tree, read_yaml, settings_of
-from raytrain2p.config.paths import packaged_config
+from raytrain2p.config.loading import Settings, checked, merge_overrides, packaged_tree, path_of, read_tree, read_yaml, settings_of
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.sweep.settings import Sweep, SweepSettings
@@ -15,18 +14,18 @@ from raytrain2p.sweep.validate import fixed_twice, retry_problems, schedule_prob
 SPACE = "sweep.space."
 
 
-def load_sweep(config: str | Path | None, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(config: str | Path | dict[str, Any] | None, overrides: Sequence[str] = ()) -> Sweep:
     """Read and check a sweep.
 
     Args:
-        config: YAML file with a `sweep` group and settings that all trials share; None: the packaged one.
+        config: YAML file with a `sweep` group and settings that all trials share, or these as a dictionary; None: the packaged one.
         overrides: `dotted.key=value`, of the sweep (`sweep.num_trials=4`) or of the trials (`training.max_steps=60`).
 
     Raises:
         InputError: every problem.
     """
-    path = Path(config) if config is not None else packaged_config("sweep")
-    tree = read_yaml(path)
+    path = path_of(config, "sweep")
+    tree = read_tree(path if config is None else config)
     with Findings() as findings:
         merge_overrides(tree, [one for one in overrides if not one.startswith(SPACE)])
     with findings:

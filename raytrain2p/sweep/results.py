@@ -82,7 +82,13 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class SweepOutcome:
-    """The results of a sweep: what `--json` prints."""
+    """The results of a sweep: what `--json` prints, and what `raytrain2p.sweep` returns.
+
+    Attributes:
+        run_id, directory: of the sweep.
+        trials: how many were begun; the next four say how they ended.
+        best: trial, run_id, directory, settings, objective, at_step and more of the best trial; None if none has a result.
+    """
 
     run_id: str
     directory: str

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Problem
@@ -10,7 +11,7 @@ from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
-from raytrain2p.launch.monitor import PreparedSplits, mlflow_environment, naming_run, typed_command
+from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
@@ -27,17 +28,25 @@ from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import SweepChannel
 
 
-class SweepFailedError(RuntimeError):
+class SweepFailedError(TrainingFailedError):
     """The disk of a sweep failed. The message is one line for the user."""
 
 
-def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console, accept_changed_inputs: bool = False) -> SweepOutcome:
+def run_sweep(
+    sweep: Sweep,
+    resumed: Run | None,
+    verbose: bool,
+    console: Console,
+    accept_changed_inputs: bool = False,
+    command: Callable[[Run], str] = lambda run: typed_command("raytrain2p.tune"),
+) -> SweepOutcome:
     """Run a sweep, or resume one.
 
     Args:
         resumed: the run of a sweep to resume.
         verbose: show Ray's own output.
         accept_changed_inputs: trials may be resumed with inputs of other content.
+        command: shell line that runs the same as the run of the sweep; by default what was typed.
 
     Raises:
         InputError: bad input; nothing was started.
@@ -48,11 +57,17 @@ def run_sweep(sweep: Sweep, resumed: Run | None, verbose: bool, console: Console
         quiet()
     launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
     with naming_run(sweep.base.output.root, launch_id):
-        return _run_sweep(sweep, resumed, launch_id, verbose, console, accept_changed_inputs)
+        return _run_sweep(sweep, resumed, launch_id, verbose, console, accept_changed_inputs, command)
 
 
 def _run_sweep(
-    sweep: Sweep, resumed: Run | None, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool
+    sweep: Sweep,
+    resumed: Run | None,
+    launch_id: str,
+    verbose: bool,
+    console: Console,
+    accept_changed_inputs: bool,
+    command: Callable[[Run], str],
 ) -> SweepOutcome:
     sweep, inputs_by_key = check_sweep(sweep, console)
     root, options = sweep.base.output.root, sweep.options
@@ -72,7 +87,7 @@ def _run_sweep(
             check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
         splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
-            return run_trials(sweep, launch_id, splits, trials_at_once(sweep, capacity), verbose, console)
+            return run_trials(sweep, launch_id, splits, capacity, verbose, console, command)
         except (OSError, StorageError) as error:
             gone = disk_gone(root, launch_id)
             if gone is None and not is_disk_failure(error):
@@ -95,18 +110,24 @@ def prepare_splits(
 
 
 def run_trials(
-    sweep: Sweep, launch_id: str, splits: dict[str, PreparedSplits], at_once: int, verbose: bool, console: Console
+    sweep: Sweep,
+    launch_id: str,
+    splits: dict[str, PreparedSplits],
+    capacity: Capacity,
+    verbose: bool,
+    console: Console,
+    command: Callable[[Run], str],
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
-    source = source_tags("raytrain2p.tune")
+    source, at_once = source_tags("raytrain2p.tune"), trials_at_once(sweep, capacity)
     run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, source)
-    command, launched = typed_command("raytrain2p.tune"), time.time()
-    describe = {"config": sweep_config(sweep), "command": command, "facts": {}, "page": sweep_page, "launched": launched}
+    shell_line, launched = command(run), time.time()
+    describe = {"config": sweep_config(sweep), "command": shell_line, "facts": {}, "page": sweep_page, "launched": launched}
     with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
         job = SweepJob(
             sweep,
             launch_id,
-            command,
+            shell_line,
             launched,
             run,
             {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id} | source,
@@ -117,4 +138,4 @@ def run_trials(
             verbose,
         )
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")
-        return SweepTuner(job, writer, at_once, console).run()
+        return SweepTuner(job, writer, at_once, console, ray_stays=capacity.of_caller).run()

@@ -43,10 +43,11 @@ class SweepTuner:
         job: what the trials share.
         writer: of the sweep's own run.
         at_once: how many trials run at once.
+        ray_stays: this process had initialised Ray before, and keeps it.
     """
 
-    def __init__(self, job: SweepJob, writer: RunWriter, at_once: int, console: Console) -> None:
-        self.job, self.writer, self.at_once, self.console = job, writer, at_once, console
+    def __init__(self, job: SweepJob, writer: RunWriter, at_once: int, console: Console, ray_stays: bool = False) -> None:
+        self.job, self.writer, self.at_once, self.console, self.ray_stays = job, writer, at_once, console, ray_stays
         self.sweep, self.options, self.root = job.sweep, job.sweep.options, job.sweep.base.output.root
         self.records = TrialRecords(job.parent.path, self.root)
         self.stop = StopRequest(self.options.time_budget_s)
@@ -157,7 +158,7 @@ class SweepTuner:
         Raises:
             StoppedError: a signal ended the sweep.
         """
-        if signals:
+        if signals and not self.ray_stays:
             ray.shutdown()  # the workers end first, then their end is recorded
         self.finalizer.settle_all(signalled=bool(signals))
         results = self.records.results()

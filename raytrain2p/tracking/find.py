@@ -1,17 +1,21 @@
 """Finding runs and their artifacts: by path, by run ID or its start, or the latest; and which of them are alive."""
 
+import os
 import re
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from raytrain2p.config import InputError, Problem
+from raytrain2p.config import InputError, Problem, base_directory
 from raytrain2p.config.cli import report as print_line
-from raytrain2p.config.phases import SWEEPS, Phase
+from raytrain2p.config.phases import PHASES, SWEEPS, Phase
+from raytrain2p.config.settings import OutputSettings
 from raytrain2p.tracking.damage import DamagedFileError, damaged
 from raytrain2p.tracking.run import LAUNCH_ID, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, RunDirectory
@@ -60,6 +64,37 @@ def read_run(directory: Path) -> Run:
 def is_empty(directory: Path) -> bool:
     """Whether no file is in a run directory: its launch was killed in the moment before it recorded the run, and finds it again."""
     return directory.is_dir() and not any(path.is_file() for path in directory.rglob("*"))
+
+
+def find(run: Any = "latest", *, phase: int | None = None, root: str | Path | None = None) -> RunDirectory:
+    """The directory of a run, for a program.
+
+    Args:
+        run: a directory, a run ID or the start of one, a launch ID, an outcome, or `latest`: the newest that is not a trial of a sweep.
+        phase: 1 or 2; None for runs of both, and sweeps.
+        root: `output.root`, if it is not the default.
+
+    Raises:
+        InputError: no run fits, or several do, or the one that fits is damaged.
+    """
+    if phase not in (None, *PHASES):
+        raise InputError(Problem(f"phase={phase!r}", "is not a phase", "give phase=1 or phase=2, or leave it out"))
+    phases = RUN_FOLDERS if phase is None else [PHASES[phase].name]
+    under = str(base_directory() / Path(root or OutputSettings().root).expanduser())
+    return find_run(under, phases, name_of(run), "run", warnings.warn).files
+
+
+def name_of(run: Any) -> str:
+    """A run, its directory or its outcome as the user of a command names it.
+
+    Raises:
+        InputError: it is of another type.
+    """
+    named = getattr(run, "directory", None) or getattr(run, "path", run)
+    if not isinstance(named, (str, os.PathLike)):
+        what = f"is a {type(run).__name__}; required is a directory, a run ID or the start of one, a launch ID, or `latest`"
+        raise InputError(Problem(f"run={run!r:.100}", what))
+    return os.fspath(named)
 
 
 def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report: Callable[[str], None] = print_line) -> Run:

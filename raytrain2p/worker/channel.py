@@ -78,10 +78,11 @@ class ProgressActor:
 
 
 class RunActor(ProgressActor):
-    """Also holds metric points, the request to stop, and the reports of a trial."""
+    """Also holds metric points, the request to stop, the reports of a trial, and the actor that controls the workers."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.controller: asyncio.Queue[ActorHandle] = asyncio.Queue()
         self.points: list[MetricPoint] = []
         self.stop, self.training = asyncio.Event(), False
         self.reports: asyncio.Queue[TrialReport] = asyncio.Queue()
@@ -101,6 +102,12 @@ class RunActor(ProgressActor):
     async def wait_for_stop(self) -> None:
         self.training = True
         await self.stop.wait()
+
+    async def put_controller(self, controller: ActorHandle) -> None:
+        await self.controller.put(controller)
+
+    async def take_controller(self) -> ActorHandle:
+        return await self.controller.get()
 
     async def end_of_training(self) -> None:
         self.training = False
@@ -184,6 +191,22 @@ class RunChannel(Channel[StepProgress | Stage]):
     def end_of_training(self) -> None:
         """From now on a request to stop is not noticed; does not wait."""
         self.actor.end_of_training.remote()
+
+    # Ray Train's controller, which ends the workers
+
+    def put_controller(self, controller: ActorHandle) -> None:
+        """Make it known to the driver; does not wait."""
+        self.actor.put_controller.remote(controller)
+
+    def end_workers(self) -> None:
+        """End the workers at once, and their controller, which may only just start. Returns when they have ended, or do not answer."""
+        with contextlib.suppress(ray.exceptions.RayError):  # the controller ends in the call
+            controller = ray.get(self.actor.take_controller.remote(), timeout=SECONDS_TO_ANSWER)
+            ray.get(controller.abort.remote(), timeout=SECONDS_TO_ANSWER)
+
+    def close(self) -> None:
+        """End the actor, which the workers' controller refers to, and which refers to that."""
+        ray.kill(self.actor)
 
     # reports of a trial to the sweep, one at a time
 

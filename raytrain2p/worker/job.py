@@ -56,7 +56,18 @@ class TrialContext:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run: result.json in its directory, and what `--json` prints."""
+    """The result of a run: result.json in its directory, what `--json` prints, and what `raytrain2p.train` returns.
+
+    Attributes:
+        run_id: of the MLflow run; the name of the directory begins with it.
+        directory: of the run.
+        best: path of the best checkpoint; None if there is none.
+        last: path of the latest one.
+        artifact: path of aligner.pt or model.pt.
+        metrics: at the end of training: `train_loss`, `val/loss`, and `SPLIT/METRIC` of each test split.
+        steps: optimizer steps that it was trained; 0 in a result of an earlier version.
+        digest: of the artifact; None in a result of an earlier version.
+    """
 
     run_id: str
     directory: str
@@ -64,5 +75,5 @@ class Outcome:
     last: str | None
     artifact: str
     metrics: dict[str, float]
-    steps: int = 0  # optimizer steps that it was trained; 0 in a result of an earlier version
-    digest: str | None = None  # of the artifact; None in a result of an earlier version
+    steps: int = 0
+    digest: str | None = None

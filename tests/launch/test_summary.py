@@ -104,16 +104,16 @@ def test_a_run_of_an_earlier_version_leaves_the_question_to_the_user(finished: F
 def test_a_failed_launch_and_a_stopped_one_name_the_run_and_how_to_resume_it(finished: Finished, tmp_path: Path) -> None:
     run, stopped = finished("a", root="it's here", uri="postgresql://me:***@db/mlflow"), StoppedError(15)
     stopped.run = run
-    for text in (failed_text(RuntimeError("the cause"), run, tmp_path, "--phase", "2"), stopped_line(stopped, "train", "--phase", "2")):
+    for text in (failed_text("the cause", run, tmp_path, "--phase", "2"), stopped_line(stopped, "train", "--phase", "2")):
         last = text.splitlines()[-1]
         assert f"run {run.run_id} is in {run.directory}; " in last
         resume = ["python", "-m", "raytrain2p.train", "--phase", "2", "--resume", run.directory]
         assert shlex.split(last.partition("resume it with: ")[2]) == [*resume, f"tracking.uri={run.tracking_uri}"], "passwords are not kept"
-    assert failed_text(RuntimeError("the cause"), None, tmp_path) == "raytrain2p: training failed\nthe cause"
+    assert failed_text("the cause", None, tmp_path) == "raytrain2p: training failed\nthe cause"
 
 
 def test_a_run_that_diverged_is_not_offered_for_a_resume(finished: Finished, tmp_path: Path) -> None:
     run = finished("a")
     run.files.write_status("FAILED", "4 steps in a row were not finite")
-    last = failed_text(RuntimeError("4 steps in a row were not finite"), run, tmp_path, "--phase", "2").splitlines()[-1]
+    last = failed_text("4 steps in a row were not finite", run, tmp_path, "--phase", "2").splitlines()[-1]
     assert last == f"run {run.run_id} is in {run.directory}; see it with: python -m raytrain2p.runs show aaaaaaaa"

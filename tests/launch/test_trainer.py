@@ -15,20 +15,22 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from raytrain2p.config import load_settings
 from raytrain2p.launch import trainer
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback
-from raytrain2p.launch.trainer import HANG_TIMEOUT, LeanTrainer, WithoutAutoscaler, remove_torn_state
+from raytrain2p.launch.trainer import HANG_TIMEOUT, KnownController, LeanTrainer, WithoutAutoscaler, remove_torn_state
 from raytrain2p.worker.job import TrainJob
 
 
 @pytest.mark.parametrize(
-    ("own_cluster", "is_trial", "frees_cpus", "policy", "controller"),
+    ("own_cluster", "ray_stays", "is_trial", "frees_cpus", "policy", "controller"),
     [
-        (True, False, False, WithoutAutoscaler, "in an actor"),
-        (False, False, True, FixedScalingPolicy, "in an actor"),
-        (False, True, False, FixedScalingPolicy, "in this process"),
+        (True, False, False, False, WithoutAutoscaler, "in an actor"),
+        (False, False, False, True, FixedScalingPolicy, "in an actor"),
+        (False, True, False, False, KnownController, "in an actor"),
+        (False, False, True, False, FixedScalingPolicy, "in this process"),
     ],
 )
 def test_helper_processes_that_are_not_needed_are_not_started(
     own_cluster: bool,
+    ray_stays: bool,
     is_trial: bool,
     frees_cpus: bool,
     policy: type,
@@ -57,7 +59,8 @@ def test_helper_processes_that_are_not_needed_are_not_started(
         "scaling_config": ScalingConfig(num_workers=1),
         "run_config": RunConfig(name="x", storage_path=str(tmp_path)),
     }
-    lean = LeanTrainer(print, **options, is_trial=is_trial, own_cluster=own_cluster)
+    channel: Any = object() if ray_stays else None
+    lean = LeanTrainer(print, **options, is_trial=is_trial, own_cluster=own_cluster, reports_to=channel)
     helpers = {type(callback) for callback in lean._create_default_callbacks()}
     assert DatasetsCallback not in helpers
     assert (PlacementGroupCleanerCallback in helpers) == frees_cpus

@@ -1,12 +1,14 @@
 """The sweep's settings: what varies, and everything that can be wrong with it, reported at once."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from raytrain2p.config import InputError, flatten
+from raytrain2p.config import InputError, flatten, load_settings
+from raytrain2p.config.program import as_tree
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Axis
@@ -169,3 +171,15 @@ def test_rungs_that_never_end_and_too_many_trials_are_refused(tmp_path: Path) ->
     said = problems(tmp_path, num_trials=10**30, asha={"reduction_factor": 1.0000001})
     assert "sweep.num_trials" in said
     assert "sweep.asha.reduction_factor" in said
+
+
+def test_a_program_gives_a_dictionary_or_checked_settings_in_place_of_a_file(tmp_path: Path) -> None:
+    file = sweep_file(tmp_path)
+    assert replace(load_sweep(yaml.safe_load(file.read_text())), path=file) == load_sweep(file)
+    with pytest.raises(InputError, match=r"sweep.num_trials\b.* in settings"):
+        load_sweep({"sweep": {"num_trials": 0, "space": SPACE}} | BASE)
+    phase1 = load_settings(1, None, ["training.max_steps=7", "checkpoint.best_of=saves", "checkpoint.every_steps=5"])
+    space = '{"model.hidden": {"choice": [16, 32]}}'
+    sweep = load_sweep(as_tree(phase1) | {"sweep": {"phase": 1, "num_trials": 2}}, [f"sweep.space={space}", "sweep.metric=train_loss"])
+    assert (sweep.options.phase, [axis.setting for axis in sweep.axes]) == (1, ["model.hidden"])
+    assert sweep.base == phase1

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+import raytrain2p
 from raytrain2p.config import InputError, Settings
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.find import check_in_place, find_artifact, find_run, find_runs, is_alive, run_directories
 from raytrain2p.tracking.run import SWEEP_TAG, Run, launch_record
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.worker.job import Outcome
 from tests.tracking.stores import create
 
 FIRST, SECOND, THIRD = "a1" * 16, "a1" * 8 + "b2" * 8, "c3" * 16
@@ -340,3 +342,23 @@ def test_a_run_is_found_by_its_launch_id(settings: Settings) -> None:
     assert find_artifact(root, INSTRUCTION, "baseline", "--run") == run.files.artifact(INSTRUCTION)
     with pytest.raises(InputError, match="no such run"):
         find_run(root, ["alignment"], "baseline", "RUN")
+
+
+def test_a_program_finds_a_run_by_whatever_it_has_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAYTRAIN2P_HOME", raising=False)
+    older = noted_run(tmp_path / "checkpoints", FIRST, "20260101_120000", "alignment")
+    newer = noted_run(tmp_path / "checkpoints", THIRD, "20260102_120000")
+    outcome = Outcome(older.run_id, older.directory, None, None, "aligner.pt", {})
+    assert raytrain2p.find() == newer.files
+    assert raytrain2p.find(phase=1) == older.files
+    for given in (FIRST, "a1", older.directory, older.path, older, older.files, outcome):
+        assert raytrain2p.find(given, root="checkpoints") == older.files
+    for wrong, what in ((3, "is a int"), ("ffff", "there is no such run")):
+        with pytest.raises(InputError, match=what):
+            raytrain2p.find(wrong)
+    with pytest.raises(InputError, match="phase=3"):
+        raytrain2p.find(phase=3)
+    newer.files.record.write_bytes(b"")
+    with pytest.warns(UserWarning, match="is empty"):
+        assert raytrain2p.find() == older.files
