@@ -10,7 +10,7 @@ import torch
 from raytrain2p.config import InputError, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.config.settings import ALIGNER, INIT
-from raytrain2p.phases.init import facts_of
+from raytrain2p.phases.init import WITHOUT, facts_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class FoundAligner:
         encoders: name, options and fingerprint of each encoder, by modality; a model.pt has those of media alone.
         shape: arguments of `Aligner`.
         weights: of the branches, by their names in there.
+        otherwise: what else than another setting helps if it does not fit; empty: train another aligner.
     """
 
     path: Path
     encoders: Mapping[str, Mapping[str, Any]]
     shape: Mapping[str, Any]
     weights: Mapping[str, torch.Tensor]
+    otherwise: str
 
 
 def found_aligner(settings: InstructionSettings) -> FoundAligner | None:
@@ -46,7 +48,7 @@ def found_aligner(settings: InstructionSettings) -> FoundAligner | None:
     shape = artifact["shape"] if phase == ALIGNMENT else artifact["shape"].get("aligner")
     if not isinstance(shape, dict):
         raise InputError(Problem(str(path), f"lacks parts of a {phase.artifact}: the aligner's shape", "train it anew"))
-    return FoundAligner(path, artifact["encoders"], shape, branches_of(artifact))
+    return FoundAligner(path, artifact["encoders"], shape, branches_of(artifact), WITHOUT if model.init is not None else "")
 
 
 def branches_of(artifact: Mapping[str, Any]) -> dict[str, torch.Tensor]:

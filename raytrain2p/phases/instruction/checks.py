@@ -72,8 +72,8 @@ def check_encoders(settings: InstructionSettings) -> None:
             continue
         spec = EncoderSpec(modality, encoder.name, trained[modality]["options"])
         with findings:
-            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting)
-        findings.extend(option_problems(path, trained[modality], encoder.options(), setting, "train another aligner"))
+            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting, aligner.otherwise)
+        findings.extend(option_problems(path, trained[modality], encoder.options(), setting, aligner.otherwise or "train another aligner"))
     findings.raise_any()
 
 
@@ -97,7 +97,8 @@ def check_encoder(settings: InstructionSettings, spec: EncoderSpec) -> None:
         InputError: it does not.
     """
     aligner = required_aligner(settings)
-    check_fingerprint(aligner.path, aligner.encoders[spec.modality], spec.name, spec.directory(), f"model.encoders.{spec.modality}")
+    setting, trained = f"model.encoders.{spec.modality}", aligner.encoders[spec.modality]
+    check_fingerprint(aligner.path, trained, spec.name, spec.directory(), setting, aligner.otherwise)
     tokens, positions = settings.model.soft_tokens_of(spec.modality), spec.probe()
     if ENCODERS[spec.modality].square and tokens > positions:
         what = f"{spec.name} gives a grid of {positions} positions"

@@ -182,6 +182,7 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
         check_aligner(settings)
         check_encoders(settings)
         check_soft_tokens(settings, specs)
+    with findings:
         begins = check_init(settings)
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
