@@ -23,7 +23,8 @@ def test_a_value_that_the_weights_of_a_warm_start_do_not_fit_is_refused_before_t
     monkeypatch.setenv("RAY_ADDRESS", "local")
     monkeypatch.setenv("RAYTRAIN2P_FEATURES", str(tmp_path / "features"))
     own = [f"output.root={tmp_path}", f"model.init={untrained_aligner}"]
-    sweep, inputs = check_sweep(load_sweep(sweep_config, own), Console(io.StringIO()))
+    rates = "sweep.space={training.learning_rate: {choice: [0.1, 0.2]}}"
+    _, inputs = check_sweep(load_sweep(sweep_config, [*own, rates]), Console(io.StringIO()))
     (found,) = inputs.values()
     assert f"model.init={untrained_aligner}" in found.digests.inputs, "trials record what they began with"
     with pytest.raises(InputError) as caught:

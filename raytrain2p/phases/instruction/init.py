@@ -83,5 +83,5 @@ def _check_aligner_is_the_same(settings: InstructionSettings, path: Path, artifa
         return
     of_init, of_given = branches_of(artifact), branches_of(given)
     if any(name not in of_given or not torch.equal(value, of_given[name]) for name, value in of_init.items()):
-        what = f"is another aligner than the one in {INIT}={path}, trained on, or never the same"
+        what = f"is another aligner than the one in {INIT}={path}"
         raise InputError(Problem(f"{ALIGNER}={named}", what, f"leave out {ALIGNER}, or {WITHOUT}"))
