@@ -227,7 +227,7 @@ def facts(settings: Settings) -> dict[str, Any]:
     splits = {f"{setting}={described(sources)}": described(sources) for setting, sources in split_sources(settings).values()}
     (_, train), *others = splits.items()
     inputs = {key: {"records": named(value)["fingerprint"]} for key, value in others}
-    if isinstance(settings, InstructionSettings):
+    if isinstance(settings, InstructionSettings) and settings.model.aligner is not None:
         content = load_artifact(Path(settings.model.aligner), ALIGNMENT)["digest"]
         model = settings.model.language_model
         inputs |= {f"model.language_model={model}": {"package": named(model)["fingerprint"]}}

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from raytrain2p.config.metadata import FIXED, FREE, LIVE, SHARED, VARIES, Metadata, setting
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, Phase
 from raytrain2p.config.problems import InputError, Problem
 
 MOST = 2**31 - 1  # of what is counted: arrays of numbers, Ray and MLflow hold no more
@@ -19,6 +20,7 @@ Width = Annotated[int, Field(gt=0, le=WIDEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_SOFT_TOKENS = 16
+INIT, ALIGNER = "model.init", "model.aligner"  # these name the artifact of another run: what a run came from
 NAMES_A_MODEL = "a hub ID, a packaged name, or a local directory, whose path is resolved when settings are loaded"
 
 
@@ -37,6 +39,8 @@ _TRAINING = Metadata(resume=FREE, splits=False, trial=VARIES, sweep_resume=FIXED
 _OF_ALL_TRIALS = Metadata(resume=FREE, splits=False, trial=SHARED, sweep_resume=FIXED)  # how trials are compared and what they may use
 _MODEL = Metadata(resume=FIXED, splits=False, trial=VARIES, sweep_resume=FIXED)
 _ENCODER = _MODEL.but(splits=True)
+_INIT = _MODEL.but(splits=True, trial=SHARED)
+_NAMED_INIT = "a run ID (or its start), launch ID, run directory or path, or `latest`; optimizer, schedule and steps begin anew"
 
 
 class SettingsGroup(BaseModel):
@@ -287,6 +291,12 @@ class AlignmentModelSettings(SettingsGroup):
     hidden: Width = setting(512, "width of the hidden layer of each branch", _MODEL)
     dropout: Fraction = setting(0.2, "dropout in the branches", _MODEL.but(trial=LIVE))
     loss: Literal["softmax", "sigmoid"] = setting("softmax", "contrastive loss: CLIP's softmax or SigLIP's sigmoid form", _MODEL)
+    init: Text | None = setting(
+        None,
+        f"begin with the weights of an aligner.pt: {_NAMED_INIT}. Of the modalities that both have, encoders must be equal, and so must "
+        "dimension and hidden; another modality begins untrained",
+        _INIT,
+    )
 
 
 class LoraSettings(SettingsGroup):
@@ -307,7 +317,17 @@ class InstructionModelSettings(SettingsGroup):
         "smollm2-135m-instruct", "hub ID, local directory or packaged name of a causal LM", _MODEL.but(splits=True)
     )
     encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
-    aligner: Text = setting("latest", "path of an aligner.pt, a phase 1 run ID (or its start), or `latest`", _MODEL.but(splits=True))
+    init: Text | None = setting(
+        None,
+        f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, tuning (unless "
+        "it was frozen), and LoRA's rank, alpha and target_modules must be equal",
+        _INIT,
+    )
+    aligner: Text | None = setting(
+        None,
+        "path of an aligner.pt, a phase 1 run ID (or its start), or `latest` (default: `latest`; with model.init, the one in it)",
+        _MODEL.but(splits=True),
+    )
     train_aligner: bool = setting(False, "train the aligner on, instead of keeping it as phase 1 left it", _MODEL)
     soft_tokens: Width | dict[str, Width] = setting(
         DEFAULT_SOFT_TOKENS,
@@ -335,6 +355,7 @@ class InstructionModelSettings(SettingsGroup):
 class RunSettings(SettingsGroup):
     """What the settings of both phases share."""
 
+    phase: ClassVar[Phase]
     accumulates: ClassVar[bool] = True  # whether the loss of a step stays the same over several passes
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = setting(0, "seeds initial weights, data order and dropout", _MODEL.but(splits=True))
@@ -409,6 +430,7 @@ def _either(*numbers: int) -> str:
 class AlignmentSettings(RunSettings):
     """Settings of a phase 1 run."""
 
+    phase: ClassVar[Phase] = ALIGNMENT
     accumulates: ClassVar[bool] = False  # the contrastive loss compares all records of one pass
 
     model: AlignmentModelSettings = AlignmentModelSettings()
@@ -416,6 +438,8 @@ class AlignmentSettings(RunSettings):
 
 class InstructionSettings(RunSettings):
     """Settings of a phase 2 run."""
+
+    phase: ClassVar[Phase] = INSTRUCTION
 
     model: InstructionModelSettings = InstructionModelSettings()
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import ray
 
@@ -14,20 +15,25 @@ from raytrain2p.config import Findings, InputError, Problem, Settings, flatten_t
 from raytrain2p.config.console import Console
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
-from raytrain2p.config.settings import InstructionSettings, LaunchSettings
+from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
 from raytrain2p.phases.instruction.checks import check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.create_run import check_launch_is_free
-from raytrain2p.tracking.find import check_original, find_artifact
+from raytrain2p.tracking.find import check_original, find_artifact, has_failed, is_run_directory
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import LAUNCH_ID, Run, launch_lock, recorded_run
+from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.worker.job import Outcome
+
+LATEST = "latest"
+SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def launch(
@@ -76,7 +82,7 @@ def _launch(
                 check_resumable(run, settings, inputs.digests, accept_changed_inputs)
             if (outcome := finished(run, settings, inputs, console)) is not None:
                 return outcome
-            check_aligner_is_there(settings)
+            check_artifacts_are_there(settings)
             with muted_stderr(verbose):
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)
@@ -109,14 +115,13 @@ def check(
     be resumed with these settings.
 
     Returns:
-        The settings with the aligner resolved to a path, and the phase's inputs.
+        The settings with `model.init` and `model.aligner` resolved to paths, and the phase's inputs.
 
     Raises:
         InputError: every problem at once.
     """
     findings = Findings()
-    with findings:
-        settings = resolve_aligner(settings, console, run)
+    settings = resolve_artifacts(settings, findings, console, run)
     with findings:
         findings.extend(check_before_connecting(settings.launch))
     inputs = None
@@ -133,39 +138,79 @@ def check(
     return settings, inputs
 
 
-def resolve_aligner(settings: Settings, console: Console, run: Run | None = None) -> Settings:
-    """Replace a run ID or `latest` by the path of its aligner.pt, and print that path.
+def resolve_artifacts(settings: Settings, findings: Findings, console: Console, run: Run | None = None) -> Settings:
+    """Replace a run ID or `latest` in `model.init` and `model.aligner` by the path of its artifact, and print that path.
 
-    A run that is resumed keeps the aligner that it began with, though `latest` may be another one by now.
+    A run that is resumed keeps what it began with, though `latest` may be another one by now.
     """
-    if not isinstance(settings, InstructionSettings):
-        return settings
+    with findings:
+        if (wanted := settings.model.init) is not None:
+            wanted = (began_with(run, INIT) if wanted == LATEST else None) or wanted
+            path = find_artifact(settings.output.root, settings.phase, wanted, INIT, report=console.say)
+            if run is None:
+                check_as_recorded(path, f"{INIT}={wanted}")
+            console.say(f"{INIT}: {path}")
+            settings = with_model(settings, init=str(path))
+    with findings:
+        if isinstance(settings, InstructionSettings):
+            settings = resolve_aligner(settings, console, run)
+    return settings
+
+
+def began_with(run: Run | None, setting: str) -> str | None:
+    """The value with which a run that is resumed began."""
+    return flatten_tree(run.files.read_config() or {}).get(setting) if run is not None else None
+
+
+def resolve_aligner(settings: InstructionSettings, console: Console, run: Run | None) -> InstructionSettings:
+    """By default the latest one; with `model.init` the one in there, for which null stands."""
     wanted = settings.model.aligner
-    if run is not None and wanted == "latest" and (config := run.files.read_config()):
-        wanted = str(flatten_tree(config).get("model.aligner", wanted))
-    path = find_artifact(settings.output.root, ALIGNMENT, wanted, "model.aligner", partial(fits, settings, console), console.say)
+    if wanted in (None, LATEST):
+        wanted = began_with(run, ALIGNER) or wanted or (LATEST if settings.model.init is None else None)
+    if wanted is None:
+        return settings
+    path = find_artifact(settings.output.root, ALIGNMENT, wanted, ALIGNER, partial(fits, settings, console), console.say)
     console.say(f"aligner: {path}")
-    return with_aligner(settings, path)
+    return with_model(settings, aligner=str(path))
 
 
-def check_aligner_is_there(settings: Settings) -> None:
-    """Check, now that `prune` sees that this launch is under way, that it has not just deleted the aligner.
+def check_as_recorded(path: Path, setting: str) -> None:
+    """An artifact in a run's directory must be the one that the run recorded, and the run must not have failed since.
+
+    Raises:
+        InputError: it is not.
+    """
+    files = RunDirectory(path.parent)
+    if not is_run_directory(files.path):
+        return
+    if has_failed(files.path):
+        raise InputError(Problem(setting, f"run {files.run_id[:8]} FAILED after it wrote {path}", "choose another run"))
+    if (recorded := files.artifact_digest()) is not None and recorded_digest(path) != recorded:
+        what = f"{path} is not the one that run {files.run_id[:8]} recorded: the digest in {files.result.name} differs"
+        raise InputError(Problem(setting, what, "restore it from a copy, or choose another run"))
+
+
+def check_artifacts_are_there(settings: Settings) -> None:
+    """Check, now that `prune` sees that this launch is under way, that it has not just deleted what training begins with.
 
     Raises:
         InputError: it has.
     """
-    if isinstance(settings, InstructionSettings) and not Path(settings.model.aligner).is_file():
-        raise InputError(Problem(f"model.aligner={settings.model.aligner}", "was deleted just now", "choose another one"))
+    named = {INIT: settings.model.init, ALIGNER: settings.model.aligner if isinstance(settings, InstructionSettings) else None}
+    gone = [f"{setting}={path}" for setting, path in named.items() if path is not None and not Path(path).is_file()]
+    if gone:
+        raise InputError([Problem(one, "was deleted just now", "choose another one") for one in gone])
 
 
-def with_aligner(settings: InstructionSettings, path: Path) -> InstructionSettings:
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"aligner": str(path)})})
+def with_model(settings: SettingsT, **changes: str) -> SettingsT:
+    changed: Any = settings.model_copy(update={"model": settings.model.model_copy(update=changes)})
+    return cast(SettingsT, changed)
 
 
 def fits(settings: InstructionSettings, console: Console, path: Path) -> bool:
     """Whether an aligner was trained with the encoders of these settings; why not is printed."""
     try:
-        check_encoders(with_aligner(settings, path))
+        check_encoders(with_model(settings, aligner=str(path)))
     except InputError as error:
         console.say(f"model.aligner=latest passes over {path}: {one_line(error.problems[0], 300)}")
         return False

@@ -120,7 +120,7 @@ def check_weights(path: Path, found: Mapping[str, torch.Tensor], required: Mappi
             raise InputError(Problem(str(path), text, "restore it from a copy, or train it anew"))
 
 
-def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, directory: Path, setting: str) -> None:
+def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, directory: Path, setting: str, otherwise: str = "") -> None:
     """Refuse to combine an artifact with a frozen model that it was not trained with.
 
     Args:
@@ -128,6 +128,7 @@ def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, director
         needed: name and fingerprint of the model that it was trained with.
         name, directory: of the model that is there.
         setting: which names the model.
+        otherwise: what else the user can do (default: train another aligner).
 
     Raises:
         InputError: the fingerprints differ. The message names both models.
@@ -140,6 +141,25 @@ def check_fingerprint(path: Path, needed: Mapping[str, Any], name: str, director
             Problem(
                 f"{setting}={name}",
                 f"its fingerprint is {found[:12]}, but {path} was trained with {needed['name']} (fingerprint {needed['fingerprint'][:12]})",
-                f"set {setting}={needed['name']}, or train another aligner with {name}",
+                f"set {setting}={needed['name']}, or {otherwise or f'train another aligner with {name}'}",
             )
         )
+
+
+def option_problems(path: Path, trained: Mapping[str, Any], options: Mapping[str, Any], setting: str, otherwise: str) -> list[Problem]:
+    """A problem for each option of an encoder that differs from the one in training.
+
+    Args:
+        path: of the artifact.
+        trained: the encoder in it.
+        options: to compare.
+        setting: of the encoder.
+        otherwise: what else the user can do than leave the option as it was.
+    """
+    problems = []
+    for option, value in options.items():
+        if value != (used := trained["options"].get(option)):
+            what = f"{path} was trained with {'the default of the encoder' if used is None else used}"
+            leave = f"leave out {setting}.{option}" if used is None else f"set {setting}.{option}={used}"
+            problems.append(Problem(f"{setting}.{option}={value}", what, f"{leave}, or {otherwise}"))
+    return problems

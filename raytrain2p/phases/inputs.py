@@ -20,6 +20,7 @@ from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padde
 from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.data.reading import EMBEDDED_FORMAT, scan_source
 from raytrain2p.data.records import Record
+from raytrain2p.phases.init import init_content
 
 if TYPE_CHECKING:  # transformers
     from raytrain2p.models.encoders import EncoderSpec
@@ -57,7 +58,8 @@ class InputDigests:
         train_records: number of training records.
         train_digest: sha256 of their content, see `digest_records`.
         split_records: number of records of every split, by setting, as `SETTING=SOURCES`.
-        inputs: all else by setting, as `SETTING=VALUE`, and part: each model's files, the aligner's content, the records of other splits.
+        inputs: all else by setting, as `SETTING=VALUE`, and part: each model's files, the content of `model.init`
+            and of the aligner, the records of other splits.
     """
 
     train_records: int
@@ -123,10 +125,10 @@ class CheckedRecords:
         return InputDigests(self.records, of[TRAIN], others | self.models(), counts)
 
     def models(self) -> dict[str, dict[str, str]]:
-        """The content of the models by setting and file."""
+        """The content of the models by setting and file, and of the weights of a warm start."""
         from raytrain2p.models.pretrained import content_of
 
-        return {job.spec.where: content_of(job.spec.directory()) for job in self.jobs}
+        return {job.spec.where: content_of(job.spec.directory()) for job in self.jobs} | init_content(self.settings)
 
 
 class Split(Protocol):

@@ -31,18 +31,36 @@ def read_inputs(settings: Settings, phase: int) -> PhaseInputs:
     return readers[phase](settings)
 
 
+def check_init(settings: Settings) -> list[str]:
+    """Check `model.init` against the other settings, as `read_inputs` does.
+
+    Returns:
+        Lines about what begins untrained.
+
+    Raises:
+        InputError: every setting that differs and must not.
+    """
+    from raytrain2p.phases.alignment import data as alignment
+    from raytrain2p.phases.instruction import init as instruction
+
+    checks: dict[int, Callable[..., list[str]]] = {ALIGNMENT.number: alignment.check_init, INSTRUCTION.number: instruction.check_init}
+    return checks[settings.phase.number](settings)
+
+
 @dataclass(frozen=True)
 class TypedPhaseFunctions(Generic[SettingsT, ModuleT, SplitT]):
     """What a worker does in one phase.
 
     Args:
         build: settings, steps and precision to the LightningModule.
+        warm_start: loads the weights of `model.init` into the module: module, artifact.
         online: module and splits to splits whose images are encoded in the step.
         evaluate: module, splits, test splits' names and worker group to metrics and sample answers.
         export: writes the artifact: module, path, configuration.
     """
 
     build: Callable[[SettingsT, int, str], ModuleT]
+    warm_start: Callable[[ModuleT, Mapping[str, Any]], None]
     online: Callable[[ModuleT, Mapping[str, SplitT]], Mapping[str, SplitT]]
     evaluate: "Callable[[ModuleT, Mapping[str, SplitT], list[str], WorkerGroup], tuple[dict[str, float], list[Answer]]]"
     export: Callable[[ModuleT, Path, dict[str, Any]], None]
@@ -56,9 +74,9 @@ def phase_functions(phase: int) -> PhaseFunctions:
     if phase == ALIGNMENT.number:
         from raytrain2p.phases.alignment import module as alignment
 
-        functions = TypedPhaseFunctions(alignment.build, alignment.online, alignment.evaluate, alignment.export)
+        functions = TypedPhaseFunctions(alignment.build, alignment.warm_start, alignment.online, alignment.evaluate, alignment.export)
         return cast(PhaseFunctions, functions)
     assert phase == INSTRUCTION.number
     from raytrain2p.phases.instruction import evaluate, module
 
-    return cast(PhaseFunctions, TypedPhaseFunctions(module.build, module.online, evaluate.evaluate, module.export))
+    return cast(PhaseFunctions, TypedPhaseFunctions(module.build, module.warm_start, module.online, evaluate.evaluate, module.export))

@@ -1,4 +1,4 @@
-"""Checks between runs: launches and directories, directories and MLflow's runs, aligners, sweeps and trials."""
+"""Checks between runs: launches and directories, directories and MLflow's runs, what runs began with, sweeps and trials."""
 
 import os
 from collections.abc import Collection, Iterable, Iterator
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from raytrain2p.config import InputError, flatten_tree
-from raytrain2p.config.phases import ALIGNMENT, SWEEPS
+from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME, SWEEPS, Phase
+from raytrain2p.config.settings import ALIGNER
 from raytrain2p.runs.difference import RECONCILE, RESTORE, Difference, difference
-from raytrain2p.runs.lineage import content_of_aligner
+from raytrain2p.runs.lineage import ORIGINS, content_of
 from raytrain2p.runs.removal import leftovers, name_of
-from raytrain2p.runs.summary import aligner_digest, aligner_of, phase_of
+from raytrain2p.runs.summary import origin_digest, origin_of, phase_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_empty
 from raytrain2p.tracking.mlflow_runs import RemoteRun
@@ -106,15 +107,15 @@ def directory_of(root: str, run_id: str) -> Path | None:
     return next((path for path in found if not is_empty(path)), None)
 
 
-def digest(aligner: Path) -> str | None:
+def digest(artifact: Path, phase: Phase) -> str | None:
     """None if it is damaged: a difference of its own run."""
     with suppress(InputError):
-        return content_of_aligner(aligner)
+        return content_of(artifact, phase)
     return None
 
 
 class LineageChecks:
-    """What a run was made from, and what was made from it. Each directory is looked for, and each aligner's digest computed, once.
+    """What a run was made from, and what was made from it. Each directory is looked for, and each artifact's digest computed, once.
 
     Args:
         deep: compare contents too.
@@ -125,29 +126,32 @@ class LineageChecks:
         self.directory_of, self.digest = cache(partial(directory_of, root)), cache(digest)
 
     def check(self, run: Run) -> Iterator[Difference]:
-        yield from self.aligner(run)
+        for setting in ORIGINS:
+            yield from self.origin(run, setting)
         yield from self.sweep(run)
         yield from self.trials(run)
 
-    def aligner(self, run: Run) -> Iterator[Difference]:
-        """The aligner of a phase 2 run, which its run.json has the content of."""
+    def origin(self, run: Run, setting: str) -> Iterator[Difference]:
+        """The aligner or the initial weights of a run, which its run.json has the content of."""
         settings = flatten_tree(run.files.read_config() or {})
-        named = str(settings.get("model.aligner") or "")
+        named = str(settings.get(setting) or "")
         if run.phase == SWEEPS or not named or not Path(named).is_absolute():
             return  # the run ended before its worker found it
-        path = self.aligner_path(named, aligner_of(settings))
+        what = "the aligner that this run was trained with" if setting == ALIGNER else "the weights that this run began with"
+        phase = ALIGNMENT if setting == ALIGNER else PHASES_BY_NAME[run.phase]
+        path = self.artifact_path(named, origin_of(settings, setting), phase)
         if path is None:
-            yield difference(run, named, "is missing, the aligner that this run was trained with", RESTORE)
+            yield difference(run, named, f"is missing, {what}", RESTORE)
             return
-        wanted = aligner_digest((run.files.read_record() or {}).get("inputs", {}))
-        if self.deep and wanted and (found := self.digest(path)) is not None and found != wanted:
-            yield difference(run, path, "has another content than the aligner that this run was trained with", RESTORE)
+        wanted = origin_digest((run.files.read_record() or {}).get("inputs", {}), setting)
+        if self.deep and wanted and (found := self.digest(path, phase)) is not None and found != wanted:
+            yield difference(run, path, f"has another content than {what}", RESTORE)
 
-    def aligner_path(self, named: str, run_id: str | None) -> Path | None:
+    def artifact_path(self, named: str, run_id: str | None, phase: Phase) -> Path | None:
         if Path(named).is_file():
             return Path(named)
         directory = self.directory_of(run_id) if run_id else None
-        path = RunDirectory(directory).artifact(ALIGNMENT) if directory else None
+        path = RunDirectory(directory).artifact(phase) if directory else None
         return path if path is not None and path.is_file() else None
 
     def sweep(self, run: Run) -> Iterator[Difference]:

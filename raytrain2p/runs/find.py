@@ -4,18 +4,20 @@ import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
-from raytrain2p.config.phases import ALIGNMENT, SWEEPS
+from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME, SWEEPS
 from raytrain2p.config.secrets import masked, one_line
+from raytrain2p.config.settings import ALIGNER, INIT
 from raytrain2p.runs.known import fitting_runs, named, summaries
-from raytrain2p.runs.lineage import ALIGNER, came_from_aligner, content_of_aligner, read_data
+from raytrain2p.runs.lineage import came_from, content_of, read_data
 from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
-from raytrain2p.runs.summary import RunSummary, aligner_of, remote_summary
+from raytrain2p.runs.summary import RunSummary, origin_of, remote_summary
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import find_runs, is_run_directory, read_run
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # MLflow takes 2 s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", metavar="RUN", help="the trials of a sweep")
     parser.add_argument("--aligner", metavar="RUN|FILE", help="the runs that began with an aligner, be it copied or moved since")
+    parser.add_argument("--init", metavar="RUN|FILE", help="the runs that began with the weights of a run, be they copied or moved since")
     parser.add_argument("--data", metavar="VALUE", help="the runs that read this file or embedded set, or records with this digest")
     parser.add_argument("--no-mlflow", action="store_true", help="from the directories alone: faster")
 
@@ -49,7 +52,7 @@ def run(request: Request) -> int:
     """Print what was found.
 
     Raises:
-        InputError: every name that fits no run; the aligner is none.
+        InputError: every name that fits no run; the aligner or the weights are none.
     """
     options, damaged = request.options, list[str]()
     local = local_runs(request, damaged)
@@ -105,7 +108,7 @@ def ask_mlflow(request: Request, local: Sequence[RunSummary]) -> InMlflow:
 def mlflow_condition(request: Request, local: Sequence[RunSummary]) -> str:
     """What of MLflow may fit, in its own words; all, if only the runs themselves show that."""
     options, names = request.options, request.names
-    if not names or options.sweep or options.aligner or options.data:
+    if not names or options.sweep or options.aligner or options.init or options.data:
         return ""
     if len(names) == 1 and re.fullmatch("[0-9a-f]+", names[0]):
         return f"attributes.run_id LIKE '{names[0]}%'"
@@ -115,41 +118,44 @@ def mlflow_condition(request: Request, local: Sequence[RunSummary]) -> str:
 
 
 def conditions(request: Request, known: Sequence[RunSummary]) -> list[Callable[[RunSummary], bool]]:
-    """What `--sweep`, `--aligner` and `--data` demand.
+    """What `--sweep`, `--aligner`, `--init` and `--data` demand.
 
     Raises:
-        InputError: there is no such sweep or aligner.
+        InputError: there is no such sweep, aligner or run.
     """
     options = request.options
     demanded = list[Callable[[RunSummary], bool]]()
     if options.sweep:
         sweep = run_of(options.sweep, [one for one in known if one.phase == SWEEPS], [one.sweep for one in known], "--sweep")
         demanded.append(lambda run: run.sweep == sweep)
-    if options.aligner:
-        run_id, content = aligner_wanted(options.aligner, known)
-        demanded.append(lambda run: came_from_aligner(run, run_id, content))
+    for setting, wanted in ((ALIGNER, options.aligner), (INIT, options.init)):
+        if wanted:
+            demanded.append(partial(came_from, setting, *artifact_wanted(setting, wanted, known)))
     if options.data:
         demanded.append(lambda run: read_data(run, options.data))
     return demanded
 
 
-def aligner_wanted(wanted: str, known: Sequence[RunSummary]) -> tuple[str | None, str | None]:
-    """The run ID and the digest of an aligner, as far as they are known.
+def artifact_wanted(setting: str, wanted: str, known: Sequence[RunSummary]) -> tuple[str | None, str | None]:
+    """The run ID and the digest of the artifact that `--aligner` or `--init` names, as far as they are known.
 
     Raises:
         InputError: it is neither a file nor a run; or its file is damaged.
     """
-    path = Path(wanted).expanduser()
+    phases = {ALIGNMENT.name: ALIGNMENT} if setting == ALIGNER else PHASES_BY_NAME
+    path, recorded = Path(wanted).expanduser(), [origin_of(one.settings, setting) for one in known]
     if path.is_file():
-        return aligner_of({ALIGNER: str(path.absolute())}), content_of_aligner(path)
-    run_id = run_of(wanted, [one for one in known if one.phase == ALIGNMENT.name], [one.aligner for one in known], "--aligner")
-    directory = next((one.directory for one in known if one.run_id == run_id), None)
-    files = RunDirectory(Path(directory or "/nowhere"))
-    artifact = files.artifact(ALIGNMENT)
+        return origin_of({setting: str(path.absolute())}, setting), content_of(path, *phases.values())
+    run_id = run_of(wanted, [one for one in known if one.phase in phases], recorded, f"--{setting.removeprefix('model.')}")
+    found = next((one for one in known if one.run_id == run_id and one.directory is not None), None)
+    if found is None:
+        return run_id, None
+    files, phase = RunDirectory(Path(str(found.directory))), phases[found.phase]
+    artifact = files.artifact(phase)
     try:
-        return run_id, files.artifact_digest() or (content_of_aligner(artifact) if artifact.is_file() else None)
+        return run_id, files.artifact_digest() or (content_of(artifact, phase) if artifact.is_file() else None)
     except InputError as error:
-        report(f"copies of the aligner are not found: {artifact} {one_line(error.problems[0].what)}")
+        report(f"copies of the {artifact.stem} are not found: {artifact} {one_line(error.problems[0].what)}")
         return run_id, None
 
 

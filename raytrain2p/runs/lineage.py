@@ -1,35 +1,36 @@
-"""What came from what: an aligner's phase 2 runs, a sweep's trials."""
+"""What came from what: an aligner's phase 2 runs, a warm start's run, a sweep's trials."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from raytrain2p.config.phases import ALIGNMENT
-from raytrain2p.runs.summary import RunSummary, aligner_digest
+from raytrain2p.config import InputError
+from raytrain2p.config.phases import Phase
+from raytrain2p.config.settings import ALIGNER, INIT
+from raytrain2p.runs.summary import RunSummary, origin_digest, origin_of
 
-ALIGNER = "model.aligner"
-
-
-def aligner_path(run: RunSummary) -> str:
-    """The aligner.pt that a run's settings name, or nothing."""
-    return str(run.settings.get(ALIGNER) or "")
+ORIGINS = (INIT, ALIGNER)  # settings that name the artifact of another run; a run's parent is that of the first which it has
 
 
-def aligner_content(run: RunSummary) -> str | None:
-    """The digest of the aligner that a run began with, as its record has it."""
-    return aligner_digest(run.inputs)
+def origin_paths(run: RunSummary) -> dict[str, str]:
+    """The artifacts that a run's settings name, by setting, the parent's first."""
+    return {setting: str(path) for setting in ORIGINS if (path := run.settings.get(setting))}
 
 
-def aligner_runs(runs: Sequence[RunSummary]) -> dict[str, str]:
-    """The phase 1 run of each run's aligner, by run ID: that whose directory the aligner was taken from; of one that was taken from
-    elsewhere, that from which another run took an aligner of the same content."""
-    by_content = {content: run.aligner for run in runs if run.aligner is not None and (content := aligner_content(run)) is not None}
-    found = {run.run_id: run.aligner or by_content.get(aligner_content(run) or "") for run in runs}
-    return {run_id: aligner for run_id, aligner in found.items() if aligner is not None}
+def origin_runs(runs: Sequence[RunSummary], setting: str) -> dict[str, str]:
+    """The run whose artifact a setting of each run names, by run ID: that in whose directory the artifact was; of one that was taken
+    from elsewhere, that from which another run took an artifact of the same content."""
+    named = {run.run_id: origin_of(run.settings, setting) for run in runs}
+    contents = {run.run_id: origin_digest(run.inputs, setting) for run in runs}
+    by_content = {content: named[run_id] for run_id, content in contents.items() if content is not None and named[run_id] is not None}
+    found = {run.run_id: named[run.run_id] or by_content.get(contents[run.run_id] or "") for run in runs}
+    return {run_id: origin for run_id, origin in found.items() if origin is not None}
 
 
 def parents(runs: Sequence[RunSummary]) -> dict[str, str]:
-    """The run that each run came from, by run ID: a trial's sweep, else the run of its aligner. It may not be among these runs."""
-    return aligner_runs(runs) | {run.run_id: run.sweep for run in runs if run.sweep is not None}
+    """The run that each run came from, by run ID: a trial's sweep, else the run whose weights it began with, else the run of its
+    aligner. It may not be among these runs."""
+    return origin_runs(runs, ALIGNER) | origin_runs(runs, INIT) | {run.run_id: run.sweep for run in runs if run.sweep is not None}
 
 
 def children_of(run: RunSummary, runs: Sequence[RunSummary], above: Mapping[str, str]) -> list[RunSummary]:
@@ -41,20 +42,24 @@ def children_of(run: RunSummary, runs: Sequence[RunSummary], above: Mapping[str,
     return [one for one in runs if above.get(one.run_id) == run.run_id]
 
 
-def content_of_aligner(path: Path) -> str:
-    """The digest of an aligner.pt.
+def content_of(path: Path, *phases: Phase) -> str:
+    """The digest of an artifact of one of these phases.
 
     Raises:
         InputError: it is none, or damaged.
     """
     from raytrain2p.models.artifacts import load_artifact  # torch
 
-    return str(load_artifact(path, ALIGNMENT)["digest"])
+    for phase in phases[:-1]:
+        with suppress(InputError):
+            return str(load_artifact(path, phase)["digest"])
+    return str(load_artifact(path, phases[-1])["digest"])
 
 
-def came_from_aligner(run: RunSummary, run_id: str | None, content: str | None) -> bool:
-    """Whether a run began with an aligner: one in the directory of this run, or one of this content, be it copied or moved."""
-    return (run_id is not None and run.aligner == run_id) or (content is not None and aligner_content(run) == content)
+def came_from(setting: str, run_id: str | None, content: str | None, run: RunSummary) -> bool:
+    """Whether a run began with an artifact: one in the directory of this run, or one of this content, be it copied or moved."""
+    named = run_id is not None and origin_of(run.settings, setting) == run_id
+    return named or (content is not None and origin_digest(run.inputs, setting) == content)
 
 
 def read_data(run: RunSummary, value: str) -> bool:

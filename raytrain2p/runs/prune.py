@@ -11,7 +11,7 @@ from pathlib import Path
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
-from raytrain2p.config.phases import ALIGNMENT, PHASES, SWEEPS
+from raytrain2p.config.phases import PHASES, PHASES_BY_NAME, SWEEPS
 from raytrain2p.config.secrets import masked
 from raytrain2p.runs.output import human_age, human_bytes, print_json, print_table
 from raytrain2p.runs.prune_plan import Candidate, Criteria, Remote, as_json, decide, read_candidates
@@ -39,8 +39,8 @@ from raytrain2p.tracking.run import ROOT_TAG, RUN_FOLDERS, Run, beginning_launch
 
 RULE = f"""A run goes if it meets all of RUN, --phase, --status and --older-than that are given, and neither --keep-last nor
 --keep-best keeps it. Whatever is given, a run stays that is tagged `{KEEP}` (`runs tag RUN --set {KEEP}`), registered as a
-model, running or damaged, or that a run that stays needs: its aligner, its sweep, the best trial of a sweep. So does one of which
-MLflow lacks something, unless --mlflow is given."""
+model, running or damaged, or that a run that stays needs: its aligner, the run that it began with, its sweep, the best trial of
+a sweep. So does one of which MLflow lacks something, unless --mlflow is given."""
 COLUMNS = ("run", "phase", "status", "age", "size", "")
 HINTS = {
     "orphaned": "`python -m raytrain2p.runs reconcile` sets orphaned runs FAILED",
@@ -267,8 +267,8 @@ def changed_since(one: Candidate, found: list[Candidate], root: str) -> str:
     if one.run is not None and one.run.files.read_status() != one.status:
         return "it was resumed meanwhile"
     new = {*run_directories(root, RUN_FOLDERS)} - {each.path for each in found}
-    if one.phase == ALIGNMENT.name and (new or beginning_launches(root)):
-        return "a run has begun meanwhile, which may need its aligner"
+    if one.phase != SWEEPS and (new or beginning_launches(root)):
+        return f"a run has begun meanwhile, which may need its {PHASES_BY_NAME[one.phase].artifact}"
     return ""
 
 

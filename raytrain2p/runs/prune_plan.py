@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import ALIGNMENT, PHASES_BY_NAME, SWEEPS
+from raytrain2p.runs.lineage import ORIGINS
 from raytrain2p.runs.removal import KEEP, is_in_place
-from raytrain2p.runs.summary import ORPHANED, RunSummary, aligner_digest, aligner_of, direction, summary_of
+from raytrain2p.runs.summary import ORPHANED, RunSummary, direction, origin_digest, origin_of, summary_of
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 from raytrain2p.tracking.find import is_alive, is_empty, read_run, run_directories
 from raytrain2p.tracking.run import PRUNED_DIRECTORY, PRUNED_TAG, ROOT_TAG, RUN_FOLDERS, SWEEP_TAG, Run, beginning_launches
@@ -124,7 +125,7 @@ def decide(
                 one.why = "running"
             if not one.why and unsent(one.run):
                 one.why = "unsent"
-            if not one.why and one.phase == ALIGNMENT.name and not checkpoints_only and begins:
+            if not one.why and one.phase != SWEEPS and not checkpoints_only and begins:
                 one.why = f"parent of launch {begins[0]}?"
     _keep_parents(found, root, remote)
 
@@ -198,10 +199,10 @@ def value_of(summary: RunSummary, metric: str) -> float:
 
 
 def _keep_parents(found: list[Candidate], root: str, remote: Mapping[str, Remote]) -> None:
-    """Keep what kept runs were made from: aligners of phase 2, sweeps of trials; and the best trial of a kept sweep."""
-    aligners = {one.run_id: one for one in found if one.phase == ALIGNMENT.name}
+    """Keep what kept runs were made from: aligners, weights that they began with, sweeps of trials; and the best trial of a kept sweep."""
+    origins = {one.run_id: one for one in found if one.phase != SWEEPS}
     waiting = [one for one in found if one.why]
-    outside = _aligners_used_elsewhere(found, root, remote)
+    outside = _used_elsewhere(found, root, remote)
     by_id = dict[str, list[Candidate]]()
     for one in found:
         by_id.setdefault(one.run_id, []).append(one)
@@ -216,7 +217,7 @@ def _keep_parents(found: list[Candidate], root: str, remote: Mapping[str, Remote
             keep(needed, f"parent of {child[:8]}")
     while waiting:
         one = waiting.pop()
-        needs, unknown = lineage(one, remote.get(one.run_id, NOTHING), aligners)
+        needs, unknown = lineage(one, remote.get(one.run_id, NOTHING), origins)
         for run_id, why in needs.items():
             for needed in by_id.get(run_id, ()):
                 keep(needed, why)
@@ -225,14 +226,16 @@ def _keep_parents(found: list[Candidate], root: str, remote: Mapping[str, Remote
                 keep(needed, f"parent of {one.run_id[:8]}?")
 
 
-def _aligners_used_elsewhere(found: list[Candidate], root: str, remote: Mapping[str, Remote]) -> dict[str, str]:
-    """Aligners of this root that runs of other output roots use, which MLflow knows: run ID of the aligner and of such a run."""
+def _used_elsewhere(found: list[Candidate], root: str, remote: Mapping[str, Remote]) -> dict[str, str]:
+    """Runs of this root whose artifacts runs of other output roots use, which MLflow knows: run ID, and that of such a run."""
     here = {one.run_id for one in found}
-    used = dict[str, str]()
-    for run_id, known in remote.items():
-        if run_id not in here and is_elsewhere(known, root) and (aligner := aligner_of(dict(known.params))):
-            used[aligner] = run_id
-    return used
+    outside = {run_id: known for run_id, known in remote.items() if run_id not in here and is_elsewhere(known, root)}
+    return {
+        origin: run_id
+        for run_id, known in outside.items()
+        for setting in ORIGINS
+        if (origin := origin_of(known.params, setting)) is not None
+    }
 
 
 def is_elsewhere(known: Remote, root: str) -> bool:
@@ -241,13 +244,13 @@ def is_elsewhere(known: Remote, root: str) -> bool:
     return bool(theirs) and Path(theirs).resolve() != Path(root).resolve() and known.tags.get(PRUNED_TAG) != PRUNED_DIRECTORY
 
 
-def lineage(one: Candidate, known: Remote, aligners: Mapping[str, Candidate]) -> tuple[dict[str, str], set[str]]:
+def lineage(one: Candidate, known: Remote, origins: Mapping[str, Candidate]) -> tuple[dict[str, str], set[str]]:
     """The run IDs of what a run was made from, with what it is to each; and the phases in which such runs may be that
     cannot be told, since the run is damaged.
 
     Args:
         known: what MLflow has of it, which counts where its own files are damaged.
-        aligners: the phase 1 runs of the root.
+        origins: the runs of the root that another one may have begun with.
     """
     files, needs, unknown = RunDirectory(one.path), dict[str, str](), set[str]()
     parent = f"parent of {one.run_id[:8]}"
@@ -264,37 +267,39 @@ def lineage(one: Candidate, known: Remote, aligners: Mapping[str, Candidate]) ->
             needs |= {str(best): f"best of {one.run_id[:8]}"} if best else {}
         except DamagedFileError:
             unknown |= {*PHASES_BY_NAME}
-    if one.phase != ALIGNMENT.name:
-        try:
-            settings = flatten_tree(files.read_config() or {}) or settings
-        except DamagedFileError:
-            unknown |= {ALIGNMENT.name} if not settings else set()
-        named = aligner_of(settings)
-        if named in aligners:
+    try:
+        settings = flatten_tree(files.read_config() or {}) or settings
+    except DamagedFileError:
+        may_be = {ALIGNMENT.name} if one.phase == ALIGNMENT.name else {*PHASES_BY_NAME}
+        unknown |= may_be if not settings else set()
+    for setting in ORIGINS:
+        named = origin_of(settings, setting)
+        if named in origins:
             needs[str(named)] = parent
-        elif settings.get("model.aligner"):
-            needs |= dict.fromkeys(_aligners_like(files, aligners), parent)
+        elif settings.get(setting):
+            needs |= dict.fromkeys(_origins_like(files, setting, origins), parent)
     return needs, unknown
 
 
-def _aligners_like(files: RunDirectory, aligners: Mapping[str, Candidate]) -> list[str]:
-    """The phase 1 runs whose aligner has the content that a phase 2 run began with, wherever it took it from."""
+def _origins_like(files: RunDirectory, setting: str, origins: Mapping[str, Candidate]) -> list[str]:
+    """The runs whose artifact has the content that a run began with, wherever it took it from."""
     record: dict[str, Any] = {}
     with suppress(DamagedFileError):
         record = files.read_record() or {}
-    if (wanted := aligner_digest(record.get("inputs", {}))) is None:
+    if (wanted := origin_digest(record.get("inputs", {}), setting)) is None:
         return []
-    return [run_id for run_id, one in aligners.items() if not one.why and _digest(RunDirectory(one.path)) == wanted]
+    return [run_id for run_id, one in origins.items() if not one.why and _digest(one.path, one.phase) == wanted]
 
 
 @cache  # many runs may have taken copies
-def _digest(files: RunDirectory) -> str | None:
+def _digest(path: Path, phase: str) -> str | None:
+    files = RunDirectory(path)
     with suppress(DamagedFileError):
         if (known := files.artifact_digest()) is not None:
             return known
     from raytrain2p.models.artifacts import recorded_digest  # with torch, which takes seconds: runs of earlier versions need it
 
-    return recorded_digest(files.artifact(ALIGNMENT))
+    return recorded_digest(files.artifact(PHASES_BY_NAME[phase]))
 
 
 def as_json(one: Candidate) -> dict[str, Any]:

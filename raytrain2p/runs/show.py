@@ -10,7 +10,7 @@ from raytrain2p.config import InputError, Problem, flatten, load_settings
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
 from raytrain2p.runs.known import add_mlflow_argument, known_runs, remote_runs, summaries
-from raytrain2p.runs.lineage import aligner_path, children_of, parents
+from raytrain2p.runs.lineage import ORIGINS, children_of, origin_paths, origin_runs, parents
 from raytrain2p.runs.output import human_age, human_bytes, human_time, number, print_json, print_table
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import OWN_TAGS, RunSummary
@@ -22,7 +22,7 @@ from raytrain2p.tracking.run import COMMAND_TAG
 from raytrain2p.tracking.run_directory import RunDirectory
 from raytrain2p.tracking.source import VERSION_PREFIX
 
-PLACES = ("output.root", "tracking.uri", "data.feature_store", "model.aligner")  # shown elsewhere, or of the machine
+PLACES = ("output.root", "tracking.uri", "data.feature_store", *ORIGINS)  # shown elsewhere, or of the machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,12 +75,10 @@ def details(run: RunSummary, others: Sequence[RunSummary]) -> dict[str, Any]:
     above, files = parents(others), RunDirectory(Path(run.directory or "/nowhere")) if run.is_here else None
     children = [child.run_id for child in children_of(run, others, above)]
     page = f"{run.tracking_uri.rstrip('/')}/#/runs/{run.run_id}" if run.tracking_uri.startswith("http") else None
-    lineage = {
-        "aligner": aligner_path(run) or None,
-        "aligner_run": above.get(run.run_id) if run.sweep is None else run.aligner,
-        "sweep": run.sweep,
-        "runs_of_it": children,
-    }
+    lineage: dict[str, Any] = {"sweep": run.sweep, "runs_of_it": children}
+    for setting in ORIGINS:
+        name = setting.removeprefix("model.")
+        lineage |= {f"{name}_run": origin_runs(others, setting).get(run.run_id), name: origin_paths(run).get(setting)}
     known = asdict(run)
     metrics, tags, inputs = (known.pop(name) for name in ("metrics", "tags", "inputs"))
     return known | {
@@ -158,7 +156,7 @@ def print_details(found: dict[str, Any]) -> None:
             "sent": "" if found["status"] == "RUNNING" else sent[mlflow["complete"]],
         },
     )
-    section("came from", {key.replace("_", " "): lineage[key] for key in ("sweep", "aligner_run", "aligner")})
+    section("came from", {key.replace("_", " "): lineage[key] for key in lineage if key != "runs_of_it"})
     name = "its runs" if found["phase"] == SWEEPS else "what came from it"
     section("", {name: ", ".join(one[:8] for one in lineage["runs_of_it"])})
     for row in found["resumes"]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config import InputError, Problem, flatten_tree
 from raytrain2p.config.phases import SWEEPS
+from raytrain2p.config.settings import ALIGNER, INIT
 from raytrain2p.runs.output import age_of
 from raytrain2p.storage.files import regular_files
 from raytrain2p.tracking.damage import read_as
@@ -29,7 +30,7 @@ LESS_IS_BETTER = re.compile(r"(.*[/_])?loss(/.*)?")  # also of a task, as in `te
 MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?(exact_match|token_f1)(/.*)?")  # not chance, majority, or with shuffled media
 CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
 # What has a name of its own beside metrics, settings and tags; and the headings of the table that differ from it
-ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")
+ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "init", "launch_id", "timestamp")
 OWN_TAGS = ("raytrain2p.", "mlflow.", VERSION_PREFIX)  # all others are a person's
 HEADINGS = {"run": "run_id", "size": "bytes"}
 AGE, SECONDS = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|h|d|w)"), {"s": 1, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -51,7 +52,8 @@ class RunSummary:
         sweep: run ID of the sweep that a trial belongs to.
         aligner: run ID of the phase 1 run that a phase 2 run took its aligner from, if it is one.
         settings: by dotted path.
-        inputs: digests of the records, the models and the aligner, by `SETTING=VALUE` and part.
+        inputs: digests of the records, the models, the aligner and `model.init`, by `SETTING=VALUE` and part.
+        init: run ID of the run whose weights it began with, if it is one.
     """
 
     run_id: str
@@ -72,6 +74,7 @@ class RunSummary:
     aligner: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)
+    init: str | None = None
 
     @property
     def is_here(self) -> bool:
@@ -121,9 +124,10 @@ def summary_of(run: Run, root: str) -> RunSummary:
         size_of(run.path),
         tags,
         tags.get(SWEEP_TAG),
-        aligner_of(settings),
+        origin_of(settings, ALIGNER),
         settings,
         inputs_of(files.read_record() or {}, settings),
+        origin_of(settings, INIT),
     )
 
 
@@ -147,8 +151,9 @@ def remote_summary(found: "RemoteRun") -> RunSummary:
         metrics=found.metrics,
         tags=tags,
         sweep=tags.get(SWEEP_TAG),
-        aligner=aligner_of(settings),
+        aligner=origin_of(settings, ALIGNER),
         settings=settings,
+        init=origin_of(settings, INIT),
     )
 
 
@@ -201,15 +206,15 @@ def size_of(directory: Path) -> int:
     return sum({(one.st_dev, one.st_ino): one.st_size for one in regular_files(directory)}.values())
 
 
-def aligner_of(settings: dict[str, Any]) -> str | None:
-    """The run ID of the aligner that the settings name, by the directory that it is in."""
-    folder = Path(str(settings.get("model.aligner") or "")).parent.name
+def origin_of(settings: Mapping[str, Any], setting: str) -> str | None:
+    """The run ID of the artifact that `model.init` or `model.aligner` names, by the directory that it is in."""
+    folder = Path(str(settings.get(setting) or "")).parent.name
     return folder[:RUN_ID_LENGTH] if RUN_DIRECTORY.fullmatch(folder) else None
 
 
-def aligner_digest(inputs: Mapping[str, Mapping[str, str]]) -> str | None:
-    """The content of the aligner that a run began with, from the inputs in its run.json."""
-    return next((parts.get("content") for setting, parts in inputs.items() if setting.startswith("model.aligner=")), None)
+def origin_digest(inputs: Mapping[str, Mapping[str, str]], setting: str) -> str | None:
+    """The content of that artifact as the run began, from the inputs in its run.json."""
+    return next((parts.get("content") for name, parts in inputs.items() if name.startswith(f"{setting}=")), None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`tree`: which runs came from which: an aligner's phase 2 runs, their registered versions, a sweep's trials."""
+"""`tree`: which runs came from which: an aligner's phase 2 runs, warm starts, registered versions, a sweep's trials."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import SWEEPS
 from raytrain2p.runs.known import add_mlflow_argument, known_runs, named
-from raytrain2p.runs.lineage import aligner_path, parents
+from raytrain2p.runs.lineage import origin_paths, parents
 from raytrain2p.runs.output import human_age, number, print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import RunSummary
@@ -84,8 +84,9 @@ def forest(runs: Sequence[RunSummary], registered: Mapping[str, Sequence[str]]) 
         parent = above.get(run.run_id)
         if parent in here and parent is not None:
             below.setdefault(parent, []).append(run)
-        elif parent is not None or aligner_path(run):
-            missing.setdefault(f"{SWEEPS} {parent}" if run.sweep is not None else f"aligner {aligner_path(run)}", []).append(run)
+        elif parent is not None or origin_paths(run):
+            setting, path = (SWEEPS, parent) if run.sweep is not None else next(iter(origin_paths(run).items()))
+            missing.setdefault(f"{setting.removeprefix('model.')} {path}", []).append(run)
 
     def node(run: RunSummary) -> Node:
         return Node(run, "", registered.get(run.run_id, ()), [node(child) for child in below.get(run.run_id, ())])

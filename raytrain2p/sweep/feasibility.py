@@ -8,11 +8,11 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.console import Console
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting
-from raytrain2p.launch.driver import resolve_aligner
+from raytrain2p.launch.driver import resolve_artifacts
 from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.resume import changed_inputs, check_resumable
 from raytrain2p.phases.inputs import PhaseInputs, check_global_batch, plan_notes
-from raytrain2p.phases.registry import read_inputs
+from raytrain2p.phases.registry import check_init, read_inputs
 from raytrain2p.sweep.results import OVER, TrialRecords
 from raytrain2p.sweep.schedulers import longest
 from raytrain2p.sweep.settings import Sweep
@@ -26,14 +26,13 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
     """Every check that needs no cluster.
 
     Returns:
-        The sweep with the aligner resolved, and the inputs by `splits_key`.
+        The sweep with `model.init` and `model.aligner` resolved, and the inputs by `splits_key`.
 
     Raises:
         InputError: every problem at once.
     """
     findings = Findings()
-    with findings:
-        sweep = replace(sweep, base=resolve_aligner(sweep.base, console))
+    sweep = replace(sweep, base=resolve_artifacts(sweep.base, findings, console))
     with findings:
         findings.extend(check_before_connecting(sweep_launch(sweep)))
     inputs_by_key: dict[str, PhaseInputs] = {}
@@ -48,6 +47,8 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
         with suppress(InputError):  # reported already
             settings, records = sweep.settings(varied), next(iter(inputs_by_key.values())).records
             check_global_batch(settings, records, findings)
+            with findings:
+                check_init(settings)
             notes += plan_notes(settings, records)
     findings.extend(rung_problems(sweep, inputs_by_key))
     jobs = [job for inputs in inputs_by_key.values() for job in inputs.jobs]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config import Settings
 
@@ -38,7 +38,7 @@ class TrainJob:
     threads: int
     data: "ray.ObjectRef[Mapping[str, Split]]"
     channel: "RunChannel"
-    facts: dict[str, object]
+    facts: dict[str, Any]
     environment: dict[str, str] = field(repr=False)
     launched: float
     trial: "TrialContext | None" = None

@@ -11,6 +11,7 @@ import torch
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.parameters import describe_parameters
 from raytrain2p.models.precision import agree_on_precision
+from raytrain2p.phases.init import load_init
 from raytrain2p.phases.inputs import TRAIN, planned_steps
 from raytrain2p.phases.registry import phase_functions
 from raytrain2p.worker.finalize import checkpoint_to_export, evaluate, export, failed_if_diverged, finish, restored
@@ -39,6 +40,8 @@ def train(job: TrainJob) -> None:
         data = ray.get(job.data)
         steps = planned_steps(settings.training, len(data[TRAIN]))
         module = phase.build(settings, steps, precision)
+        if start.checkpoint is None and (artifact := load_init(settings, job.facts["inputs"])) is not None:
+            phase.warm_start(module, artifact)
         if settings.data.features == "online":
             data = phase.online(module, data)
         if group.is_first and start.checkpoint is None:

@@ -18,7 +18,7 @@ DATA = {f"data.{name}" for name in ("train", "val", "test", "loss_on", "too_long
     "data.feature_workers",
     "data.loader_workers",
 }
-SHARED_GROUPS = ("output", "tracking", "launch", "checkpoint", "evaluation", "data.feature_store", "data.val", "data.test")
+SHARED_GROUPS = ("output", "tracking", "launch", "checkpoint", "evaluation", "data.feature_store", "data.val", "data.test", "model.init")
 KINDS = (AlignmentSettings, InstructionSettings)
 
 
@@ -53,7 +53,7 @@ ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.
 )
 def test_what_a_resumed_run_must_keep(kind: type[BaseModel], of_the_model: set[str]) -> None:
     fixed = settings_where(kind, lambda metadata: metadata.resume == FIXED)
-    assert set(fixed) == {"seed", "data.train", "data.loss_on", "data.too_long"} | TRAINING | FOUND_BY | of_the_model
+    assert set(fixed) == {"seed", "data.train", "data.loss_on", "data.too_long"} | {"model.init"} | TRAINING | FOUND_BY | of_the_model
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_a_resumed_run_must_keep(kind: type[BaseModel], of_the_model: set[s
 )
 def test_what_prepared_splits_depend_on(kind: type[BaseModel], of_the_model: set[str]) -> None:
     splits = settings_where(kind, lambda metadata: metadata.splits)
-    assert set(splits) == {"seed", "evaluation.max_records"} | DATA | of_the_model
+    assert set(splits) == {"seed", "evaluation.max_records", "model.init"} | DATA | of_the_model
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -207,3 +207,14 @@ def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny
     experiment = client.get_experiment_by_name("phase2_training_with_pretrained_aligner")
     (recorded,) = client.search_runs([experiment.experiment_id], "tags.`raytrain2p.launch_id` = 'fails'")
     assert recorded.info.status == "FAILED"
+
+
+def test_a_warm_start_begins_where_the_trained_run_ended(run: Run, tiny_config: Path, tuned: Command) -> None:
+    """With a learning rate that changes nothing, its first validation loss is the last one of the run whose weights it took."""
+    still = (f"model.init={tuned.outcome['run_id'][:8]}", "training.max_steps=1", "training.learning_rate=1e-30", "data.test={}")
+    warm = train(run, tiny_config, 2, *still)
+    assert warm.code == 0, warm.err
+    assert f"model.init: {tuned.outcome['artifact']}" in warm.err
+    assert warm.outcome["metrics"]["val/loss"] == pytest.approx(tuned.outcome["metrics"]["val/loss"], rel=1e-6)
+    config = json.loads(Path(warm.outcome["directory"], "config.json").read_text())
+    assert (config["model"]["init"], config["model"]["aligner"]) == (tuned.outcome["artifact"], None)

@@ -2,12 +2,13 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from raytrain2p.config import Settings
-from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.runs import __main__ as runs
 from raytrain2p.storage.files import write_json
@@ -19,9 +20,23 @@ from tests.tracking.stores import NOBODY, settings_in
 SWEEP = "5" * 32
 
 
+def warm_starts(parent: Run, folder: Path) -> dict[str, Run]:
+    """Runs that began with the weights of a run, from its directory, and from a copy in the folder."""
+    model, copy, made = parent.files.artifact(INSTRUCTION), folder / "weights.pt", dict[str, Run]()
+    parts: dict[str, Any] = {"shape": {}, "state_dict": {"weight": torch.ones(3)}, "language_model": {}, "system_prompt": None}
+    save_artifact(model, INSTRUCTION, {}, {}, **parts)
+    shutil.copy(model, copy)
+    content = load_artifact(model, INSTRUCTION)["digest"]
+    for name, path in (("warm", model), ("far", copy)):
+        inputs = {"inputs": {f"model.init={path}": {"content": content}}, "train_digest": "123456ab" * 8}
+        made[name] = trained(settings_in(folder, f"model.init={path}", "data.train=w.jsonl"), name, [1.0], facts=inputs)
+    return made
+
+
 @pytest.fixture
 def family(settings: Settings, tmp_path: Path) -> dict[str, Run]:
-    """An aligner; phase 2 runs that took it from its directory, from a copy elsewhere, and from another aligner; the last is a trial."""
+    """An aligner; phase 2 runs that took it from its directory, from a copy elsewhere, and from another aligner; the last is a trial. And
+    warm starts."""
     aligner = trained(settings_in(tmp_path, phase=1), "aligner", [1.0], phase="alignment", facts={"train_digest": "abcdef12" * 8})
     artifact, copy = aligner.files.artifact(ALIGNMENT), tmp_path / "copy.pt"
     save_artifact(artifact, ALIGNMENT, {}, {}, shape={}, state_dict={"weight": torch.ones(2)})
@@ -29,6 +44,8 @@ def family(settings: Settings, tmp_path: Path) -> dict[str, Run]:
     content = load_artifact(artifact, ALIGNMENT)["digest"]
     made = {"aligner": aligner}
     for name, path, digest in (("direct", artifact, content), ("copied", copy, content), ("other", tmp_path / "other.pt", "0" * 64)):
+        if name == "other":
+            made |= warm_starts(made["direct"], tmp_path)
         inputs = {"inputs": {f"model.aligner={path}": {"content": digest}}, "train_digest": "123456ab" * 8}
         made[name] = trained(settings_in(tmp_path, f"model.aligner={path}", f"data.train=[{name}.jsonl]"), name, [1.0], facts=inputs)
     made["other"].add_tags({SWEEP_TAG: SWEEP})
@@ -48,12 +65,15 @@ def test_runs_are_found_by_aligner_sweep_and_data_from_the_directories(
         (("--aligner", family["aligner"].run_id[:9]), ["direct", "copied"]),
         (("--aligner", "latest"), ["direct", "copied"]),
         (("--aligner", str(tmp_path / "copy.pt")), ["direct", "copied"]),
+        (("--init", family["direct"].run_id[:9]), ["warm", "far"]),
+        (("--init", str(tmp_path / "weights.pt")), ["warm", "far"]),
+        (("--init", str(tmp_path / "copy.pt")), []),
         (("--sweep", SWEEP[:5]), ["other"]),
         (("--data", str(Path("direct.jsonl").absolute())), ["direct"]),
         (("--data", "direct.jsonl"), ["direct"]),
         (("--data", "emoji:val"), ["aligner"]),
         (("--data", "abcdef12"), ["aligner"]),
-        (("--data", "123456", "latest", "direct"), ["direct", "copied"]),  # the newest that is no trial
+        (("--data", "123456", "latest", "direct"), ["direct", "far"]),  # the newest that is no trial
         (("--data", "123456", "--sweep", SWEEP), ["other"]),
         (("--data", "nothing.jsonl"), []),
     ):
@@ -85,6 +105,7 @@ def test_a_run_is_found_from_its_directory_and_from_its_id_with_what_mlflow_has(
     root.rename(tmp_path / "gone")
     for words, names in (  # from MLflow alone
         (("--aligner", family["aligner"].run_id[:9]), ["direct"]),
+        (("--init", family["direct"].run_id[:9]), ["warm"]),
         (("--sweep", SWEEP[:5]), ["other"]),
         (("--data", "direct.jsonl"), ["direct"]),
         ((family["direct"].directory,), ["direct"]),
@@ -107,6 +128,7 @@ def test_what_fits_nothing_is_a_problem_and_a_damaged_run_a_line(family: dict[st
     for words, problem in (
         (("zz", "yy"), "2 problems"),
         (("--aligner", "zz"), "no run came from it"),
+        (("--init", "zz"), "--init zz"),
         (("--aligner", str(family["direct"].files.config)), "is not a valid aligner.pt"),
     ):
         assert runs.main(["find", "--no-mlflow", root, *words]) == 2

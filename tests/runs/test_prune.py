@@ -195,10 +195,11 @@ def test_what_never_goes(settings: Settings, why: Callable[..., Any]) -> None:
     assert why(*words, "--mlflow", code=1)["h"] is None, "the run in MLflow goes, too"
 
 
-def test_no_aligner_goes_while_a_launch_begins_which_may_take_it(
-    settings: Settings, why: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("phase", ["alignment", "phase2"])
+def test_no_artifact_goes_while_a_launch_begins_which_may_take_it(
+    settings: Settings, why: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    first, second = made(settings, "a", phase="alignment"), made(settings, "b", phase="alignment")
+    first, second = made(settings, "a", phase=phase), made(settings, "b", phase=phase)
     with lock_holder(launch_lock(settings.output.root, "begins").path):
         assert why(first.run_id) == {"a": "parent of launch begins?", "b": "not named"}
     assert why(first.run_id) == {"a": None, "b": "not named"}
@@ -246,6 +247,28 @@ def test_what_a_kept_run_needs_is_kept(settings: Settings, tmp_path: Path, why: 
     assert set(why("--older-than", "0d").values()) == {None}, "with all that needs them, they go"
 
 
+def test_the_run_whose_weights_a_kept_run_began_with_is_kept(settings: Settings, tmp_path: Path, why: Callable[..., Any]) -> None:
+    aligner = made(settings, "aligner", phase="alignment", days=9)
+    used = made(settings_in(tmp_path, f"model.aligner={aligner.path}/aligner.pt"), "used", days=9)
+    copied, again = made(settings, "copied", days=9), made(settings, "again", phase="alignment", days=9)
+    write_json(copied.files.result, {"digest": "d1g35t"})
+    MlflowSync(copied, settings.tracking.uri).send()
+    made(settings, "unused", days=9)
+    warm = made(settings_in(tmp_path, f"model.init={used.path}/model.pt"), "warm")
+    far = made(settings_in(tmp_path, "model.init=/w.pt"), "far", facts={"inputs": {"model.init=/w.pt": {"content": "d1g35t"}}})
+    first = made(settings_in(tmp_path, f"model.init={again.path}/aligner.pt", phase=1), "first", phase="alignment")
+    assert why("--older-than", "5d") == {
+        "aligner": f"parent of {used.run_id[:8]}",
+        "used": f"parent of {warm.run_id[:8]}",
+        "copied": f"parent of {far.run_id[:8]}",
+        "again": f"parent of {first.run_id[:8]}",
+        "unused": None,
+        "warm": "newer",
+        "far": "newer",
+        "first": "newer",
+    }
+
+
 def test_what_a_damaged_run_may_need_is_kept(settings: Settings, tmp_path: Path, why: Callable[..., Any]) -> None:
     first, _ = (made(settings, name, phase="alignment", days=9) for name in ("a", "b"))
     child = made(settings_in(tmp_path, f"model.aligner={first.path}/aligner.pt"), "child")
@@ -255,10 +278,10 @@ def test_what_a_damaged_run_may_need_is_kept(settings: Settings, tmp_path: Path,
     assert why("--older-than", "5d", "--without-mlflow", code=1) == {"a": doubt, "b": doubt, "child": "damaged"}
 
 
-def test_an_aligner_that_another_root_uses_is_kept(settings: Settings, tmp_path: Path, why: Callable[..., Any]) -> None:
-    aligner = made(settings, "a", phase="alignment", days=9)
-    other = settings_in(tmp_path, f"model.aligner={aligner.path}/aligner.pt", f"output.root={tmp_path}/other")
-    child = made(other, "child")
+@pytest.mark.parametrize(("phase", "name"), [("alignment", "model.aligner={}/aligner.pt"), ("phase2", "model.init={}/model.pt")])
+def test_what_another_root_uses_is_kept(settings: Settings, tmp_path: Path, why: Callable[..., Any], phase: str, name: str) -> None:
+    used = made(settings, "a", phase=phase, days=9)
+    child = made(settings_in(tmp_path, name.format(used.path), f"output.root={tmp_path}/other"), "child")
     assert why("--older-than", "5d") == {"a": f"parent of {child.run_id[:8]}"}
 
 

@@ -39,6 +39,18 @@ def test_everything_about_a_run_is_shown(settings: Settings, tmp_path: Path, cap
     assert printed(tmp_path / "checkpoints", capsys, "show", run.directory)[0]["mlflow"]["complete"] is True
     run.files.write_status("KILLED")
     assert printed(tmp_path / "checkpoints", capsys, "show", run.directory)[0]["mlflow"]["complete"] is False
+    warm = trained(settings_in(tmp_path, f"model.init={run.path}/model.pt"), "warm", [1.0])
+    (child,) = printed(tmp_path / "checkpoints", capsys, "show", "warm")
+    assert child["lineage"] == {
+        "sweep": None,
+        "init_run": run.run_id,
+        "init": f"{run.path}/model.pt",
+        "aligner_run": None,
+        "aligner": None,
+        "runs_of_it": [],
+    }
+    assert child["changed_settings"] == {}, "it is shown as where the run came from"
+    assert printed(tmp_path / "checkpoints", capsys, "show", "own")[0]["lineage"]["runs_of_it"] == [warm.run_id]
     (parent,) = printed(tmp_path / "checkpoints", capsys, "show", "aligner")
     assert parent["lineage"]["runs_of_it"] == [run.run_id]
     run.files.write_status("FAILED", "the loss is not finite")

@@ -43,7 +43,8 @@ DONE = ("sync", "reconcile", "verify --repair")
 
 @dataclass
 class Store:
-    """A phase 1 run, a phase 2 run with its aligner, a sweep with a trial, and a run that failed at once: all complete in MLflow."""
+    """A phase 1 run, a phase 2 run with its aligner, a sweep with a trial that began with the weights of the first, and a run that failed
+    at once: all complete in MLflow."""
 
     settings: Settings
     aligned: Run
@@ -108,12 +109,12 @@ def store_of(settings: Settings, folder: Path, kind: str = "sqlite") -> Store:
     begin(settings)
     aligned = made(settings, "aligned", "alignment", "FINISHED")
     path = aligned.files.artifact(ALIGNMENT)
-    second = settings_in(folder, OWN, f"model.aligner={path}", store=kind)
-    facts = {"inputs": {f"model.aligner={path}": {"content": load_artifact(path, ALIGNMENT)["digest"]}}}
-    tuned = made(second, "tuned", "phase2", "FINISHED", facts=facts)
+    second, third = (settings_in(folder, OWN, f"model.{setting}={path}", store=kind) for setting in ("aligner", "init"))
+    content = {"content": load_artifact(path, ALIGNMENT)["digest"]}
+    tuned = made(second, "tuned", "phase2", "FINISHED", facts={"inputs": {f"model.aligner={path}": content}})
     sweep = made(settings, "sweep", SWEEPS, "FINISHED")
     tags = {SWEEP_TAG: sweep.run_id, "mlflow.parentRunId": sweep.run_id}
-    trial = made(settings, "sweep-000", "alignment", "FINISHED", tags)
+    trial = made(third, "sweep-000", "alignment", "FINISHED", tags, {"inputs": {f"model.init={path}": content}})
     return Store(settings, aligned, tuned, sweep, trial, made(settings, "failed", "phase2", "FAILED"))
 
 
@@ -245,6 +246,11 @@ DAMAGES: dict[str, tuple[Damage, str, str]] = {
     "the aligner is another": (
         lambda s: edit(s.tuned.files.record, inputs={"model.aligner=x": {"content": "0"}}),
         "aligner.pt has another content than the aligner",
+        "",
+    ),
+    "the initial weights are others": (
+        lambda s: edit(s.trial.files.record, inputs={"model.init=x": {"content": "0"}}),
+        "aligner.pt has another content than the weights that this run began with",
         "",
     ),
     "the sweep is gone": (lambda s: without_sweep(s), "has no directory of sweep", "fast"),

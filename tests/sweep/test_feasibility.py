@@ -17,6 +17,23 @@ from raytrain2p.tracking.run_writer import describe_run, resolved_config
 from tests.sweep.test_results import begun, records_in
 
 
+def test_a_value_that_the_weights_of_a_warm_start_do_not_fit_is_refused_before_the_first_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_config: Path, untrained_aligner: Path
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAYTRAIN2P_FEATURES", str(tmp_path / "features"))
+    own = [f"output.root={tmp_path}", f"model.init={untrained_aligner}"]
+    rates = "sweep.space={training.learning_rate: {choice: [0.1, 0.2]}}"
+    _, inputs = check_sweep(load_sweep(sweep_config, [*own, rates]), Console(io.StringIO()))
+    (found,) = inputs.values()
+    assert f"model.init={untrained_aligner}" in found.digests.inputs, "trials record what they began with"
+    with pytest.raises(InputError) as caught:
+        check_sweep(load_sweep(sweep_config, [*own, "sweep.space={model.hidden: {choice: [32, 64]}}"]), Console(io.StringIO()))
+    assert [problem.where for problem in caught.value.problems] == ["model.hidden=64"]
+    with pytest.raises(InputError, match=r"sweep.space.model.init\n    is shared by all trials"):
+        load_sweep(sweep_config, ["sweep.space={model.init: {choice: [a, b]}}"])
+
+
 @pytest.mark.parametrize("status", ["FINISHED", "RUNNING"])
 @pytest.mark.parametrize("inherited", [False, True])
 def test_a_sweep_is_resumed_with_the_inputs_of_its_trials_alone(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +12,16 @@ from raytrain2p.config import AlignmentSettings, Findings, Problem
 from raytrain2p.config.loading import packaged_tree
 from raytrain2p.config.paths import is_embedded
 from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.config.settings import AlignmentModelSettings
+from raytrain2p.config.settings import INIT, AlignmentModelSettings
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.data.media import TEXT, MediaRef, content_key
 from raytrain2p.data.records import Record
 from raytrain2p.models.aligner import Aligner
+from raytrain2p.models.artifacts import check_fingerprint, check_weights, option_problems
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.losses import ContrastiveLoss
+from raytrain2p.phases.init import WITHOUT, differs, init_facts
 from raytrain2p.phases.inputs import (
     TRAIN,
     Batch,
@@ -138,6 +141,9 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
             spec.width()
             spec.probe()
             stores[modality] = FeatureStore(str(settings.data.feature_store), spec.fingerprint())
+    begins = list[str]()
+    with findings:
+        begins = check_init(settings)
     read = read_splits(settings, 1, findings)
     records = [record for split in read.splits.values() for record in split]
     check_modalities(records, specs, "set model.encoders.{modality}", findings)
@@ -146,7 +152,7 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
     check_global_batch(settings, len(read.splits.get(TRAIN, [])), findings)
     check_shares(settings, read.shares, findings)
     findings.raise_any()
-    inputs = AlignmentInputs(read.splits, read.shares, media_keys, (), read.notes, settings)
+    inputs = AlignmentInputs(read.splits, read.shares, media_keys, (), (*read.notes, *begins), settings)
     items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in specs}
     for record in records:
         for modality, item in record.by_modality().items():
@@ -154,6 +160,42 @@ def read_inputs(settings: AlignmentSettings) -> AlignmentInputs:
                 items[modality][inputs.key(item)] = item
     jobs = tuple(EncoderJob(modality, stores[modality], found, specs[modality]) for modality, found in items.items())
     return replace(inputs, jobs=jobs)
+
+
+def check_init(settings: AlignmentSettings) -> list[str]:
+    """The aligner.pt of `model.init` must have been trained with the encoders of the modalities that both have, and these widths.
+
+    Returns:
+        Lines about what begins untrained.
+
+    Raises:
+        InputError: every setting that differs and must not; or weights are missing, or not finite.
+    """
+    if (artifact := init_facts(settings)) is None:
+        return []
+    model, path, findings = settings.model, Path(str(settings.model.init)), Findings()
+    specs, trained, shape = encoder_specs(model), artifact["encoders"], artifact["shape"]
+    common = [modality for modality in specs if modality in trained]
+    if specs and not common:
+        what = f"has the branches of {', '.join(trained)}, and model.encoders has {', '.join(specs)}"
+        findings.add(Problem(f"{INIT}={path}", what, f"set an encoder that both have, or {WITHOUT}"))
+    for modality in common:
+        setting, spec = f"model.encoders.{modality}", specs[modality]
+        with findings:
+            check_fingerprint(path, trained[modality], spec.name, spec.directory(), setting, WITHOUT)
+        options = {**dict.fromkeys(trained[modality]["options"]), **spec.options}
+        findings.extend(option_problems(path, trained[modality], options, setting, WITHOUT))
+    for name in ("hidden", "dimension"):
+        if (here := getattr(model, name)) != shape.get(name):
+            findings.add(differs(f"model.{name}", here, model.init, shape.get(name)))
+    findings.raise_any()
+    wanted = tuple(f"branches.{modality}." for modality in common)
+    weights, required = artifact["state_dict"], build_aligner(model).state_dict()
+    check_weights(path, *({name: value for name, value in these.items() if name.startswith(wanted)} for these in (weights, required)))
+    untrained = [f"the branch of {modality}" for modality in specs if modality not in trained]
+    if artifact.get("loss", {}).get("form") != model.loss:
+        untrained.append(f"the scale of the {model.loss} loss")
+    return [f"{INIT}={path} lacks {', '.join(untrained)}, which begins untrained"] if untrained else []
 
 
 def check_trained(records: list[Record], specs: Iterable[str], findings: Findings) -> None:

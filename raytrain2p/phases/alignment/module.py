@@ -79,6 +79,18 @@ def build(settings: AlignmentSettings, total_steps: int, precision: str) -> Alig
     return AlignmentModule(settings, total_steps)
 
 
+def warm_start(module: AlignmentModule, artifact: Mapping[str, Any]) -> None:
+    """Load the branches of an aligner.pt of the modalities that both have, and the loss's scale, if it is of the same form.
+
+    Args:
+        artifact: of `model.init`, which `check_init` has looked at.
+    """
+    state = module.aligner.state_dict()
+    module.aligner.load_state_dict({name: artifact["state_dict"].get(name, value) for name, value in state.items()})
+    if (loss := artifact.get("loss", {})).get("form") == module.loss.form:
+        module.loss.load_state_dict(loss["state_dict"])
+
+
 def online(module: AlignmentModule, data: Mapping[str, AlignmentSplit]) -> dict[str, AlignmentSplit]:
     """The splits with the encoders' preprocessing, where media are encoded in the step."""
     return {name: replace(split, preprocess=module.encoders.preprocess(split.tables)) for name, split in data.items()}
@@ -137,4 +149,5 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
         },
         shape=module.aligner.shape,
         state_dict={key: value.detach().cpu() for key, value in module.aligner.state_dict().items()},
+        loss={"form": module.loss.form, "state_dict": {key: value.detach().cpu() for key, value in module.loss.state_dict().items()}},
     )

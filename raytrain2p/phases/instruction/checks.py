@@ -15,10 +15,12 @@ from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.aligner import Aligner
-from raytrain2p.models.artifacts import check_fingerprint, check_weights, load_artifact
+from raytrain2p.models.artifacts import check_fingerprint, check_weights, option_problems
 from raytrain2p.models.assistant import with_adapters
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
 from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
+from raytrain2p.phases.init import facts_of
+from raytrain2p.phases.instruction.aligner import found_aligner, required_aligner
 
 
 def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
@@ -27,33 +29,31 @@ def encoder_specs(settings: InstructionSettings) -> dict[str, EncoderSpec]:
     Raises:
         InputError: the aligner is not readable.
     """
-    path = Path(settings.model.aligner)
-    if not path.is_file():
-        return {}  # reported where the setting was resolved to a path
+    if (aligner := found_aligner(settings)) is None:
+        return {}
     elsewhere = settings.model.encoders.by_modality()
     return {
         modality: EncoderSpec(modality, elsewhere[modality].name if modality in elsewhere else trained["name"], trained["options"])
-        for modality, trained in load_artifact(path, ALIGNMENT)["encoders"].items()
+        for modality, trained in aligner.encoders.items()
         if modality != TEXT
     }
 
 
 def check_aligner(settings: InstructionSettings) -> None:
-    """The aligner must have all weights of its branches.
+    """The aligner.pt must have all weights of its branches; `check_init` looks at a model.pt.
 
     Raises:
         InputError: it has not, or is not readable.
     """
-    path = Path(settings.model.aligner)
-    if not path.is_file():
-        return  # reported where the setting was resolved to a path
-    artifact = load_artifact(path, ALIGNMENT)
+    named = settings.model.aligner
+    if named is None or (artifact := facts_of(Path(named), ALIGNMENT)) is None:
+        return
     try:
         with torch.device("meta"):
             aligner = Aligner(**artifact["shape"])
     except TypeError as error:
-        raise InputError(Problem(str(path), f"lacks parts of an {ALIGNMENT.artifact}: {error}", "train it anew")) from None
-    check_weights(path, artifact["state_dict"], aligner.state_dict())
+        raise InputError(Problem(named, f"lacks parts of an {ALIGNMENT.artifact}: {error}", "train it anew")) from None
+    check_weights(Path(named), artifact["state_dict"], aligner.state_dict())
 
 
 def check_encoders(settings: InstructionSettings) -> None:
@@ -62,10 +62,9 @@ def check_encoders(settings: InstructionSettings) -> None:
     Raises:
         InputError: they are not; both sides are named.
     """
-    path, findings = Path(settings.model.aligner), Findings()
-    if not path.is_file():
-        return  # reported where the setting was resolved to a path
-    trained = load_artifact(path, ALIGNMENT)["encoders"]
+    if (aligner := found_aligner(settings)) is None:
+        return
+    path, trained, findings = aligner.path, aligner.encoders, Findings()
     for modality, encoder in settings.model.encoders.by_modality().items():
         setting = f"model.encoders.{modality}"
         if modality not in trained:
@@ -73,12 +72,8 @@ def check_encoders(settings: InstructionSettings) -> None:
             continue
         spec = EncoderSpec(modality, encoder.name, trained[modality]["options"])
         with findings:
-            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting)
-        for option, value in encoder.options().items():
-            if value != trained[modality]["options"].get(option):
-                used = trained[modality]["options"].get(option)
-                what = f"{path} was trained with {'the default of the encoder' if used is None else used}"
-                findings.add(Problem(f"{setting}.{option}={value}", what, f"leave out {setting}.{option}, or train another aligner"))
+            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting, aligner.otherwise)
+        findings.extend(option_problems(path, trained[modality], encoder.options(), setting, aligner.otherwise or "train another aligner"))
     findings.raise_any()
 
 
@@ -101,9 +96,9 @@ def check_encoder(settings: InstructionSettings, spec: EncoderSpec) -> None:
     Raises:
         InputError: it does not.
     """
-    path = Path(settings.model.aligner)
-    trained = load_artifact(path, ALIGNMENT)["encoders"][spec.modality]
-    check_fingerprint(path, trained, spec.name, spec.directory(), f"model.encoders.{spec.modality}")
+    aligner = required_aligner(settings)
+    setting, trained = f"model.encoders.{spec.modality}", aligner.encoders[spec.modality]
+    check_fingerprint(aligner.path, trained, spec.name, spec.directory(), setting, aligner.otherwise)
     tokens, positions = settings.model.soft_tokens_of(spec.modality), spec.probe()
     if ENCODERS[spec.modality].square and tokens > positions:
         what = f"{spec.name} gives a grid of {positions} positions"

@@ -14,15 +14,16 @@ from transformers import AutoConfig
 from raytrain2p.config import Findings, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.config.problems import ReportedError
+from raytrain2p.config.settings import ALIGNER
 from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.data.media import TEXT, MediaRef
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
-from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import content_of, model_directory
+from raytrain2p.phases.init import facts_of
 from raytrain2p.phases.inputs import (
     TRAIN,
     VAL,
@@ -39,6 +40,7 @@ from raytrain2p.phases.inputs import (
     read_media_keys,
     read_splits,
 )
+from raytrain2p.phases.instruction.aligner import found_aligner, required_aligner
 from raytrain2p.phases.instruction.checks import (
     check_aligner,
     check_base_model,
@@ -49,6 +51,7 @@ from raytrain2p.phases.instruction.checks import (
     encoder_specs,
     longest_record,
 )
+from raytrain2p.phases.instruction.init import check_init
 from raytrain2p.phases.instruction.question import question_arguments
 from raytrain2p.phases.instruction.tokenize import kept_shares, tokenize
 
@@ -132,12 +135,12 @@ class InstructionInputs(CheckedRecords):
         return question_arguments(self.splits)
 
     def models(self) -> dict[str, dict[str, str]]:
-        """Also the language model, with tokenizer and template, and the aligner."""
+        """Also the language model, with tokenizer and template, and the aligner, unless it is that of a warm start."""
         language_model, aligner = self.settings.model.language_model, self.settings.model.aligner
-        return super().models() | {
-            f"model.language_model={language_model}": content_of(model_directory(language_model)),
-            f"model.aligner={aligner}": {"content": load_artifact(Path(aligner), ALIGNMENT)["digest"]},
-        }
+        found = super().models() | {f"model.language_model={language_model}": content_of(model_directory(language_model))}
+        if aligner is not None and (artifact := facts_of(Path(aligner), ALIGNMENT)) is not None:
+            found[f"{ALIGNER}={aligner}"] = {"content": artifact["digest"]}
+        return found
 
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting; without memory for their weights."""
@@ -165,7 +168,7 @@ class InstructionInputs(CheckedRecords):
 
 
 def read_inputs(settings: InstructionSettings) -> InstructionInputs:
-    """Read and check the inputs of phase 2. `model.aligner` must be a path by now.
+    """Read and check the inputs of phase 2. `model.aligner` and `model.init` must be paths by now, if they are set.
 
     Raises:
         InputError: every problem with models, aligner, records and media.
@@ -173,12 +176,14 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
     findings = Findings()
     model = settings.model
     specs: dict[str, EncoderSpec] = {}
-    chat, limit = None, 0
+    chat, limit, begins = None, 0, list[str]()
     with findings:
         specs = encoder_specs(settings)
         check_aligner(settings)
         check_encoders(settings)
         check_soft_tokens(settings, specs)
+    with findings:
+        begins = check_init(settings)
     with findings:
         directory = model_directory(model.language_model, "model.language_model")
         chat = checked_language_model(settings, directory, specs)
@@ -208,10 +213,10 @@ def read_inputs(settings: InstructionSettings) -> InstructionInputs:
                     shares = kept_shares(shares, fitting.kept)
     check_global_batch(settings, len(splits.get(TRAIN, [])), findings)
     check_shares(settings, shares, findings)
-    notes = (*notes, *evaluation_notes(settings, splits))
+    notes = (*notes, *begins, *evaluation_notes(settings, splits))
     findings.raise_any()
-    if not Path(model.aligner).is_file():
-        raise ReportedError(Problem(f"model.aligner={model.aligner}", "there is no such file"))  # where it was resolved to a path
+    if found_aligner(settings) is None:
+        raise ReportedError(Problem(ALIGNER, "there is no such file"))  # where it, or `model.init`, was resolved to a path
     items: dict[str, dict[bytes, MediaRef | str]] = {modality: {} for modality in stores}
     if settings.data.features == "stored":
         for ref in (ref for records in splits.values() for record in records for ref in record.media()):
@@ -235,11 +240,11 @@ def evaluation_notes(settings: InstructionSettings, splits: Mapping[str, list[Re
 def assistant_shape(settings: InstructionSettings) -> AssistantShape:
     """What the model is built from; also written into model.pt."""
     model = settings.model
-    artifact = load_artifact(Path(model.aligner), ALIGNMENT)
+    aligner = required_aligner(settings)
     return AssistantShape(
         language_model=model.language_model,
-        soft_tokens={modality: model.soft_tokens_of(modality) for modality in artifact["encoders"] if modality != TEXT},
+        soft_tokens={modality: model.soft_tokens_of(modality) for modality in aligner.encoders if modality != TEXT},
         tuning=model.tuning,
         lora=model.lora.model_dump(),
-        aligner=artifact["shape"],
+        aligner=dict(aligner.shape),
     )

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from raytrain2p.config import InstructionSettings
-from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
-from raytrain2p.models.artifacts import load_artifact, save_artifact
+from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assistant
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.phases.inputs import Batch
+from raytrain2p.phases.instruction.aligner import required_aligner
 from raytrain2p.phases.instruction.checks import encoder_specs
 from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape
 from raytrain2p.phases.online import OnlineEncoders
@@ -49,16 +50,19 @@ class InstructionModule(PhaseModule):
 
 
 def build(settings: InstructionSettings, total_steps: int, precision: str) -> InstructionModule:
-    """Base model in the compute precision, what trains in float32, the aligner with the weights of phase 1."""
+    """Base model in the compute precision, what trains in float32, the aligner with the weights that it begins with.
+
+    Raises:
+        InputError: the aligner is not on storage that this node shares.
+    """
     model, attention = settings.model, settings.model.attention
     if attention == "auto":
         attention = "sdpa" if settings.launch.use_gpu else "eager"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    aligner = required_aligner(settings)
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
-    aligner = load_artifact(Path(model.aligner), ALIGNMENT)["state_dict"]
     wanted = tuple(f"{modality}." for modality in assistant.branches)
-    branches = {name.removeprefix("branches."): value for name, value in aligner.items()}
-    assistant.branches.load_state_dict({name: value for name, value in branches.items() if name.startswith(wanted)})
+    assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -66,6 +70,15 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     module = InstructionModule(settings, assistant.train(), total_steps)
     module.parameter_counts = assistant.freeze(model.tuning, model.train_aligner)
     return module
+
+
+def warm_start(module: InstructionModule, artifact: Mapping[str, Any]) -> None:
+    """Load the weights of a model.pt: projector, branches, adapters; of `full` tuning, the language model.
+
+    Args:
+        artifact: of `model.init`, which `check_init` has looked at.
+    """
+    module.assistant.load_state_dict(artifact["state_dict"], strict=False)  # the rest is the language model's own
 
 
 def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> dict[str, InstructionSplit]:
@@ -76,13 +89,13 @@ def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> d
 def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
     """Write model.pt: the trained weights, the aligner's branches, and the shape to build them into."""
     model, assistant = module.settings.model, module.assistant
-    trained = load_artifact(Path(model.aligner), ALIGNMENT)["encoders"]
+    trained = required_aligner(module.settings).encoders
     save_artifact(
         path,
         INSTRUCTION,
         config,
         language_model={"name": model.language_model, "fingerprint": fingerprint(model_directory(model.language_model))},
-        encoders={modality: trained[modality] | {"name": spec.name} for modality, spec in encoder_specs(module.settings).items()},
+        encoders={modality: {**trained[modality], "name": spec.name} for modality, spec in encoder_specs(module.settings).items()},
         system_prompt=model.system_prompt,
         shape=assistant_shape(module.settings).to_dict(),
         state_dict={name: value.detach().cpu() for name, value in assistant.own_weights().items()},

@@ -1,0 +1,70 @@
+"""The aligner that phase 2 begins with: an aligner.pt, or the one inside the model.pt of a warm start."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from raytrain2p.config import InputError, InstructionSettings, Problem
+from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
+from raytrain2p.config.settings import ALIGNER, INIT
+from raytrain2p.phases.init import WITHOUT, facts_of
+
+
+@dataclass(frozen=True)
+class FoundAligner:
+    """An aligner as phase 2 takes it.
+
+    Args:
+        path: of the artifact that it is in.
+        encoders: name, options and fingerprint of each encoder, by modality; a model.pt has those of media alone.
+        shape: arguments of `Aligner`.
+        weights: of the branches, by their names in there.
+        otherwise: what else than another setting helps if it does not fit; empty: train another aligner.
+    """
+
+    path: Path
+    encoders: Mapping[str, Mapping[str, Any]]
+    shape: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    otherwise: str
+
+
+def found_aligner(settings: InstructionSettings) -> FoundAligner | None:
+    """The aligner in `model.init`, if that is set, else `model.aligner`. None if there is no such file, which is reported where the
+    setting is resolved to a path.
+
+    Raises:
+        InputError: it is not readable.
+    """
+    model = settings.model
+    if (named := model.init or model.aligner) is None:
+        return None
+    path, phase = Path(named), INSTRUCTION if model.init is not None else ALIGNMENT
+    if (artifact := facts_of(path, phase)) is None:
+        return None
+    shape = artifact["shape"] if phase == ALIGNMENT else artifact["shape"].get("aligner")
+    if not isinstance(shape, dict):
+        raise InputError(Problem(str(path), f"lacks parts of a {phase.artifact}: the aligner's shape", "train it anew"))
+    return FoundAligner(path, artifact["encoders"], shape, branches_of(artifact), WITHOUT if model.init is not None else "")
+
+
+def branches_of(artifact: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of the aligner's branches in an artifact of either phase, such as `image.query.weight`."""
+    prefix = "branches."
+    return {name.removeprefix(prefix): value for name, value in artifact["state_dict"].items() if name.startswith(prefix)}
+
+
+def required_aligner(settings: InstructionSettings) -> FoundAligner:
+    """The same, where it must be: the driver has found it.
+
+    Raises:
+        InputError: it is not here.
+    """
+    if (aligner := found_aligner(settings)) is None:
+        setting = INIT if settings.model.init is not None else ALIGNER
+        named = settings.model.init or settings.model.aligner
+        raise InputError(Problem(f"{setting}={named}", "no such file", "give the path of one, on storage that all nodes share"))
+    return aligner
