@@ -14,23 +14,24 @@ from raytrain2p.config.paths import is_kind
 from raytrain2p.data.media import MEDIA, item_bytes
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
-from raytrain2p.models.pretrained import COPIES, quiet_transformers
+from raytrain2p.models.pretrained import COPIES
 
 
 class RegisteredAssistant(PythonModel):
     """Answers a table of questions. `tracking/model_package.py` writes what it is loaded from."""
 
     def load_context(self, context: Any) -> None:
-        """Load model.pt; and, from the registered model, the base models that were local directories in training.
+        """Load model.pt and its base models, of which those that were local directories in training are in the registered model.
 
         Raises:
             InputError: the file is damaged, or a base model is not the one in training.
         """
-        quiet_transformers()
         files = {name: Path(path) for name, path in context.artifacts.items()}
         artifact = files.pop("model")
         COPIES.update(files)
         self.predictor = Predictor(artifact)
+        for modality in self.predictor.trained:
+            self.predictor.encoder(modality)
 
     def predict(self, context: Any, model_input: DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """An answer to each row.

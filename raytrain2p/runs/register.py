@@ -12,6 +12,7 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, SWEEPS
 from raytrain2p.config.secrets import masked
+from raytrain2p.interrupts import stoppable
 from raytrain2p.runs.find import run_of
 from raytrain2p.runs.known import summaries
 from raytrain2p.runs.output import number, print_json
@@ -59,6 +60,7 @@ def run(request: Request) -> int:
                 holder = stack.enter_context(chosen.files.lock.held(5.0))  # another registration may have it
             check_run(chosen, request.root, holder)
             content = content_of(chosen)
+            stack.enter_context(stoppable())  # Ctrl-C leaves nothing behind, either
             registered = register(chosen, content, request)
     except StorageError as error:
         report(f"nothing was registered: {error}")

@@ -26,7 +26,7 @@ from raytrain2p.tracking.model_package import ModelContent, write_package
 DIGEST_TAG, RUN_TAG, METRIC_TAG = "raytrain2p.digest", "raytrain2p.run_id", "raytrain2p.metric."  # of a version; metrics by name
 PENDING_TAG, ABANDONED_MS = "raytrain2p.registering", 600_000  # of a registered model that has no version yet; no registration takes longer
 FOLDER = "registered"  # among the run's artifacts: a folder for each model that was registered
-NAME, ALIAS = re.compile(r"[^\s/:;?\\\"\x00-\x1f\x7f][^/:;?\\\"\x00-\x1f\x7f]{0,199}(?<!\s)"), re.compile(r"[\w-]{1,200}")
+NAME, ALIAS = re.compile(r"(?!\s)[^/:;?@\\\"\x00-\x1f\x7f]{1,200}(?<!\s)"), re.compile(r"[\w-]{1,200}")
 RESERVED_ALIAS = re.compile(r"(?i)latest|v\d+")
 TAG_KEY = re.compile(r"[\w.\- :]+(/[\w.\- :]+)*")
 
@@ -43,7 +43,7 @@ class Registered:
 def check_names(name: str, aliases: Sequence[str]) -> Iterator[Problem]:
     """What MLflow does not take, or what could not be written in `models:/NAME@ALIAS`."""
     if not NAME.fullmatch(name) or name in (".", ".."):
-        fix = 'take up to 200 characters, without / : ; ? \\ " and without blanks at the ends'
+        fix = 'take up to 200 characters, without / : ; ? @ \\ " and without blanks at the ends'
         yield Problem(f"--name {name!r}", "is not a name for a registered model", fix)
     for alias in aliases:
         if not ALIAS.fullmatch(alias):
@@ -85,8 +85,13 @@ def deleted_run(run_id: str) -> Problem:
 
 
 def _versions(client: MlflowClient, name: str) -> Iterator[ModelVersion]:
+    yield from pages(lambda token: client.search_model_versions(_named(name), page_token=token))
+
+
+def _named(name: str) -> str:
+    """MLflow's filter for a name."""
     mark = '"' if "'" in name else "'"
-    yield from pages(lambda token: client.search_model_versions(f"name = {mark}{name}{mark}", page_token=token))
+    return f"name = {mark}{name}{mark}"
 
 
 def _send(client: MlflowClient, run: MlflowRun, content: ModelContent, scratch: Path) -> str:
@@ -124,10 +129,9 @@ def _create_model(client: MlflowClient, name: str, run_id: str) -> bool:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        with suppress(MlflowException):
-            client.get_registered_model(name)
-            return False
-        raise  # it is the name of a prompt
+        if not client.search_registered_models(_named(name)):
+            raise UnusableStoreError(Problem(f"--name {name}", "MLflow has a prompt of this name", "take another")) from None
+        return False
     return True
 
 

@@ -18,7 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from raytrain2p.config import Settings
+from raytrain2p.config import InputError, Settings
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
 from raytrain2p.models import pretrained
@@ -132,6 +132,12 @@ def test_a_registered_model_answers_as_the_run_does_with_an_image_in_every_form(
         model.predict([{"instruction": QUESTION, "image": "no.png"}, {"instruction": " ", "image": text}])
     with pytest.raises(mlflow.MlflowException, match="at least 1"):
         model.predict(rows, params={"max_new_tokens": 0})
+    for file, what in (("base_1/preprocessor_config.json", "its fingerprint is"), ("model.pt", "damaged")):  # both are checked as it loads
+        with Path(versions(settings)[0].source.removeprefix("file://"), "artifacts", file).open("r+b") as stream:
+            stream.seek(-1000 if file == "model.pt" else 0, os.SEEK_END)
+            stream.write(b" ")
+        with pytest.raises(InputError, match=what):
+            loaded(settings, monkeypatch)
 
 
 def test_it_loads_in_another_process_from_its_own_code_without_what_trains(
@@ -240,11 +246,15 @@ def test_mlflow_away_or_without_the_run_is_one_line(settings: Settings, run: Run
     register(settings, run.run_id, "--name", NAME, f"tracking.uri={NOBODY}", code=1)
     with away(settings):
         register(settings, run.run_id, "--name", NAME, code=1)
-    client_of(settings.tracking.uri).delete_run(run.run_id)
+    client = client_of(settings.tracking.uri)
+    client.register_prompt("greeting", "Hello")
+    register(settings, run.run_id, "--name", "greeting", code=1)
+    client.delete_run(run.run_id)
     register(settings, run.run_id, "--name", NAME, code=1)
-    away_line, broken_line, deleted_line = capsys.readouterr().err.splitlines()
+    away_line, broken_line, prompt_line, deleted_line = capsys.readouterr().err.splitlines()
     assert "MLflow is away" in away_line
     assert "nothing was registered" in broken_line
+    assert "MLflow has a prompt of this name" in prompt_line
     assert "was deleted in MLflow" in deleted_line
     assert names(settings) == []
 
@@ -253,7 +263,7 @@ MISTAKES = [
     (["latest"], "--name"),
     (["latest", "--name", "a/b"], "is not a name for a registered model"),
     (["latest", "--name", " "], "is not a name for a registered model"),
-    (["latest", "--name", "a?b"], "is not a name for a registered model"),
+    (["latest", "--name", "a@b"], "is not a name for a registered model"),
     (["latest", "--name", "a", "--alias", "v3"], "is reserved by MLflow"),
     (["latest", "--name", "a", "--alias", "ü!"], "is not a name for an alias"),
     (["--name", "a"], "0 were given, required is one"),
