@@ -63,7 +63,7 @@ def run(request: Request) -> int:
             stack.enter_context(stoppable())  # Ctrl-C leaves nothing behind, either
             registered = register(chosen, content, request)
     except StorageError as error:
-        report(f"nothing was registered: {error}")
+        report(f"not registered: {error}")
         return FAILED
     if request.options.json:
         print_json(described(registered, chosen, content, request))

@@ -62,13 +62,14 @@ def register(
         scratch: an empty folder.
 
     Raises:
-        StorageError: MLflow does not answer, or not as it should; or the run was deleted there. One line; no version was made.
+        StorageError: MLflow does not answer, or not as it should; or the run was deleted there. One line; what is left, the same call does.
     """
     with one_line_errors(uri):
         client = client_of(uri)
         run = client.get_run(content.run_id)
         if run.info.lifecycle_stage != "active":
-            raise UnusableStoreError(deleted_run(content.run_id))
+            deleted = StoreProblem(Kind.DELETED, "")
+            raise UnusableStoreError(Problem(f"run {content.run_id}", deleted.what, deleted.fix))
         _delete_abandoned(client)
         found = next((one for one in _versions(client, name) if one.tags.get(DIGEST_TAG) == content.digest), None)
         own = {DIGEST_TAG: content.digest, RUN_TAG: content.run_id}
@@ -77,11 +78,6 @@ def register(
         for alias in aliases:
             client.set_registered_model_alias(name, alias, version.version)
         return Registered(name, int(version.version), found is None)
-
-
-def deleted_run(run_id: str) -> Problem:
-    problem = StoreProblem(Kind.DELETED, "")
-    return Problem(f"run {run_id}", problem.what, problem.fix)
 
 
 def _versions(client: MlflowClient, name: str) -> Iterator[ModelVersion]:

@@ -238,7 +238,7 @@ def test_a_refused_version_leaves_no_registered_model(settings: Settings, run: R
     with closing(sqlite3.connect(settings.tracking.uri.removeprefix("sqlite:///"))) as database:
         database.execute("CREATE TRIGGER no BEFORE INSERT ON model_versions BEGIN SELECT RAISE(ABORT, 'not today'); END")
     register(settings, run.run_id, "--name", NAME, code=1)
-    assert "raytrain2p: nothing was registered: tracking.uri=" in capsys.readouterr().err
+    assert "raytrain2p: not registered: tracking.uri=" in capsys.readouterr().err
     assert names(settings) == []
 
 
@@ -253,7 +253,7 @@ def test_mlflow_away_or_without_the_run_is_one_line(settings: Settings, run: Run
     register(settings, run.run_id, "--name", NAME, code=1)
     away_line, broken_line, prompt_line, deleted_line = capsys.readouterr().err.splitlines()
     assert "MLflow is away" in away_line
-    assert "nothing was registered" in broken_line
+    assert "not registered" in broken_line
     assert "MLflow has a prompt of this name" in prompt_line
     assert "was deleted in MLflow" in deleted_line
     assert names(settings) == []
@@ -313,8 +313,9 @@ def test_a_run_without_a_model_to_answer_is_refused_in_words(
 
 
 def test_the_best_is_that_of_an_experiment_or_of_a_sweep_trials_included(
-    settings: Settings, base_models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    settings: Settings, base_models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(registry, "write_package", written)
     sweep = trained(settings, "sweep", [1.0], phase="sweeps")
     alone, trial, worse = (with_model(settings, base_models, name, (loss,)) for name, loss in (("a", 0.5), ("b", 1.0), ("c", 2.0)))
     trained(settings, "no model", [0.1])
