@@ -21,6 +21,8 @@ TOKENIZER = (
 )
 SENTENCEPIECE = "*.model"
 EARLIER = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")  # what fingerprints once covered, in order
+FROM_HUB = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+COPIES: dict[str, Path] = {}  # where models are that were local directories in training, by the path that they had: set by what ships them
 
 
 def model_directory(name: str, setting: str = "model") -> Path:
@@ -38,12 +40,22 @@ def model_directory(name: str, setting: str = "model") -> Path:
             return packaged_directory(name)
         except OSError as error:
             raise InputError(cache_problem(error)) from None
-    local = Path(name).expanduser()
-    directory = local.absolute() if is_kind(local, Path.is_dir) else _from_hub(name, setting)
+    directory = local_directory(name) or _from_hub(name, setting)
     if not (directory / "config.json").is_file():
         raise InputError(Problem(f"{setting}={name}", "the directory has no config.json", "give a directory written by save_pretrained()"))
     _refuse_foreign_code(directory, f"{setting}={name}")
     return directory
+
+
+def local_directory(name: str) -> Path | None:
+    """Where a model is that is neither packaged nor of the hub; None if it is one of them, or not there."""
+    path = COPIES.get(name, Path(name).expanduser())
+    return path.absolute() if name not in PACKAGED_MODELS and is_kind(path, Path.is_dir) else None
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The files of a model that another machine needs: those that would come from the hub."""
+    return sorted({*(path for pattern in FROM_HUB for path in directory.glob(pattern) if path.is_file()), *_weights(directory)})
 
 
 def _refuse_foreign_code(directory: Path, where: str) -> None:
@@ -64,11 +76,10 @@ def _from_hub(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
     try:
-        path = Path(snapshot_download(name, allow_patterns=patterns))
+        path = Path(snapshot_download(name, allow_patterns=[*FROM_HUB]))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*patterns, "*.bin"]))
+            path = Path(snapshot_download(name, allow_patterns=[*FROM_HUB, "*.bin"]))
     except (OSError, ValueError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

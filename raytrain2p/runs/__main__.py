@@ -18,6 +18,7 @@ VERBS = {
     "tree": ("raytrain2p.runs.tree", "show which runs came from which: aligner, phase 2, warm starts, registered versions; sweep, trials"),
     "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
     "verify": ("raytrain2p.runs.verify", "check that directories and MLflow are whole, and hold the same"),
+    "register": ("raytrain2p.runs.register", "register a run's model in MLflow's Model Registry, which loads and serves it"),
     "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
     "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),

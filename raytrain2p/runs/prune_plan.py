@@ -173,23 +173,36 @@ def _best(found: list[Candidate], criteria: Criteria) -> dict[Path, str]:
     if criteria.keep_best is None:
         return {}
     summaries = {one.path: one.summary for one in found if one.summary is not None}
-    values = {path: value_of(summary, criteria.by) for path, summary in summaries.items() if summary.status == "FINISHED"}
+    ordered = best_first(summaries, criteria.by, criteria.mode, "--by")
+    kept = dict[Path, str]()
+    for phase in RUN_FOLDERS:
+        of_phase = [path for path in ordered if summaries[path].phase == phase]
+        kept |= dict.fromkeys(of_phase[: criteria.keep_best], "best")
+        if not of_phase:
+            kept |= {path: f"no {criteria.by}" for path, summary in summaries.items() if summary.phase == phase}
+    return kept
+
+
+def best_first(summaries: Mapping[Path, RunSummary], metric: str, mode: str, option: str) -> list[Path]:
+    """The finished runs that have a metric, the best first.
+
+    Args:
+        mode: `min` or `max`; empty if the metric's name says it.
+        option: that names the metric, for messages.
+
+    Raises:
+        InputError: no finished run has it, or nothing says whether less of it is better.
+    """
+    values = {path: value_of(summary, metric) for path, summary in summaries.items() if summary.status == "FINISHED"}
     values = {path: value for path, value in values.items() if not math.isnan(value)}
     if not values:
         names = sorted({name for one in summaries.values() for name in (one.monitor, *one.metrics) if name})
         what = f"is not a metric of a finished run; there are {', '.join(names)}" if names else "is not a metric of a finished run"
-        raise InputError(Problem(f"--by {criteria.by}", what, "name one of them"))
-    mode = criteria.mode or direction(summaries.values(), criteria.by)
+        raise InputError(Problem(f"{option} {metric}", what, "name one of them"))
+    mode = mode or direction(summaries.values(), metric)
     if not mode:
-        raise InputError(Problem(f"--by {criteria.by}", "its name does not say whether less or more of it is better", "add --min or --max"))
-    kept = dict[Path, str]()
-    for phase in RUN_FOLDERS:
-        of_phase = [path for path in values if summaries[path].phase == phase]
-        ordered = sorted(of_phase, key=lambda path: values[path], reverse=mode == "max")
-        kept |= dict.fromkeys(ordered[: criteria.keep_best], "best")
-        if not of_phase:
-            kept |= {path: f"no {criteria.by}" for path, summary in summaries.items() if summary.phase == phase}
-    return kept
+        raise InputError(Problem(f"{option} {metric}", "its name does not say whether less or more of it is better", "add --min or --max"))
+    return sorted(values, key=lambda path: values[path], reverse=mode == "max")
 
 
 def value_of(summary: RunSummary, metric: str) -> float:

@@ -85,12 +85,12 @@ def our_runs(uri: str, condition: str = "") -> Iterator[RemoteRun]:
 
 def _runs(uri: str, query: str) -> Iterator[RemoteRun]:
     client = client_of(uri)
-    names = {one.experiment_id: one.name for one in _pages(lambda token: client.search_experiments(ViewType.ALL, page_token=token))}
+    names = {one.experiment_id: one.name for one in pages(lambda token: client.search_experiments(ViewType.ALL, page_token=token))}
 
     def page(token: str | None) -> Any:
         return client.search_runs(list(names), query, ViewType.ALL, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
 
-    for found in _pages(page) if names else ():
+    for found in pages(page) if names else ():
         yield _remote(found, names, uri)
 
 
@@ -119,12 +119,12 @@ def registered_versions(uri: str) -> dict[str, list[str]]:
     versions = dict[str, list[tuple[str, int]]]()
     with one_line_errors(uri):
         client = client_of(uri)
-        for one in _pages(lambda token: client.search_model_versions(page_token=token)):
+        for one in pages(lambda token: client.search_model_versions(page_token=token)):
             versions.setdefault(one.run_id, []).append((one.name, int(one.version)))
     return {run_id: [f"{name}/{version}" for name, version in sorted(found)] for run_id, found in versions.items() if run_id}
 
 
-def _pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
+def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
     """All items of an answer that comes in pages. The next page is asked for while the items of one are worked on."""
     with ThreadPoolExecutor(1, "mlflow-page") as thread:
         coming: Future[Any] | None = thread.submit(page, None)

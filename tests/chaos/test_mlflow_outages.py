@@ -4,6 +4,7 @@ training continues, the cause is reported as what it is, and in the end MLflow h
 In short against a proxy in front of one real `mlflow server`, in this process; `make chaos` launches real training against it.
 """
 
+import json
 import shutil
 import subprocess
 import time
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from raytrain2p.config import Settings
@@ -24,7 +26,9 @@ from tests.chaos.conftest import Judged, Undisturbed
 from tests.chaos.killing import Launch, launch_in, only_long, verdict
 from tests.chaos.mlflow_proxy import Fault, Proxy
 from tests.chaos.mlflow_server import Server
+from tests.inference.tiny import save_tiny_model
 from tests.launch.launching import run_command
+from tests.runs.made import printed, trained
 from tests.tracking.stores import EXPERIMENT, create, elsewhere, fill, history, mlflow_run, points
 
 MANY_STEPS = 1500  # some are left when the outage begins
@@ -296,3 +300,27 @@ def synced(launch: Launch, scenario: str, undisturbed: Launch, seconds: float, j
     assert done.code == 0, done.out + done.err
     assert "1 of 1 runs are complete in MLflow" in done.out
     judged(verdict(f"MLflow's server {scenario}", launch, undisturbed, 1, [seconds]))
+
+
+def test_a_model_is_registered_through_a_server_with_a_password_and_comes_back_from_it(
+    remote: Settings, server: Server, tiny_llama: Path, tiny_vit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trained(remote, "registered", [1.0])
+    save_tiny_model(run.path / "model.pt", tiny_llama, tiny_vit)
+    uri = server.uri.replace("http://", "http://me:hunter2222@")
+    words = ("register", run.run_id, "--name", "assistant", "--alias", "champion", f"tracking.uri={uri}")
+    for new in (True, False):
+        found = printed(remote.output.root, capsys, *words)
+        assert (found["version"], found["is_new"]) == (1, new)
+    client = client_of(server.uri)
+    version = client.get_model_version_by_alias("assistant", "champion")
+    assert (version.run_id, version.source[:17]) == (run.run_id, "mlflow-artifacts:")
+    assert "hunter2222" not in json.dumps([version.tags, version.description, version.source, found])
+    mlflow.set_tracking_uri(server.uri)
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts("models:/assistant@champion", dst_path=str(tmp_path)))
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert (folder / "artifacts" / "model.pt").read_bytes() == (run.path / "model.pt").read_bytes()
+    assert not [path for path in folder.rglob("*") if path.is_file() and b"hunter2222" in path.read_bytes()]
+    assert mlflow.pyfunc.load_model(str(folder)).predict([{"instruction": "Hi"}], params={"max_new_tokens": 2})
