@@ -50,7 +50,7 @@ class Predictor:
         assistant.freeze(shape.tuning, train_aligner=False)
         check_weights(path, artifact["state_dict"], assistant.own_weights())
         assistant.load_state_dict(artifact["state_dict"], strict=False)  # the rest is the language model's own
-        self.path, self.trained = path, artifact["encoders"]
+        self.path, self.shape, self.trained = path, shape, artifact["encoders"]
         self.assistant = assistant.to(self.device).eval()
         self.context = context_length(directory)
         self.chat = load_chat_format(directory, shape.soft_tokens, artifact["system_prompt"])

@@ -19,6 +19,7 @@ VERBS = {
     "compare": ("raytrain2p.runs.compare", "compare runs: settings and inputs that differ, metrics, learning curves in one plot"),
     "verify": ("raytrain2p.runs.verify", "check that directories and MLflow are whole, and hold the same"),
     "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
+    "export": ("raytrain2p.runs.export", "write a phase 2 run as a Hugging Face directory, and push it to a model hub"),
     "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),

@@ -242,4 +242,5 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         tuning=model.tuning,
         lora=model.lora.model_dump(),
         aligner=artifact["shape"],
+        projector=model.projector,
     )
