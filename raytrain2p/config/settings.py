@@ -290,6 +290,7 @@ class AlignmentModelSettings(SettingsGroup):
     dimension: Width = setting(256, "width of the shared space", _MODEL)
     hidden: Width = setting(512, "width of the hidden layer of each branch", _MODEL)
     dropout: Fraction = setting(0.2, "dropout in the branches", _MODEL.but(trial=LIVE))
+    input_norm: bool = setting(True, "normalize what branches read (false, for models that `runs export --llava` takes)", _MODEL)
     loss: Literal["softmax", "sigmoid"] = setting("softmax", "contrastive loss: CLIP's softmax or SigLIP's sigmoid form", _MODEL)
     init: Text | None = setting(
         None,
@@ -329,6 +330,9 @@ class InstructionModelSettings(SettingsGroup):
         _MODEL.but(splits=True),
     )
     train_aligner: bool = setting(False, "train the aligner on, instead of keeping it as phase 1 left it", _MODEL)
+    projector: Literal["mlp", "linear"] = setting(
+        "mlp", "from the shared space to the language model; `linear` is for models that `runs export --llava` takes", _MODEL
+    )
     soft_tokens: Width | dict[str, Width] = setting(
         DEFAULT_SOFT_TOKENS,
         "soft tokens per image or clip, to which the encoder's output is averaged; by modality as `{image: 16, audio: 32}`",

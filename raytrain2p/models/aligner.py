@@ -4,7 +4,7 @@ Shape letters: B items, T positions, D width of an encoder, S width of the share
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,14 +17,13 @@ Grids = tuple[torch.Tensor, torch.Tensor | None]  # values (B, T, D), and the po
 class Branch(nn.Module):
     """Maps each position on its own, then pools by attention with one learnt query.
 
-    Because the map is per position, phase 2 can use the unpooled grid of the same weights.
+    Because the map is per position, phase 2 can use the unpooled grid of the same weights. Without `input_norm` it is a plain MLP.
     """
 
-    def __init__(self, width: int, hidden: int, dimension: int, dropout: float) -> None:
+    def __init__(self, width: int, hidden: int, dimension: int, dropout: float, input_norm: bool = True) -> None:
         super().__init__()
-        self.map = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dimension)
-        )
+        norm = nn.LayerNorm(width) if input_norm else nn.Identity()
+        self.map = nn.Sequential(norm, nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, dimension))
         self.query = nn.Linear(dimension, 1)
         self.width = width
 
@@ -50,6 +49,16 @@ def within(positions: torch.Tensor, longest: int) -> torch.Tensor:
     return torch.arange(longest, device=positions.device) < positions[:, None]
 
 
+def branches_of(shape: Mapping[str, Any], modalities: Iterable[str]) -> dict[str, Branch]:
+    """New branches of these modalities, for inference.
+
+    Args:
+        shape: of the aligner, as an artifact has it; an earlier version always normalized what branches read.
+    """
+    norm = shape.get("input_norm", True)
+    return {modality: Branch(shape["widths"][modality], shape["hidden"], shape["dimension"], 0.0, norm) for modality in modalities}
+
+
 class Aligner(nn.Module):
     """One branch per modality.
 
@@ -58,13 +67,15 @@ class Aligner(nn.Module):
         hidden: width inside a branch.
         dimension: S.
         dropout: inside a branch, while training.
+        input_norm: whether branches normalize what they read.
     """
 
-    def __init__(self, widths: Mapping[str, int], hidden: int, dimension: int, dropout: float = 0.0) -> None:
+    def __init__(self, widths: Mapping[str, int], hidden: int, dimension: int, dropout: float = 0.0, input_norm: bool = True) -> None:
         super().__init__()
         self.shape: dict[str, Any] = {"widths": dict(widths), "hidden": hidden, "dimension": dimension, "dropout": dropout}
+        self.shape["input_norm"] = input_norm
         self.dimension = dimension
-        self.branches = nn.ModuleDict({name: Branch(width, hidden, dimension, dropout) for name, width in widths.items()})
+        self.branches = nn.ModuleDict({name: Branch(width, hidden, dimension, dropout, input_norm) for name, width in widths.items()})
 
     def forward(self, features: Mapping[str, Grids]) -> dict[str, torch.Tensor]:
         """Features by modality, (B, T, D) and (B,) positions, to unit vectors by modality, (B, S)."""

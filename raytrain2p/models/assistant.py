@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from raytrain2p.models.aligner import Branch, Grids
+from raytrain2p.models.aligner import Branch, Grids, branches_of
 from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
@@ -54,6 +54,18 @@ class Projector(nn.Module):
         return F.layer_norm(y.float(), y.shape[-1:]) * self.gain
 
 
+class LinearProjector(nn.Linear):
+    """The same by one linear map. After a branch without input norm, both are one MLP of two layers, as in LLaVA (arXiv:2310.03744)."""
+
+    def __init__(self, dimension: int, width: int, spread: float) -> None:
+        super().__init__(dimension, width)
+        nn.init.normal_(self.weight, std=spread / dimension**0.5)
+        nn.init.zeros_(self.bias)
+
+
+PROJECTORS: dict[str, type[Projector] | type[LinearProjector]] = {"mlp": Projector, "linear": LinearProjector}
+
+
 def pool_grid(grid: torch.Tensor, tokens: int, positions: torch.Tensor | None = None, square: bool = False) -> torch.Tensor:
     """(P, T, S) to (P, K, S) by averaging neighbours: over a square where both counts are squares, else along the row.
 
@@ -87,16 +99,24 @@ class Assistant(nn.Module):
         branches: the aligner's, by modality.
         dimension: S.
         soft_tokens: K, by modality.
+        projector: a key of PROJECTORS.
     """
 
-    def __init__(self, language_model: Any, branches: Mapping[str, Branch], dimension: int, soft_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        language_model: Any,
+        branches: Mapping[str, Branch],
+        dimension: int,
+        soft_tokens: Mapping[str, int],
+        projector: str = "mlp",
+    ) -> None:
         super().__init__()
         self.soft_token_dropout = 0.0  # share of soft tokens that are blank in each training pass
         self.language_model = language_model
         self.branches = nn.ModuleDict(branches)
         embedding = language_model.get_input_embeddings().weight
         spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
-        self.projector = Projector(dimension, embedding.shape[1], spread)
+        self.projector = PROJECTORS[projector](dimension, embedding.shape[1], spread)
         self.soft_tokens = dict(soft_tokens)
 
     def branch(self, modality: str) -> Branch:
@@ -216,6 +236,7 @@ class AssistantShape:
     tuning: str
     lora: dict[str, Any]
     aligner: dict[str, Any]
+    projector: str = "mlp"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -243,12 +264,7 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
         base = base.float()
     elif shape.tuning == "lora":
         base = with_adapters(base, shape.lora)
-    aligner = shape.aligner
-    branches = {
-        modality: Branch(aligner["widths"][modality], aligner["hidden"], aligner["dimension"], dropout=0.0)
-        for modality in shape.soft_tokens
-    }
-    return Assistant(base, branches, aligner["dimension"], shape.soft_tokens)
+    return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), shape.aligner["dimension"], shape.soft_tokens, shape.projector)
 
 
 def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
@@ -265,3 +281,8 @@ def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute that is about to go
         return get_peft_model(language_model, config)
+
+
+def without_adapters(language_model: Any) -> Any:
+    """The model without peft: LoRA is added to its weights, in float32."""
+    return language_model.float().merge_and_unload() if hasattr(language_model, "merge_and_unload") else language_model

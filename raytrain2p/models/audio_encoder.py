@@ -42,8 +42,8 @@ class AudioEncoder(FrozenEncoder):
         return model.get_encoder() if model.config.is_encoder_decoder else model
 
     def load_preprocessing(self, directory: Path) -> None:
-        self.extractor = AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False)
-        self.check = length_check(self.extractor)
+        self.processor = AutoFeatureExtractor.from_pretrained(directory, trust_remote_code=False)
+        self.check = length_check(self.processor)
 
     @classmethod
     def item_check(cls, directory: Path) -> Callable[[Any], None]:
@@ -60,12 +60,12 @@ class AudioEncoder(FrozenEncoder):
         return [self._preprocess(clip.samples, clip.rate) for clip in items]
 
     def _preprocess(self, samples: np.ndarray, rate: int) -> torch.Tensor:
-        samples = resample(samples, rate, self.extractor.sampling_rate)
-        missing = int(SHORTEST * self.extractor.sampling_rate) - len(samples)
+        samples = resample(samples, rate, self.processor.sampling_rate)
+        missing = int(SHORTEST * self.processor.sampling_rate) - len(samples)
         samples = np.pad(samples, (0, max(missing, 0)))
         # One by one: a feature extractor would pad all to the longest, or mask them in a way that not every model follows.
-        inputs = self.extractor(samples, sampling_rate=self.extractor.sampling_rate, padding="longest", return_tensors="pt")
-        return inputs[self.extractor.model_input_names[0]][0]
+        inputs = self.processor(samples, sampling_rate=self.processor.sampling_rate, padding="longest", return_tensors="pt")
+        return inputs[self.processor.model_input_names[0]][0]
 
     def encode(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if isinstance(self.model, WhisperEncoder):

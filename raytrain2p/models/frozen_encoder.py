@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import AutoModel
@@ -34,6 +34,7 @@ class FrozenEncoder:
     modality: ClassVar[str]
     sample: ClassVar[Any]  # a decoded item
     square: ClassVar[bool] = False  # whether the positions are those of a square; else they are a sequence
+    processor: Any  # transformers' preprocessing
     output_form: ClassVar[int] = 2  # part of the fingerprint: raise it when the same encoder gives different vectors
     config_part: ClassVar[str]  # of a model with several encoders, as CLIP is
 
@@ -50,6 +51,19 @@ class FrozenEncoder:
             if isinstance(error, InputError):
                 raise
             raise InputError(Problem(where, f"has no preprocessing for {self.modality}: {first_line(error)}")) from None
+
+    @classmethod
+    def part(cls, options: Mapping[str, Any], model: torch.nn.Module | None = None, directory: Path | None = None) -> Self:
+        """What only encodes, with the model that `encoder_of` gave, or only preprocesses, as a directory says: an exported model and its
+        processor are two things.
+        """
+        encoder = cls.__new__(cls)
+        encoder.options = {key: value for key, value in options.items() if value is not None}
+        if model is not None:
+            encoder.model, encoder.device = model, next(model.parameters()).device
+        if directory is not None:
+            encoder.load_preprocessing(directory)
+        return encoder
 
     @classmethod
     def fingerprint_of(cls, directory: Path, options: Mapping[str, Any]) -> str:
@@ -75,6 +89,7 @@ class FrozenEncoder:
         return self
 
     def load_preprocessing(self, directory: Path) -> None:
+        """Set `processor`; it needs no model."""
         raise NotImplementedError
 
     def preprocess(self, items: Sequence[Any]) -> list[torch.Tensor]:

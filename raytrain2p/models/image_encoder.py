@@ -31,15 +31,18 @@ class ImageEncoder(FrozenEncoder):
 
     def load_preprocessing(self, directory: Path) -> None:
         self.processor = AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False)
-        self.arguments: dict[str, Any] = {}
         if size := self.options.get("size"):
             square = {"height": size, "width": size}
             by_edge = getattr(self.processor.size, "height", None) is None and not getattr(self.processor, "do_center_crop", False)
             self.processor.size = {"shortest_edge": size} if by_edge else square
             if getattr(self.processor, "do_center_crop", False):
                 self.processor.crop_size = square
-            if "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters:
-                self.arguments["interpolate_pos_encoding"] = True
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the model, for images of another size than it was trained on."""
+        argument = "interpolate_pos_encoding"
+        return {argument: True} if self.options.get("size") and argument in inspect.signature(self.model.forward).parameters else {}
 
     def preprocess(self, items: Sequence[Image.Image]) -> list[torch.Tensor]:
         """Pixel values, (3, height, width) each, float32."""

@@ -1,6 +1,7 @@
 """Atomic files: written beside their place, put on disk, renamed. No other module writes files this way."""
 
 import errno
+import glob
 import json
 import os
 import shutil
@@ -206,6 +207,38 @@ def written_aside(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # on a disk that has failed: its first error is the one to report
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def directory_aside(path: Path) -> Iterator[Path]:
+    """A new directory beside `path`; with what the block writes there, it takes the place of `path`, which may be there.
+
+    Between the two renames that this takes, neither is at `path`; both are whole.
+    """
+    remove_asides(path)
+    aside, before = (path.with_name(f".{path.name}.aside-{os.getpid()}{name}") for name in ("", "-before"))
+    aside.mkdir()
+    try:
+        yield aside
+        for one in [*aside.rglob("*"), aside]:
+            (_sync_directory if one.is_dir() else _sync)(one)
+        if os.path.lexists(path):
+            path.rename(before)
+        try:
+            aside.rename(path)
+        except OSError:
+            before.rename(path)
+            raise
+        _sync_directory(path.parent)
+    finally:
+        with suppress(OSError):
+            remove_asides(path)
+
+
+def remove_asides(path: Path) -> None:
+    """Remove what is, or was left by killed processes, beside a directory."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.aside-*"):
+        remove(aside)
 
 
 def _sync(path: Path) -> None:

@@ -42,11 +42,11 @@ ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.
 @pytest.mark.parametrize(
     ("kind", "of_the_model"),
     [
-        (AlignmentSettings, ENCODER_SETTINGS | model("dimension", "hidden", "dropout", "loss")),
+        (AlignmentSettings, ENCODER_SETTINGS | model("dimension", "hidden", "dropout", "input_norm", "loss")),
         (
             InstructionSettings,
             ENCODER_SETTINGS
-            | model("language_model", "aligner", "train_aligner", "soft_tokens", "soft_token_dropout", "tuning")
+            | model("language_model", "aligner", "train_aligner", "projector", "soft_tokens", "soft_token_dropout", "tuning")
             | model("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "system_prompt", "max_length"),
         ),
     ],

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 
 from raytrain2p.data.chat import Encoded
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
-from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, Projector, build_assistant, pool_grid
+from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, LinearProjector, Projector, build_assistant, pool_grid
 
 K, WIDTH, DIMENSION = 4, 10, 12
 SOFT = -1
@@ -148,7 +148,7 @@ def test_a_frozen_language_model_lets_the_gradient_through_to_the_projector(fami
     assistant = built(families["llama"], "frozen")
     assert not any(parameter.requires_grad for parameter in assistant.language_model.parameters())
     assistant(batch_of(0, 1)).backward()
-    for parameter in (assistant.projector.gain, *assistant.branch("image").map.parameters()):
+    for parameter in (*assistant.projector.parameters(), *assistant.branch("image").map.parameters()):
         assert parameter.grad is not None
         assert parameter.grad.abs().max() > 0
 
@@ -212,6 +212,7 @@ def test_the_projector_starts_at_the_spread_of_the_models_embeddings(families: d
         soft = assistant.projector(torch.randn(50, DIMENSION))
     assert soft.std().item() == pytest.approx(spread, rel=0.05)
     assert Projector(DIMENSION, 8, spread=0.25)(torch.randn(50, DIMENSION)).std().item() == pytest.approx(0.25, rel=0.05)
+    assert LinearProjector(400, 300, spread=0.25)(torch.randn(50, 400)).std().item() == pytest.approx(0.25, rel=0.05)
 
 
 def test_pooling_averages_the_squares_of_a_square_grid() -> None:

@@ -90,7 +90,7 @@ def test_whisper_pads_no_longer_than_needed_and_gives_what_it_gives_for_thirty_s
     """A clip of 30 seconds has all positions: nothing may differ from transformers' own call."""
     model = encoder(saved("whisper"))
     long = clip(30.0)
-    inputs = model.extractor(long.samples, sampling_rate=16000, return_tensors="pt")
+    inputs = model.processor(long.samples, sampling_rate=16000, return_tensors="pt")
     with torch.inference_mode():
         expected = WhisperModel.from_pretrained(saved("whisper")).eval().encoder(**inputs).last_hidden_state[0]
     (features,) = model([long])

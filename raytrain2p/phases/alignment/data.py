@@ -215,4 +215,4 @@ def encoder_specs(model: AlignmentModelSettings) -> dict[str, EncoderSpec]:
 def build_aligner(model: AlignmentModelSettings) -> Aligner:
     """Untrained, as wide as its encoders."""
     widths = {modality: spec.width() for modality, spec in encoder_specs(model).items()}
-    return Aligner(widths, model.hidden, model.dimension, model.dropout)
+    return Aligner(widths, model.hidden, model.dimension, model.dropout, model.input_norm)

@@ -247,4 +247,5 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         tuning=model.tuning,
         lora=model.lora.model_dump(),
         aligner=dict(aligner.shape),
+        projector=model.projector,
     )
