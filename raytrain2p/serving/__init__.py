@@ -1,0 +1,1 @@
+"""A trained assistant behind HTTP."""
