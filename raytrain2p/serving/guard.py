@@ -1,11 +1,13 @@
 """What each request passes on its way in and out: the token, the name of the host, headers for browsers, and the counters."""
 
+import asyncio
 import hashlib
 import hmac
 import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,6 +19,7 @@ PAGE, HEALTH, READY, METRICS, MODELS, COMPLETIONS = "/", "/healthz", "/readyz", 
 WITHOUT_TOKEN = {PAGE, HEALTH, READY}
 ROUTES = {*WITHOUT_TOKEN, METRICS, MODELS, COMPLETIONS}
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "[::1]"}
+SECONDS_TO_DISCARD, MOST_DISCARDED = 2.0, 1 << 26
 GONE = 499  # the client went away: no answer was sent
 log = logging.getLogger("raytrain2p.serving")
 
@@ -46,12 +49,14 @@ class Guard:
                 await send({"type": "websocket.close", "code": 1000})
             return
         began, status = time.monotonic(), GONE
-        path = scope["path"]
+        path, body = scope["path"], Body(receive)
 
         async def noting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400:
+                    await body.discard()
                 headers = MutableHeaders(scope=message)
                 headers["X-Content-Type-Options"] = "nosniff"
                 headers["Referrer-Policy"] = "no-referrer"
@@ -61,7 +66,7 @@ class Guard:
 
         try:
             self._check(path, Headers(scope=scope))
-            await self.app(scope, receive, noting)
+            await self.app(scope, body.receive, noting)
         except RefusedError as refused:
             await send_json(noting, refused.status, refused.body, refused.headers)
         except Exception:
@@ -80,6 +85,25 @@ class Guard:
             same = hmac.compare_digest(digest_of_token(given.strip()), self.token)
             if kind.lower() != "bearer" or not same:
                 raise RefusedError(401, "invalid_api_key", "send the server's token: `Authorization: Bearer TOKEN`")
+
+
+class Body:
+    """The body of a request, and how to be rid of it: a connection that is closed before all was read loses the answer on its way."""
+
+    def __init__(self, receive: Receive) -> None:
+        self.receive_next, self.more = receive, True
+
+    async def receive(self) -> Message:
+        message = await self.receive_next()
+        self.more = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def discard(self) -> None:
+        taken = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(SECONDS_TO_DISCARD):
+                while self.more and taken < MOST_DISCARDED:
+                    taken += len((await self.receive()).get("body", b""))
 
 
 async def send_json(send: Send, status: int, body: Mapping[str, object], headers: Mapping[str, str] | None = None) -> None:
