@@ -1,1 +1,1 @@
-"""A trained assistant behind HTTP."""
+"""A trained assistant at work on Ray: behind HTTP, and over many records on many workers."""
