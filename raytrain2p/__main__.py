@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("raytrain2p.train", "train one phase"),
     "tune": ("raytrain2p.tune", "sweep settings of a phase"),
     "predict": ("raytrain2p.predict", "ask a trained assistant"),
+    "serve": ("raytrain2p.serve", "serve a trained assistant over HTTP"),
     "runs": ("raytrain2p.runs.__main__", "find, compare, check and tidy runs"),
     "data": ("raytrain2p.data.__main__", "check records before training on them"),
 }

@@ -218,12 +218,14 @@ class MediaKind:
         size: a decoded item's size in words, for statistics.
         values: its pixels or samples.
         show: a decoded item as an image, for plots.
+        stated: the pixels or values that encoded bytes say they hold, without decoding them; 0 if they do not say. Raises as `decode`.
     """
 
     decode: Callable[[bytes], Any]
     size: Callable[[Any], str]
     values: Callable[[Any], int]
     show: Callable[[Any], Image.Image]
+    stated: Callable[[bytes], int] = lambda encoded: 0
 
 
 def decode_image(encoded: bytes) -> Image.Image:
@@ -232,14 +234,35 @@ def decode_image(encoded: bytes) -> Image.Image:
     Raises:
         ValueError: not an image, a too large one, or one whose values have no known range. Pillow raises anything for damaged ones.
     """
+    image = _opened(encoded)
+    with _one_at_a_time(image.width * image.height, "pixels"):
+        return _rgb(image)
+
+
+def _opened(encoded: bytes) -> Image.Image:
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_formats())  # reads the header alone
+        return Image.open(io.BytesIO(encoded), formats=_formats())  # reads the header alone
     except UnidentifiedImageError:
         raise ValueError(f"not an image in a format that is read ({', '.join(COMMON_FORMATS)}, ...)") from None  # Pillow's has an address
     except Image.DecompressionBombError:
         raise ValueError(f"has more than {MOST_PIXELS:,} pixels, the most that are read") from None
-    with _one_at_a_time(image.width * image.height, "pixels"):
-        return _rgb(image)
+
+
+def stated_pixels(encoded: bytes) -> int:
+    """By the header of an image."""
+    image = _opened(encoded)
+    return image.width * image.height
+
+
+def stated_samples(encoded: bytes) -> int:
+    """Samples of all channels, by the header of a clip."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(encoded)) as file:
+            return int(file.frames * file.channels)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(error.error_string) from None
 
 
 def image_bytes(image: Image.Image) -> bytes:
@@ -334,9 +357,13 @@ def draw_wave(clip: Clip, width: int = 96, height: int = 96) -> Image.Image:
 
 MEDIA: dict[str, MediaKind] = {
     "image": MediaKind(
-        decode_image, lambda image: f"{image.width} x {image.height}", lambda image: image.width * image.height, lambda image: image
+        decode_image,
+        lambda image: f"{image.width} x {image.height}",
+        lambda image: image.width * image.height,
+        lambda image: image,
+        stated_pixels,
     ),
-    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", lambda clip: len(clip.samples), draw_wave),
+    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", lambda clip: len(clip.samples), draw_wave, stated_samples),
 }
 
 

@@ -155,17 +155,18 @@ def _readable(path: Path) -> Iterator[set[str]]:
     return ({key for key, value in row.value.items() if value is not None} for row in rows(path) if isinstance(row.value, Mapping))
 
 
-def records_in_memory(values: Mapping[str, Mapping[str, Any]]) -> list[Record]:
+def records_in_memory(values: Mapping[str, Mapping[str, Any]], local_files: bool = True) -> list[Record]:
     """Records of phase 2 that a program holds, each in a format of its own; answers are not needed. Media are files' names, relative to
     the working directory, data URLs, bytes or PIL images.
 
     Args:
         values: by what messages call each one.
+        local_files: False for records of strangers: what names a file is refused, and no file is looked at.
 
     Raises:
         InputError: every problem of every record.
     """
-    file, records, problems = RecordFile(Path.cwd() / "record", in_memory=True), list[Record](), list[Problem]()
+    file, records, problems = RecordFile(Path.cwd() / "record", True, local_files), list[Record](), list[Problem]()
     for where, fields in values.items():
         row = Row(file, where, 0, fields)
         kind = format_of([set(row.fields)])

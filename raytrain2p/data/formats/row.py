@@ -25,10 +25,11 @@ class RecordFile:
     Args:
         path: of the file; media files are relative to its folder.
         in_memory: there is no such file: the records come from a program, and references to what is inside them hold it.
+        local_files: whether media may be files that the records name; not if strangers wrote them.
     """
 
-    def __init__(self, path: Path, in_memory: bool = False) -> None:
-        self.in_memory = in_memory
+    def __init__(self, path: Path, in_memory: bool = False, local_files: bool = True) -> None:
+        self.in_memory, self.local_files = in_memory, local_files
         self.path, self.folder, self.is_parquet = str(path), path.parent, path.suffix == ".parquet"
         self.modalities = tuple(MEDIA)
         self.placeholders = re.compile("|".join(f"<{modality}>" for modality in MEDIA))
@@ -132,6 +133,9 @@ class Row:
             return None
         if value.startswith("data:"):
             return self.embedded(modality, value, place)
+        if not self.file.local_files:
+            self.bad(f"`{place}` is not a data URL", f"send the {modality} itself: data:TYPE;base64,...", f"{modality} that is not sent")
+            return None
         name = value.removeprefix(LOCAL_FILE)
         if ADDRESS.match(name):
             fix = "media are read from files: download it, and give the file's path"

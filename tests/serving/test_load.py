@@ -1,0 +1,26 @@
+"""Many clients at once, malformed requests among them: each gets its answer. In short and without Ray; more is in tests/use."""
+
+import asyncio
+from pathlib import Path
+
+from benchmarks.serve_load import MALFORMED, Load, question
+from raytrain2p.serving.limits import Limits
+from raytrain2p.serving.model import LoadedModel
+from tests.serving.serving import ModelHere, png, save_model, served
+
+
+def test_no_request_is_lost_and_none_that_is_malformed_gets_another_answer(tmp_path: Path, tiny_llama: Path, tiny_vit: Path) -> None:
+    model = ModelHere(LoadedModel(save_model(tmp_path / "model.pt", tiny_llama, tiny_vit)))
+    bodies = [(number, question(f"Question {number}", png(), stream=number % 4 == 0)) for number in range(40)]
+    with served(model, Limits(max_queue=5)) as (server, api):
+        load = Load(server.port, bodies)
+        asyncio.run(load.run(clients=20, malformed=2 * len(MALFORMED)))
+        assert len(load.done) == 40 + 2 * len(MALFORMED)
+        good = [one for one in load.done.values() if one.kind == "good"]
+        assert [one.status for one in good] == [200] * 40
+        assert all(one.text for one in good)
+        wrong = [one for one in load.done.values() if one.kind != "good" and one.status != MALFORMED[one.kind][2]]
+        assert wrong == []
+        assert sum(one.refusals for one in load.done.values()) > 0, "the queue was full at times"
+        assert server.ask("Still there?", max_tokens=1).status == 200
+        assert api.busy == 0
