@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from raytrain2p import __version__
 from raytrain2p.config import flatten_tree
 from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.secrets import masked
@@ -51,7 +51,7 @@ def model_card(run: Run, artifact: Mapping[str, Any], metrics: Mapping[str, floa
     parts = [
         f"---\n{front_matter(name, media, splits, metrics)}---",
         f"# {name}",
-        f"A language model that reads {' and '.join(media) or 'no'} media through a trained aligner, made by raytrain2p {__version__}. It "
+        f"A language model that reads {' and '.join(media) or 'no'} media through a trained aligner, made by raytrain2p {version('raytrain2p')}. It "
         "answers questions of the kind that it was trained on.",
         f"## Use\n\n{code_block(use)}",
         f"## What it can do, and cannot\n\n{abilities(artifact, metrics, splits)}",

@@ -21,6 +21,7 @@ VERBS = {
     "register": ("raytrain2p.runs.register", "register a run's model in MLflow's Model Registry, which loads and serves it"),
     "tag": ("raytrain2p.runs.tag", "add and remove tags, such as `keep`, which protects a run from prune"),
     "export": ("raytrain2p.runs.export", "write a phase 2 run as a Hugging Face directory, and push it to a model hub"),
+    "parity": ("raytrain2p.runs.parity", "ask a model in every way that it is used, and compare the answers"),
     "prune": ("raytrain2p.runs.prune", "delete runs that are not needed any more; without --yes, show which"),
     "sync": ("raytrain2p.runs.sync", "send what MLflow does not have yet: points, parameters, artifacts, status"),
     "reconcile": ("raytrain2p.runs.reconcile", "find orphaned runs, set them FAILED, and send what MLflow does not have"),

@@ -36,7 +36,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_
     module = build(settings, 1, "float32")
     for parameter in module.assistant.parameters():  # so far from zero that an answer depends on all of its question
         parameter.data *= 6 if parameter.dim() > 1 else 1
-    module.assistant.projector.gain.data *= 6
+    dict(module.assistant.projector.named_parameters())["gain"].data *= 6
     export(module, directory / "model.pt", settings.model_dump(mode="json"))
     return directory / "model.pt"
 
