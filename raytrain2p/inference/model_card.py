@@ -51,7 +51,8 @@ def model_card(run: Run, artifact: Mapping[str, Any], metrics: Mapping[str, floa
     parts = [
         f"---\n{front_matter(name, media, splits, metrics)}---",
         f"# {name}",
-        f"A language model that reads {' and '.join(media) or 'no'} media through a trained aligner, made by raytrain2p {version('raytrain2p')}. It "
+        f"A language model that reads {' and '.join(media) or 'no'} media through a trained aligner, made by raytrain2p "
+        f"{version('raytrain2p')}. It "
         "answers questions of the kind that it was trained on.",
         f"## Use\n\n{code_block(use)}",
         f"## What it can do, and cannot\n\n{abilities(artifact, metrics, splits)}",
