@@ -78,6 +78,7 @@ def test_as_json_it_cannot_either_and_is_the_same_text(capsys: pytest.CaptureFix
         (["--image", "x*.png", "What?"], "--image=x*.png\n    no file matches the pattern"),
         (["--image", "*.png", "--image", "0.png", "What?"], "is a pattern beside other media"),
         (["--image", "0.png", "<image> or <image>?"], "has 2 placeholders `<image>` for 1 media"),
+        (["--image", "0.png", "--image", "1.png", "Who?"], "has 2 items of image; the model has learnt questions with at most 1"),
         (["--audio", "0.png", "What?"], "was trained with image, not with audio"),
         (["--file", "r.jsonl", "--image", "0.png"], "--file\n    has questions and media of its own"),
         (["--file", "none.jsonl", "nor.jsonl"], "2 problems"),

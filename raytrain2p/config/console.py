@@ -18,9 +18,9 @@ from rich.text import Text
 from raytrain2p.config.escaping import printable
 from raytrain2p.config.secrets import masked
 
+STDERR = 2  # its file descriptor
 PLAIN_SECONDS, MOST_SECONDS = 15.0, 600.0  # between two lines of progress outside a terminal: at first, and at last
 PLAIN_SHARE = 0.02  # of the time so far, which is then the time between two lines: a log of ten hours has about 250
-STDERR = 2  # its file descriptor
 PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
 
 
@@ -119,8 +119,8 @@ class Console:
 
 
 def own_stderr() -> TextIO:
-    """A duplicate of standard error; where that has another file descriptor or none, so that nothing discards it, standard error itself.
-    That of a notebook shows its lines in the cell, and has the descriptor of the notebook server's terminal."""
+    """A duplicate of standard error; where that has another file descriptor or none, so that `muted_stderr` does not discard it, standard
+    error itself. That of a notebook shows its lines in the cell, and has the descriptor of the notebook server's terminal."""
     try:
         if sys.stderr.fileno() != STDERR:
             return sys.stderr

@@ -73,4 +73,4 @@ def test_a_file_of_one_format_trains(
 ) -> None:
     said = train(run, phase, tiny_config, untrained_aligner, [files[name]])
     assert f"({name})" in said
-    assert "nothing is validated or evaluated" in said
+    assert "data.val is not set: no validation loss; data.test is not set: nothing is evaluated after training" in said
