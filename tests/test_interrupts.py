@@ -94,7 +94,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_command_that_prints(tmp_path: Pa
 import signal, time
 from pathlib import Path
 from raytrain2p.config.cli import exit_code
-from raytrain2p.launch.progress import Console
+from raytrain2p.config.console import Console
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
 console = Console()
 console.show("started")

@@ -216,7 +216,7 @@ class EvaluationSettings(SettingsGroup):
     max_records: PositiveInt | None = setting(
         None, "records per test split and task, drawn by seed; null for all (phase 2)", _OF_ALL_TRIALS.but(splits=True)
     )
-    max_new_tokens: PositiveInt = setting(16, "longest generated answer, in tokens (phase 2)", _OF_ALL_TRIALS)
+    max_new_tokens: PositiveInt = setting(16, "longest generated answer, of samples and for token F1, in tokens (phase 2)", _OF_ALL_TRIALS)
     shuffled: bool = setting(True, "measure again with the media shuffled: does the model use them at all? (phase 2)", _OF_ALL_TRIALS)
     samples: Count = setting(20, "sample answers kept per test split (phase 2)", _OF_ALL_TRIALS)
 

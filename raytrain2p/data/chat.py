@@ -114,6 +114,11 @@ class ChatFormat:
             messages = messages[:-1]
         return [token for tokens in self._tokens(self._context(self._chat(messages)), messages) for token in tokens]
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of generated tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
+
     def _chat(self, messages: Sequence[Message]) -> list[dict[str, str]]:
         """The messages as templates take them."""
         if messages[0].role == SYSTEM and any(isinstance(part, MediaRef) for part in messages[0].parts):

@@ -1,98 +1,99 @@
 """A trained assistant for inference, from model.pt and the base models: without Ray, MLflow store or training data."""
 
 import functools
-from collections.abc import Iterator, Sequence
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
+from transformers.generation.streamers import BaseStreamer
 
-from raytrain2p.config import Findings, InputError, Problem
-from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.data.chat import Encoded, load_chat_format, soft_codes
-from raytrain2p.data.checks import check_media
+from raytrain2p.config import InputError, Problem
+from raytrain2p.data.chat import ChatFormat, Encoded, soft_codes
 from raytrain2p.data.features import padded
 from raytrain2p.data.media import decode
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded
-from raytrain2p.models.artifacts import check_fingerprint, check_weights, load_artifact
-from raytrain2p.models.assistant import AssistantBatch, AssistantShape, build_assistant
-from raytrain2p.models.encoders import EncoderSpec
+from raytrain2p.inference.model_file import ModelFile, WhichModel, find_model
+from raytrain2p.inference.questions import Question, as_records
+from raytrain2p.models.artifacts import check_weights
+from raytrain2p.models.assistant import AssistantBatch, build_assistant
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.models.pretrained import context_length, model_directory
+from raytrain2p.models.pretrained import quiet_loading
 
-LANGUAGE_MODEL = "model.language_model"
+Batch = tuple[int, list[str]]  # the position of the first record, and the answers to it and those after it
+TORN = "\ufffd"  # the decoded beginning of a character whose other bytes are in the next token
 
 
-class Predictor:
-    """A trained assistant with its encoders, from the path of a model.pt.
+class Predictor(ModelFile):
+    """A trained assistant with its encoders, which answers questions. Threads may share one: they are answered one after the other.
+
+    Args:
+        run: path of a model.pt or of a run directory, a run ID or its start, a launch ID, a run, or `latest`.
+        root: where run directories are (`output.root` of training).
+        device: where it computes; by default a GPU if there is one.
 
     Raises:
-        InputError: the artifact is not readable, damaged or incomplete, or the language model differs from the one in training.
+        InputError: no such run; its model.pt is not readable, damaged or incomplete; or the language model differs from the one in
+            training.
     """
 
-    def __init__(self, path: Path) -> None:
-        artifact = load_artifact(path, INSTRUCTION)
-        try:
-            needed, shape = artifact["language_model"], AssistantShape(**artifact["shape"])
-            precision = artifact["config"]["training"]["precision"]
-            needed = {key: needed[key] for key in ("name", "fingerprint")}
-        except (KeyError, TypeError) as error:
-            raise InputError(Problem(str(path), f"lacks parts of a {INSTRUCTION.artifact}: {error}", "train it anew")) from None
-        directory = model_directory(needed["name"], LANGUAGE_MODEL)
-        check_fingerprint(path, needed, needed["name"], directory, LANGUAGE_MODEL)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = resolve_precision(precision, self.device) == "bf16"
+    def __init__(self, run: WhichModel = "latest", root: str | Path = "checkpoints", device: str | None = None) -> None:
+        super().__init__(find_model(run, root))
+        self.lock = threading.RLock()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.bf16 = resolve_precision(self.precision, self.device) == "bf16"
         attention = "sdpa" if self.device.type == "cuda" else "eager"
-        assistant = build_assistant(shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
-        assistant.freeze(shape.tuning, train_aligner=False)
-        check_weights(path, artifact["state_dict"], assistant.own_weights())
-        assistant.load_state_dict(artifact["state_dict"], strict=False)  # the rest is the language model's own
-        self.path, self.trained = path, artifact["encoders"]
+        with quiet_loading():
+            assistant = build_assistant(self.shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
+        assistant.freeze(self.shape.tuning, train_aligner=False)
+        check_weights(self.path, self.weights, assistant.own_weights())
+        assistant.load_state_dict(self.weights, strict=False)  # the rest is the language model's own
+        self.weights = {}  # the assistant has them now
         self.assistant = assistant.to(self.device).eval()
-        self.context = context_length(directory)
-        self.chat = load_chat_format(directory, shape.soft_tokens, artifact["system_prompt"])
 
-    def check(self, records: Sequence[Record], max_new_tokens: int = 32) -> None:
-        """Look at all records and media before the first answer.
+    @overload
+    def __call__(
+        self, items: list[Question] | tuple[Question, ...], question: str | None = None, *, batch_size: int = 32, max_new_tokens: int = 32
+    ) -> list[str]: ...
+    @overload
+    def __call__(self, items: Question, question: str | None = None, *, batch_size: int = 32, max_new_tokens: int = 32) -> str: ...
+    def __call__(
+        self,
+        items: Question | list[Question] | tuple[Question, ...],
+        question: str | None = None,
+        *,
+        batch_size: int = 32,
+        max_new_tokens: int = 32,
+    ) -> str | list[str]:
+        """Answers to questions, or the answer to one that is not in a list.
 
-        Raises:
-            InputError: media do not decode, or their encoder does not take them; the language model's template or context does not
-                take a record; and as of `spec`.
-        """
-        findings = Findings()
-        for record in records:
-            try:
-                length = len(self.chat.prompt(record.messages)) + max_new_tokens
-            except ValueError as error:
-                findings.add(Problem(record.where, str(error), "change the record"))
-                continue
-            if length > self.context:
-                what = f"is {length} tokens long with an answer of {max_new_tokens}, the language model's context has {self.context}"
-                findings.add(Problem(record.where, what, "shorten it", cause="is longer than the language model's context"))
-        specs = {modality: self.spec(modality) for modality in {ref.modality for record in records for ref in record.media()}}
-        findings.extend(check_media(records, {modality: spec.item_check() for modality, spec in specs.items()}).problems)
-        findings.raise_any()
-
-    def spec(self, modality: str) -> EncoderSpec:
-        """The encoder of a modality.
+        Args:
+            items: see `as_records`.
+            question: what to ask of those that bring none.
+            batch_size: records per forward pass.
+            max_new_tokens: the longest answer.
 
         Raises:
-            InputError: the model has not learnt it, or the encoder differs from the one in training.
+            InputError: every problem of every item.
         """
-        if modality not in self.trained:
-            raise InputError(Problem(str(self.path), f"was trained with {', '.join(self.trained)}, not with {modality}"))
-        needed, setting = self.trained[modality], f"model.encoders.{modality}"
-        spec = EncoderSpec(modality, needed["name"], needed["options"])
-        check_fingerprint(self.path, needed, spec.name, spec.directory(), setting)
-        return spec
+        if min(batch_size, max_new_tokens) < 1:
+            raise InputError(Problem("batch_size, max_new_tokens", "must be at least 1"))
+        several = isinstance(items, list | tuple)
+        records = as_records(items if several else [items], question)  # type: ignore[arg-type, list-item]
+        self.check(records, max_new_tokens)
+        answers = list(self.answers(records, batch_size, max_new_tokens))
+        return answers if several else answers[0]
 
     @functools.cache  # noqa: B019 - as long as the predictor
     def encoder(self, modality: str) -> FrozenEncoder:
         """Of a modality, loaded when it is first needed; raises as `spec`."""
-        return self.spec(modality).build(self.device.type)
+        with quiet_loading():
+            return self.spec(modality).build(self.device.type)
 
     def answers(self, records: Sequence[Record], batch_size: int = 32, max_new_tokens: int = 32) -> Iterator[str]:
         """Greedy answers to the last question of each record, in the order of the records.
@@ -100,26 +101,106 @@ class Predictor:
         Raises:
             InputError: records have media that the model has not learnt, or an encoder differs from the one in training.
         """
-        for modality in {ref.modality for record in records for ref in record.media()}:
-            self.encoder(modality)
-        for start in range(0, len(records), batch_size):
-            yield from self._answer(records[start : start + batch_size], max_new_tokens)
+        for _, found in self.batches(records, batch_size, max_new_tokens):
+            yield from found
 
-    @torch.inference_mode()
-    def _answer(self, records: Sequence[Record], max_new_tokens: int) -> list[str]:
+    def batches(self, records: Sequence[Record], batch_size: int, max_new_tokens: int) -> Iterator[Batch]:
+        """The same answers, a batch of records at once, each with the position of its first record."""
+        for start in range(0, len(records), batch_size):
+            ids = self._generate(records[start : start + batch_size], max_new_tokens)
+            yield start, list(map(self.chat.text, ids))
+
+    def stream(self, record: Record, max_new_tokens: int = 32) -> Iterator[str]:
+        """The answer to a record in pieces, as it is generated; joined, they are what `answers` gives. Once the iterator is closed,
+        the model stops.
+
+        Raises:
+            InputError: as `answers`.
+        """
+        tokens = TokenStream()
+
+        def generate() -> None:
+            try:
+                self._generate([record], max_new_tokens, tokens)
+            except Exception as error:  # raised in the thread that reads
+                tokens.queue.put(error)
+            else:
+                tokens.queue.put(None)
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from pieces(iter(tokens.next, None), self.chat)
+        finally:
+            tokens.closed.set()
+            thread.join()
+
+    def _generate(self, records: Sequence[Record], max_new_tokens: int, stream: "TokenStream | None" = None) -> list[list[int]]:
+        """Token IDs of the greedy answers, which are as long as the longest."""
         prompts = [self.chat.prompt(record.messages) for record in records]
         tokens = TokenRecords.of(
             [Encoded(prompt, [False] * len(prompt), len(prompt)) for prompt in prompts], soft_codes(self.chat.soft_tokens)
         )
         batch = left_padded(tokens, np.arange(len(records)))
         media = [ref for record in records for ref in record.media()]
-        grids = {
-            modality: padded(self.encoder(modality)([decode(ref) for ref in media if ref.modality == modality]))
-            for modality in {ref.modality for ref in media}
-        }
-        soft = {modality: mask.to(self.device) for modality, mask in batch["soft"].items()}
-        assembled = AssistantBatch(batch["input_ids"].to(self.device), batch["attention"].to(self.device), soft, grids)
+        items = {modality: [decode(ref) for ref in media if ref.modality == modality] for modality in {ref.modality for ref in media}}
         stop = list(self.chat.stop_ids)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            ids: Any = self.assistant.generate(assembled, max_new_tokens, stop, stop[0])
-        return [self.chat.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        with self.lock, torch.inference_mode():
+            grids = {modality: padded(self.encoder(modality)(decoded)) for modality, decoded in items.items()}
+            soft = {modality: mask.to(self.device) for modality, mask in batch["soft"].items()}
+            assembled = AssistantBatch(batch["input_ids"].to(self.device), batch["attention"].to(self.device), soft, grids)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                ids: Any = self.assistant.generate(assembled, max_new_tokens, stop, stop[0], stream)
+        found: list[list[int]] = ids.tolist()
+        return found
+
+
+def in_order(batches: Iterable[Batch]) -> Iterator[str]:
+    """Answers in the order of their records, from batches in any order."""
+    waiting, following = dict[int, list[str]](), 0
+    for start, answers in batches:
+        waiting[start] = answers
+        while following in waiting:
+            yield from (ready := waiting.pop(following))
+            following += len(ready)
+
+
+class ClosedError(Exception):
+    """Nobody reads the stream any more."""
+
+
+class TokenStream(BaseStreamer):
+    """Tokens on their way from the thread that generates them to the one that reads."""
+
+    def __init__(self) -> None:
+        self.queue: queue.SimpleQueue[list[int] | Exception | None] = queue.SimpleQueue()
+        self.closed = threading.Event()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate` with each token; first with the prompt's IDs, of which there are none: it is embeddings."""
+        if self.closed.is_set():
+            raise ClosedError
+        self.queue.put(value.flatten().tolist())
+
+    def end(self) -> None:
+        """Called by `generate` after the last token."""
+
+    def next(self) -> list[int] | None:
+        """The next tokens; None after the last. Raises what generating has raised."""
+        found = self.queue.get()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def pieces(tokens: Iterator[list[int]], chat: ChatFormat) -> Iterator[str]:
+    """The text of tokens, as soon as it is certain: without the beginning of a character, and white space that may be the last."""
+    ids, shown = list[int](), ""
+    for more in tokens:
+        ids += more
+        text = chat.text(ids).rstrip(TORN).rstrip()
+        if len(text) > len(shown) and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    if rest := chat.text(ids)[len(shown) :]:
+        yield rest

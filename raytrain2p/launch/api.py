@@ -23,7 +23,7 @@ from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch import PROGRAM_BARS
 
 if TYPE_CHECKING:
-    from raytrain2p.launch.progress import Console
+    from raytrain2p.config.console import Console
     from raytrain2p.tracking.run import Run
     from raytrain2p.tracking.run_directory import RunDirectory
     from raytrain2p.worker.job import Outcome
@@ -199,8 +199,8 @@ def called(quiet: bool) -> "Iterator[Console]":
     Raises:
         InputError: another thread is in such a call: the session of Ray and standard error are those of the whole process.
     """
+    from raytrain2p.config.console import Console
     from raytrain2p.launch.monitor import TrainingFailedError
-    from raytrain2p.launch.progress import Console
     from raytrain2p.launch.quiet import LOGGERS
 
     if not _RUNNING.acquire(blocking=False):

@@ -11,13 +11,13 @@ from pathlib import Path
 import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings, flatten_tree
+from raytrain2p.config.console import Console
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.places import place_problem, place_problems
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 import ray
 
 from raytrain2p.config import InputError, Settings
+from raytrain2p.config.console import Console
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.interrupts import StoppedError
-from raytrain2p.launch.progress import Console, followed
+from raytrain2p.launch.progress import followed
 from raytrain2p.launch.signals import fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.phases.inputs import InputDigests, Split

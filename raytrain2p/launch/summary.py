@@ -8,17 +8,18 @@ from pathlib import Path
 
 from rich.table import Table
 
+from raytrain2p.config.console import Console, cell
 from raytrain2p.config.phases import PHASES
 from raytrain2p.config.secrets import masked
 from raytrain2p.interrupts import StoppedError
-from raytrain2p.launch.progress import Console, cell, decimal
+from raytrain2p.launch.progress import decimal
 from raytrain2p.tracking.damage import DamagedFileError
 from raytrain2p.tracking.find import read_run
 from raytrain2p.tracking.next_commands import next_commands, resume_command, show_command
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.job import Outcome
 
-SHARES = ("recall", "chance", "exact_match", "majority")  # metrics between 0 and 1, printed as percentages
+SHARES = ("recall", "chance", "exact_match", "token_f1", "majority")  # metrics between 0 and 1, printed as percentages
 
 
 def print_summary(outcome: Outcome, phase: int, uri: str, console: Console, base: Path) -> None:

@@ -170,8 +170,12 @@ class Assistant(nn.Module):
         return self.loss_sum(batch)
 
     @torch.inference_mode()
-    def generate(self, batch: AssistantBatch, max_new_tokens: int, stop_ids: list[int], pad_id: int) -> torch.Tensor:
-        """Greedy answers, token IDs (B, at most max_new_tokens). The records must be padded on the left."""
+    def generate(self, batch: AssistantBatch, max_new_tokens: int, stop_ids: list[int], pad_id: int, streamer: Any = None) -> torch.Tensor:
+        """Greedy answers, token IDs (B, at most max_new_tokens). The records must be padded on the left.
+
+        Args:
+            streamer: of transformers; gets each token of a single record.
+        """
         return self.language_model.generate(
             inputs_embeds=self.embed(batch),
             attention_mask=batch.attention,
@@ -182,6 +186,7 @@ class Assistant(nn.Module):
             top_k=None,
             eos_token_id=stop_ids,
             pad_token_id=pad_id,
+            streamer=streamer,
         )
 
 

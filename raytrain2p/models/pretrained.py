@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,21 @@ def _file_sha256(path: Path) -> str:
     except OSError as error:
         raise InputError(cache_problem(error)) from None
     return found
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Within, transformers prints errors only; a program that has it loaded keeps its own choice."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    quiet_transformers()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def quiet_transformers() -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # MLflow takes 2 s
 ORPHANED = "ORPHANED"  # RUNNING on disk, and no process works on it
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq, "!=": operator.ne}
 LESS_IS_BETTER = re.compile(r"(.*[/_])?loss(/.*)?")  # also of a task, as in `test/loss/name`
-MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?exact_match(/.*)?")  # not chance, majority, or with shuffled media
+MORE_IS_BETTER = re.compile(r".*recall_at_\d+|(.*/)?(exact_match|token_f1)(/.*)?")  # not chance, majority, or with shuffled media
 CONDITION = re.compile(r"\s*([^<>=!\s]+)\s*(<=|>=|!=|<|>|=)\s*(.+?)\s*")
 # What has a name of its own beside metrics, settings and tags; and the headings of the table that differ from it
 ATTRIBUTES = ("run_id", "phase", "status", "age", "best", "steps", "bytes", "sweep", "aligner", "launch_id", "timestamp")

@@ -86,6 +86,21 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+def trim_torn_line(path: Path) -> None:
+    """Cut off an incomplete last line, left by a killed process: the next one begins a line of its own."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        tail = b""
+        while end and b"\n" not in tail:
+            start = max(0, end - 4096)
+            stream.seek(start)
+            tail = stream.read(end - start) + tail
+            end = start
+        stream.truncate(end + tail.rfind(b"\n") + 1)
+
+
 def link_file(source: Path, path: Path) -> None:
     """Give a file a second name, atomically: a hard link, or a copy where the file system has none."""
     with written_aside(path) as aside:

@@ -5,11 +5,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config.console import Console
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_aligner
 from raytrain2p.launch.places import place_problems
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import changed_inputs, check_resumable
 from raytrain2p.phases.inputs import PhaseInputs, check_global_batch, plan_notes
 from raytrain2p.phases.registry import read_inputs

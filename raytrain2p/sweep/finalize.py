@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from raytrain2p.config.console import Console
 from raytrain2p.config.secrets import one_line
-from raytrain2p.launch.progress import Console
 from raytrain2p.sweep.callbacks import StopRequest, remove_workers
 from raytrain2p.sweep.plots import draw_sweep
 from raytrain2p.sweep.results import (

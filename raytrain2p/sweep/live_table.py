@@ -10,7 +10,8 @@ import ray
 from rich.live import Live
 from rich.table import Table
 
-from raytrain2p.launch.progress import POLL_SECONDS, Console, cell, decimal
+from raytrain2p.config.console import Console, cell
+from raytrain2p.launch.progress import POLL_SECONDS, decimal
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.console import Console
 from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure

@@ -19,9 +19,9 @@ import torch
 from ray import tune
 
 from raytrain2p.config import Settings, flatten
+from raytrain2p.config.console import Console
 from raytrain2p.config.metadata import belongs_to, settings_where
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, TrialLaunch, train
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.quiet import quiet
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.sweep.results import LINEAGE_TAG, Inheritance, Trial, add_inheritance, read_trial_result

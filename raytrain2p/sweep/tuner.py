@@ -16,9 +16,9 @@ import ray
 from ray import tune
 from ray.tune.search import BasicVariantGenerator, Searcher
 
+from raytrain2p.config.console import Console
 from raytrain2p.config.secrets import one_line
 from raytrain2p.interrupts import StoppedError
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.signals import StopSignals
 from raytrain2p.sweep.callbacks import StopRequest, SweepCallback
 from raytrain2p.sweep.finalize import TrialFinalizer, write_outcome

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from raytrain2p.storage.files import write_json
+from raytrain2p.storage.files import trim_torn_line, write_json
 from raytrain2p.tracking.damage import DamagedFileError, read_as
 
 LOSSES = ("train_loss", "train_loss_epoch")  # a point of them is an optimizer step
@@ -68,21 +68,6 @@ class MetricsFile:
                 with suppress(OSError):
                     trim_torn_line(self.path)  # there may be space again for the next line, which must begin a line of its own
                 raise
-
-
-def trim_torn_line(path: Path) -> None:
-    """Cut off an incomplete last line, left by a killed process: it was sent nowhere, and the next one begins a line of its own."""
-    if not path.is_file():
-        return
-    with path.open("rb+") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        tail = b""
-        while end and b"\n" not in tail:
-            start = max(0, end - 4096)
-            stream.seek(start)
-            tail = stream.read(end - start) + tail
-            end = start
-        stream.truncate(end + tail.rfind(b"\n") + 1)
 
 
 def point_of(line: bytes) -> MetricPoint | None:

@@ -14,9 +14,9 @@ from PIL import Image
 
 from raytrain2p import train
 from raytrain2p.config import InputError, Settings, load_settings
+from raytrain2p.config.console import Console
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.launch.driver import check
-from raytrain2p.launch.progress import Console
 from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.storage.files import write_json

@@ -12,9 +12,9 @@ import pytest
 
 from raytrain2p import train
 from raytrain2p.config import InputError, Settings, load_settings
+from raytrain2p.config.console import Console
 from raytrain2p.launch import driver
 from raytrain2p.launch.cluster import Capacity
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.storage.files import write_json

@@ -1,94 +1,13 @@
-"""Output of a launch, in a terminal and elsewhere."""
+"""The status line of a step."""
 
-import io
 import math
-import os
-import pty
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from raytrain2p.launch import progress
-from raytrain2p.launch.progress import Console, decimal, describe
+from raytrain2p.launch.progress import decimal, describe
 from raytrain2p.worker.channel import StepProgress
 
-LONG_PATH = "/a/" + "x" * 300 + "/aligner.pt"
 WEEK = 7 * 24 * 3600
-SCRIPT = f"""
-from raytrain2p.launch.progress import Console
-console = Console()
-with console.status("reading " + "y" * 300):
-    console.say("{LONG_PATH}")
-with console.progress_bar("encoding images") as advance:
-    advance(250, 500)
-    console.say("above the bar")
-console.show("the last step")
-console.keep("the last step")
-console.say("the end")
-"""
-
-
-@pytest.fixture
-def stream() -> io.StringIO:
-    return io.StringIO()
-
-
-def in_terminal(script: str, columns: int, tmp_path: Path) -> str:
-    """What the script writes to a terminal that is so wide."""
-    driver, terminal = pty.openpty()
-    environment = os.environ | {"COLUMNS": str(columns), "LINES": "40", "TERM": "xterm"}
-    command = [sys.executable, "-c", script]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdin=terminal, stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    written = bytearray()
-    try:
-        while part := os.read(driver, 65536):
-            written += part
-    except OSError:  # Linux: the other side is closed
-        pass
-    os.close(driver)
-    assert process.wait(60) == 0
-    return written.decode()
-
-
-@pytest.mark.parametrize("columns", [60, 140])
-def test_in_a_terminal_the_status_line_fits_and_stays_below_the_lines(columns: int, tmp_path: Path) -> None:
-    written = in_terminal(SCRIPT, columns, tmp_path)
-    assert LONG_PATH in written, "a path is neither wrapped nor cut"
-    assert f"{'reading ' + 'y' * (columns - 9)}…" in written
-    assert "y" * columns not in written
-    assert "250/500" in written
-    assert "above the bar" in written
-    assert written.rstrip().endswith("the last step\r\nthe end"), "it stays"
-    assert written.count("\x1b[?25l") == written.count("\x1b[?25h"), "the cursor is visible again"
-
-
-def test_elsewhere_there_are_plain_lines_and_progress_now_and_then(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    console = Console(stream)
-    console.say(LONG_PATH)
-    console.show("step 1")
-    console.show("step 2")
-    now += progress.PLAIN_SECONDS
-    with console.progress_bar("encoding images") as advance:
-        advance(250, 500)
-        advance(500, 500)
-    console.keep("encoding images: 250/500")
-    assert stream.getvalue().splitlines() == [LONG_PATH, "step 1", "encoding images: 250/500"]
-
-
-@pytest.mark.parametrize(("hours", "most"), [(1 / 60, 5), (1, 150), (10, 300), (24 * 7, 1300)])
-def test_a_log_does_not_grow_with_the_steps(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, hours: float, most: int) -> None:
-    now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    console, steps = Console(stream), 100_000
-    for step in range(steps):
-        now = 100.0 + step * hours * 3600 / steps
-        console.show(f"step {step}")
-    assert most / 2 < len(stream.getvalue().splitlines()) <= most
 
 
 @pytest.mark.parametrize(
@@ -106,17 +25,3 @@ def test_the_line_of_a_step_has_hours_and_slow_steps_and_nothing_left_at_the_end
     assert describe(StepProgress(0, 120, 250, 1.4321, 18.34, 114)) == "epoch 0  step 120/250  loss 1.432  18.3 samples/s  0:01:54 left"
     assert describe(StepProgress(0, 1, 100_000, 9.9, 0.0123, 2 * WEEK)).endswith("  0.012 samples/s  14 days, 0:00:00 left")
     assert describe(StepProgress(2, 250, 250, 1e-5, 1234.5, 0.0)) == "epoch 2  step 250/250  loss 1.000e-05  1234.5 samples/s"
-
-
-def test_text_from_data_is_no_markup_and_controls_no_terminal(stream: io.StringIO) -> None:
-    Console(stream).say("[red]task[/red] :smile: \x1b[31m\x07\r 'quoted' 1.5\n\tsecond line")
-    assert stream.getvalue() == "[red]task[/red] :smile: \\x1b[31m\\x07\\r 'quoted' 1.5\n        second line\n"
-
-
-def test_a_reader_that_closes_the_output_does_not_end_the_launch(tmp_path: Path) -> None:
-    script = "from raytrain2p.launch.progress import Console; console = Console(); [console.say('line') for _ in 'abc']; print('end')"
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=writing, text=True, check=False)
-    os.close(writing)
-    assert (done.returncode, done.stdout) == (0, "end\n")

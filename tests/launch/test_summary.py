@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from raytrain2p.config.console import Console
 from raytrain2p.config.phases import PHASES, PHASES_BY_NAME
 from raytrain2p.interrupts import StoppedError
-from raytrain2p.launch.progress import Console
 from raytrain2p.launch.summary import failed_text, print_summary, stopped_line
 from raytrain2p.tracking.run import SWEEP_TAG, Run
 from raytrain2p.worker.job import Outcome

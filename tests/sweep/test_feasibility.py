@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raytrain2p.config import InputError
-from raytrain2p.launch.progress import Console
+from raytrain2p.config.console import Console
 from raytrain2p.sweep.feasibility import check_sweep, check_trials
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.results import Inheritance, add_inheritance

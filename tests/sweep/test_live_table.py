@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console as RichConsole
 
-from raytrain2p.launch.progress import Console
+from raytrain2p.config.console import Console
 from raytrain2p.sweep.live_table import LiveTable
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.results import EARLY, KILLED, Trial, TrialResult

@@ -1,17 +1,19 @@
-"""What phase 2 measures: how often the answer is the expected one, and whether it depends on the media."""
+"""What phase 2 measures: how often or how nearly the answer is the expected one, and whether it depends on the media."""
 
 import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from raytrain2p.data.batches import MicroBatch, Ragged
-from raytrain2p.data.chat import load_chat_format
+from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.records import Record
+from raytrain2p.data.scores import token_f1
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import model_directory
 from raytrain2p.phases.base import Answer
@@ -24,29 +26,31 @@ from raytrain2p.phases.instruction.module import InstructionModule
 def evaluate(
     module: InstructionModule, data: Mapping[str, InstructionSplit], tests: list[str], group: WorkerGroup
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Loss and exact match by task on each test split. To compare: exact match with media shuffled, and of the best constant
-    answer (majority).
+    """Loss, exact match and token F1 by task on each test split. To compare: exact match with media shuffled, and of the best
+    constant answer (majority).
 
     Returns:
         Metrics by name, and sample answers.
     """
     settings = module.settings.evaluation
+    chat = load_chat_format(model_directory(module.settings.model.language_model), module.assistant.soft_tokens, None)
     metrics: dict[str, float] = {}
     answers: list[Answer] = []
     for name in tests:
         split = data[name]
         for task in sorted(set(split.tasks)):
             chosen = choose(split, task, settings.max_records, module.settings.seed)
-            loss, exact = score(module, split, chosen, group)
-            metrics[f"{name}/loss/{task}"] = loss
-            metrics[f"{name}/exact_match/{task}"] = exact
+            found = score(module, split, chosen, group)
+            metrics[f"{name}/loss/{task}"] = found.loss
+            metrics[f"{name}/exact_match/{task}"] = found.exact
+            metrics[f"{name}/token_f1/{task}"] = found.exact + sum(group.gather(f1_sum(module, split, found.wrong, chat))) / len(chosen)
             learnt = slice(-1, None) if module.settings.data.loss_on == "last" else slice(None)
             commonest = Counter(tuple(split.records[record].answers[learnt]) for record in chosen).most_common(1)[0][1]
             metrics[f"{name}/majority/{task}"] = commonest / len(chosen)
             if settings.shuffled and any(table.items.lengths[chosen].sum() > 1 for table in split.tables.values()):
                 shuffled = replace(split, tables=shuffle_media(split.tables, chosen, module.settings.seed))
-                metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, group)[1]
-        answers += sample_answers(module, name, split, settings.samples, group)
+                metrics[f"{name}/exact_match_shuffled/{task}"] = score(module, shuffled, chosen, group).exact
+        answers += sample_answers(module, name, split, settings.samples, group, chat)
     return metrics, answers
 
 
@@ -78,15 +82,23 @@ def shuffle_items(items: Ragged, chosen: np.ndarray, seed: int) -> Ragged:
     return shuffled
 
 
-def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray, group: WorkerGroup) -> tuple[float, float]:
-    """Mean loss per token, and the share of records that greedy decoding answers exactly (all answers that are learnt, each
-    after the reference's messages before it).
+class Score(NamedTuple):
+    """Mean loss per token, the share of records that are answered exactly, and the numbers of this worker's others."""
+
+    loss: float
+    exact: float
+    wrong: np.ndarray
+
+
+def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray, group: WorkerGroup) -> Score:
+    """The loss, and which records greedy decoding answers exactly (all answers that are learnt, each after the reference's
+    messages before it).
 
     Greedy decoding gives the reference, up to the stop token, if and only if each of its tokens is the most likely one after
     the tokens before it: one forward pass decides that, without generating.
     """
     mine = group.share(chosen[np.argsort(split.lengths[chosen], kind="stable")])
-    total, tokens, right = 0.0, 0, 0
+    total, tokens, right = 0.0, 0, np.zeros(len(mine), bool)
     size = module.settings.evaluation.batch_size
     for start in range(0, len(mine), size):
         batch = module.assemble(module.transfer_batch_to_device(split[MicroBatch(mine[start : start + size], 0)], module.device, 0))
@@ -96,24 +108,38 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
         wrong = torch.zeros(len(batch.labels), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != targets).float())
         total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += len(targets)
-        right += int((wrong == 0).sum())
-    sums = np.array(group.gather((total, tokens, right))).sum(axis=0)
-    return float(sums[0] / sums[1]), float(sums[2] / len(chosen))
+        right[start : start + size] = (wrong == 0).cpu().numpy()
+    sums = np.array(group.gather((total, tokens, int(right.sum())))).sum(axis=0)
+    return Score(float(sums[0] / sums[1]), float(sums[2] / len(chosen)), mine[~right])
 
 
-def sample_answers(module: InstructionModule, name: str, split: InstructionSplit, most: int, group: WorkerGroup) -> list[Answer]:
+def f1_sum(module: InstructionModule, split: InstructionSplit, records: np.ndarray, chat: ChatFormat) -> float:
+    """The token F1 of the last answers of records, added up. Of those that are answered exactly it is 1, without generating."""
+    answers = generated(module, split, records, chat)
+    ids, prompts = split.tokens.ids, split.tokens.prompts
+    expected = (chat.text(ids[number][prompts[number] :].tolist()) for number in records.tolist())
+    return sum(map(token_f1, answers, expected))
+
+
+def generated(module: InstructionModule, split: InstructionSplit, records: np.ndarray, chat: ChatFormat) -> list[str]:
+    """Greedy answers to records, of at most `evaluation.max_new_tokens`."""
+    settings, stop, texts = module.settings.evaluation, list(chat.stop_ids), list[str]()
+    for start in range(0, len(records), settings.batch_size):
+        prompts = split.prompts(MicroBatch(records[start : start + settings.batch_size], 0))
+        batch = module.assemble(module.transfer_batch_to_device(prompts, module.device, 0))
+        texts += map(chat.text, module.assistant.generate(batch, settings.max_new_tokens, stop, stop[0]).tolist())
+    return texts
+
+
+def sample_answers(
+    module: InstructionModule, name: str, split: InstructionSplit, most: int, group: WorkerGroup, chat: ChatFormat
+) -> list[Answer]:
     """Generated answers to a few records of a split, as rows of a table."""
-    chat = load_chat_format(model_directory(module.settings.model.language_model), module.assistant.soft_tokens, None)
     chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
     mine = group.share(chosen)
-    texts: list[str] = []
-    if len(mine):
-        batch = module.assemble(module.transfer_batch_to_device(split.prompts(MicroBatch(mine, 0)), module.device, 0))
-        stop = chat.stop_ids
-        ids = module.assistant.generate(batch, module.settings.evaluation.max_new_tokens, list(stop), stop[0])
-        texts = [chat.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
-    generated = {record: text for part in group.gather(list(zip(mine.tolist(), texts, strict=True))) for record, text in part}
-    return [answer_row(name, split.records[number], generated[number]) for number in chosen.tolist()]
+    answers = zip(mine.tolist(), generated(module, split, mine, chat), strict=True)
+    texts = {record: text for part in group.gather(list(answers)) for record, text in part}
+    return [answer_row(name, split.records[number], texts[number]) for number in chosen.tolist()]
 
 
 def answer_row(split: str, record: Record, answer: str) -> Answer:

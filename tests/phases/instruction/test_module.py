@@ -17,6 +17,7 @@ from raytrain2p.data.chat import MARK, ChatFormat, load_chat_format
 from raytrain2p.data.features import FeatureTable
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.records import ASSISTANT, USER, Message, Record
+from raytrain2p.data.scores import token_f1
 from raytrain2p.data.tokens import TokenRecords
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.models.aligner import Aligner
@@ -27,7 +28,7 @@ from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.inputs import MediaTable, SourceShare
 from raytrain2p.phases.instruction.checks import check_aligner, check_encoders, longest_record
 from raytrain2p.phases.instruction.data import InstructionSplit
-from raytrain2p.phases.instruction.evaluate import choose, evaluate, score, shuffle_items
+from raytrain2p.phases.instruction.evaluate import choose, evaluate, f1_sum, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
 from raytrain2p.phases.instruction.tokenize import kept_shares, tokenize
 
@@ -123,7 +124,7 @@ def answer(module: InstructionModule, split: InstructionSplit, record: int) -> l
 
 @torch.inference_mode()
 def scored(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray) -> tuple[float, float]:
-    return score(module, split, chosen, WorkerGroup())
+    return score(module, split, chosen, WorkerGroup())[:2]
 
 
 def test_exact_match_is_what_greedy_generation_gives(module: InstructionModule, split: InstructionSplit) -> None:
@@ -180,11 +181,19 @@ def test_validation_counts_supervised_tokens(module: InstructionModule, split: I
     assert total.item() / count == pytest.approx(scored(module, split, ALL)[0], rel=1e-4)
 
 
-def test_evaluation_is_by_task_with_majority_and_shuffled_images(module: InstructionModule, split: InstructionSplit) -> None:
+def test_evaluation_is_by_task_with_majority_and_shuffled_images(
+    module: InstructionModule, split: InstructionSplit, chat: ChatFormat
+) -> None:
     metrics, answers = evaluate(module, {"train": split, "seen": split}, ["seen"], WorkerGroup())
     colour = np.array([0, 1, 2, 4, 5])
     assert metrics["seen/exact_match/colour"] == pytest.approx(scored(module, split, colour)[1])
     assert metrics["seen/loss/colour"] == pytest.approx(scored(module, split, colour)[0], rel=1e-4)
+    texts = [chat.text(answer(module, split, number)) for number in ALL.tolist()]
+    f1 = [token_f1(text, one.answers[-1]) for text, one in zip(texts, RECORDS, strict=True)]
+    assert metrics["seen/token_f1/colour"] == pytest.approx(np.mean([f1[number] for number in colour]))
+    assert metrics["seen/token_f1/sum"] == pytest.approx(np.mean([f1[3], f1[6]]))
+    half = replace(split, tokens=tokens_of([record(1, "colour?", "red or blue"), *RECORDS[1:]], chat))
+    assert f1_sum(module, half, np.array([0]), chat) == pytest.approx(2 / 4), "it says `red`"
     assert metrics["seen/majority/colour"] == pytest.approx(2 / 5)  # red
     images = split.tables["image"]
     shuffled = replace(split, tables={"image": replace(images, items=shuffle_items(images.items, colour, module.settings.seed))})
