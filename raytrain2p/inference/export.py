@@ -1,6 +1,9 @@
 """A phase 2 run as a directory of Hugging Face's form: weights in safetensors, tokenizer, template, preprocessing, model card."""
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from raytrain2p.storage.files import directory_aside, read_json, regular_files, 
 
 MARKER = "raytrain2p.json"  # whose export a directory is
 ADAPTER = "adapter"  # folder of the LoRA adapter, if it is not merged
+BYTES_PER_TOKEN = 200  # of a tokenizer's file, and more
 SHARD = "5GB"  # largest file of weights
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 
@@ -73,17 +77,15 @@ def export(predictor: Predictor, form: Form, target: Path, marker: Mapping[str, 
         getattr(model.config, part)._name_or_path = ""  # where it was on this machine
     model.generation_config = generation_config(predictor.chat)
     needed = sum(weight.numel() * weight.element_size() for weight in [*model.parameters(), *model.buffers()])
-    with writing(target, int(needed * 1.02) + 20_000_000):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with directory_aside(target) as folder:
-            model.save_pretrained(folder, max_shard_size=SHARD)
-            for weights in folder.glob("*.safetensors"):
-                weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read them
-            processor.save_pretrained(folder)
-            if adapter is not None:
-                write_adapter(folder / ADAPTER, *adapter)
-            write_json(folder / MARKER, dict(marker))
-            write_file(folder / "README.md", card)
+    with writing(target, int(needed * 1.02) + BYTES_PER_TOKEN * len(predictor.chat.tokenizer)), directory_aside(target) as folder:
+        model.save_pretrained(folder, max_shard_size=SHARD)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read them
+        processor.save_pretrained(folder)
+        if adapter is not None:
+            write_adapter(folder / ADAPTER, *adapter)
+        write_json(folder / MARKER, dict(marker))
+        write_file(folder / "README.md", card)
     return sum(found.st_size for found in regular_files(target))
 
 
@@ -111,9 +113,12 @@ def writing(target: Path, needed: int) -> Iterator[None]:
     """Within, `target` is written: `needed` bytes.
 
     Raises:
-        StorageError: the disk is full, read-only or gone. safetensors reports that in a way of its own.
+        StorageError: the disk is full, read-only or gone. safetensors and tokenizers report that in ways of their own.
     """
     with reporting_disk_errors(target, needed):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(target.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         try:
             yield
         except SafetensorError as error:
@@ -195,7 +200,7 @@ def push(folder: Path, repository: str, endpoint: str | None, token: str | None)
         InputError: the hub refuses it, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
 
     api = HfApi(endpoint=endpoint, token=token)
     where = f"--push {repository}"
@@ -204,7 +209,7 @@ def push(folder: Path, repository: str, endpoint: str | None, token: str | None)
         api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=f"raytrain2p: {folder.name}", delete_patterns="*")
     except HFValidationError as error:
         raise InputError(Problem(where, str(error), "name it as in OWNER/NAME")) from None
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         reason = f"the hub answers {status}" if status else " ".join(str(error).split())[:200] or type(error).__name__
         fix = "set HF_TOKEN to a token that may write there" if status in (401, 403) else "push again: the export itself is complete"

@@ -20,6 +20,7 @@ def trained_assistant(
     encoders: dict[str, Path],
     options: dict[str, dict[str, Any]] | None = None,
     shape: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     **model: Any,
 ) -> Path:
     """The path of a model.pt.
@@ -28,6 +29,7 @@ def trained_assistant(
         encoders: directories by modality.
         options: of the encoders.
         shape: of the aligner, beside its widths.
+        data: settings of the data, which is not read.
         model: settings of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,7 @@ def trained_assistant(
     save_artifact(folder / "aligner.pt", ALIGNMENT, {}, of_encoders, shape=aligner.shape, state_dict=aligner.state_dict())
     settings = InstructionSettings.model_validate(
         {
-            "data": {"train": "train.jsonl"},
+            "data": data or {"train": "train.jsonl"},
             "training": {"max_steps": 1, "precision": "float32"},
             "model": {"language_model": str(language_model), "aligner": str(folder / "aligner.pt"), "soft_tokens": 4} | model,
         }
