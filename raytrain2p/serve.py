@@ -66,11 +66,11 @@ def serve(options: argparse.Namespace) -> int:
         name, path = find_model(options)
     findings.raise_any()
 
-    from raytrain2p.models.artifacts import load_artifact
+    from raytrain2p.inference.model_file import ModelFile
     from raytrain2p.serving.guard import digest_of_token
     from raytrain2p.serving.limits import Limits
 
-    load_artifact(path, INSTRUCTION)  # damage is found before Ray is started
+    ModelFile(path)  # what is wrong with it is found before Ray is started
     limits = Limits(max_queue=options.max_queue, max_tokens=options.max_tokens)
     digest = digest_of_token(token) if token else None
     return run_server(path, name, options.host, port, limits, digest, options.replicas, options.batch_size, options.ray_logs, report)
