@@ -52,7 +52,7 @@ def serve(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad input; nothing was started.
     """
-    from raytrain2p.serving.run import check_installed, check_port, run_server
+    from raytrain2p.serving.run import check_installed, check_port, check_replicas, run_server
 
     findings = Findings()
     with findings:
@@ -62,6 +62,8 @@ def serve(options: argparse.Namespace) -> int:
         check_host(options.host, token)
     with findings:
         port = check_port(options.host, options.port)
+    with findings:
+        check_replicas(options.replicas)
     with findings:
         name, path = find_model(options)
     findings.raise_any()
