@@ -52,7 +52,7 @@ def serve(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad input; nothing was started.
     """
-    from raytrain2p.serving.run import check_installed, check_port, run_server
+    from raytrain2p.serving.run import check_installed, check_port, check_replicas, run_server
 
     findings = Findings()
     with findings:
@@ -63,14 +63,16 @@ def serve(options: argparse.Namespace) -> int:
     with findings:
         port = check_port(options.host, options.port)
     with findings:
+        check_replicas(options.replicas)
+    with findings:
         name, path = find_model(options)
     findings.raise_any()
 
-    from raytrain2p.models.artifacts import load_artifact
+    from raytrain2p.inference.model_file import ModelFile
     from raytrain2p.serving.guard import digest_of_token
     from raytrain2p.serving.limits import Limits
 
-    load_artifact(path, INSTRUCTION)  # damage is found before Ray is started
+    ModelFile(path)  # what is wrong with it is found before Ray is started
     limits = Limits(max_queue=options.max_queue, max_tokens=options.max_tokens)
     digest = digest_of_token(token) if token else None
     return run_server(path, name, options.host, port, limits, digest, options.replicas, options.batch_size, options.ray_logs, report)

@@ -85,6 +85,10 @@ def test_a_missing_extra_is_one_line_with_what_to_install(
     assert "pip install 'raytrain2p[serve]'" in error
 
 
+def test_more_processes_than_cpus_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "--replicas 9000\n    needs as many CPUs; this machine has" in refused(capsys, str(tmp_path), "--replicas", "9000")
+
+
 @pytest.mark.parametrize("option", ["--replicas", "--batch-size", "--max-queue", "--max-tokens"])
 def test_a_number_must_be_one(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -15,6 +15,7 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.serving.chat_api import ChatApi
 from raytrain2p.serving.limits import Limits, RefusedError
 from raytrain2p.serving.model import Answer, LoadedModel, Question
+from raytrain2p.serving.ray_private import listen_on_loopback
 
 SECONDS_TO_GATHER = 0.01  # while the model is idle; while it is busy, a batch gathers by itself
 # Beyond our own limits, so that these are the ones that a client meets: they have words
@@ -27,10 +28,12 @@ class ModelDeployment:
     Args:
         path: of its model.pt.
         batch_size: the most answers that are written together.
+        device: where it computes.
     """
 
-    def __init__(self, path: str, batch_size: int) -> None:
-        self.model = LoadedModel(Path(path))
+    def __init__(self, path: str, batch_size: int, device: str) -> None:
+        listen_on_loopback()
+        self.model = LoadedModel(Path(path), device)
         self._batch.set_max_batch_size(batch_size)
 
     async def unready(self) -> list[Problem]:
@@ -110,6 +113,7 @@ class HttpDeployment:
     """HTTP; see ChatApi."""
 
     def __init__(self, model: DeploymentHandle, name: str, limits: Limits, token: str | None) -> None:
+        listen_on_loopback()
         self.model = RemoteModel(model)
         self.api = ChatApi(self.model, name, limits, token)
 
@@ -139,4 +143,4 @@ def application(path: Path, name: str, limits: Limits, token: str | None, replic
         health_check_timeout_s=120,
     )
     http = serve.deployment(serve.ingress()(HttpDeployment), max_ongoing_requests=ROOM, ray_actor_options={"num_cpus": 0})
-    return http.bind(model.bind(str(path), batch_size), name, limits, token)
+    return http.bind(model.bind(str(path), batch_size, "cuda" if gpus else "cpu"), name, limits, token)

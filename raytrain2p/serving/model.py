@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -12,7 +13,6 @@ from typing import Protocol, TypeVar
 from raytrain2p.config import InputError
 from raytrain2p.data.records import USER, Message, Record
 from raytrain2p.inference.predictor import Predictor
-from raytrain2p.models.pretrained import quiet_transformers
 from raytrain2p.serving.limits import RefusedError
 
 CHECKERS = 2  # threads that decode media and count tokens
@@ -62,17 +62,17 @@ class LoadedModel:
 
     Args:
         path: of a model.pt.
+        device: where it computes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str | None = None) -> None:
         self.writer = ThreadPoolExecutor(1, "writer")
         self.checkers = ThreadPoolExecutor(CHECKERS, "checker")
-        self.loading = self.writer.submit(self._load, path)
+        self.loading = self.writer.submit(self._load, path, device)
 
-    def _load(self, path: Path) -> Predictor:
+    def _load(self, path: Path, device: str | None) -> Predictor:
         """The predictor, after a first answer, with all its encoders."""
-        quiet_transformers()
-        predictor = Predictor(path)
+        predictor = Predictor(path, device=device)
         for modality in predictor.trained:
             predictor.encoder(modality)
         list(predictor.answers([Record("the first question", (Message(USER, ("Hello",)),))], max_new_tokens=1))
@@ -111,11 +111,10 @@ class LoadedModel:
 
             try:
                 text = ""
-                for piece in predictor.stream(question.record, question.max_tokens) if not unread.is_set() else ():
-                    if unread.is_set():
-                        return
-                    text += piece
-                    put(piece)
+                with closing(predictor.stream(question.record, question.max_tokens)) as stream:  # type: ignore[type-var]  # a generator
+                    while not unread.is_set() and (piece := next(stream, None)) is not None:
+                        text += piece
+                        put(piece)
                 put(_answer(predictor, question, text, 1))
             except BaseException as error:
                 put(error)

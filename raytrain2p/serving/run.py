@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raytrain2p.config import InputError, Problem
+from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.interrupts import StoppedError, stoppable
-from raytrain2p.launch.cluster import connected, cpus_per_worker
+from raytrain2p.launch.cluster import connected, cpus_per_worker, local_capacity
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.serving.limits import Limits
 
@@ -49,6 +50,16 @@ def check_port(host: str, port: int) -> int:
         raise InputError(
             Problem(where, f"cannot be listened on: {reason}", "choose another --port, or an address of this machine")
         ) from None
+
+
+def check_replicas(replicas: int) -> None:
+    """Check that this machine has a CPU for each process of the model.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not (capacity := local_capacity()).fits(replicas, 1, 0):
+        raise InputError(Problem(f"--replicas {replicas}", f"needs as many CPUs; this machine has {capacity.cpus:g}", "start fewer"))
 
 
 def run_server(
@@ -101,7 +112,12 @@ def run_server(
                 logging_config={"enable_access_log": False},  # its lines would have what clients ask for
             )
             handle = serve.run(app, name="raytrain2p", logging_config={"enable_access_log": False})
-        if problems := handle.unready.remote().result():
+        try:
+            problems = handle.unready.remote().result()
+        except ray.exceptions.RayError as error:
+            what = f"ended while it was loaded: {one_line(error)}"
+            raise InputError(Problem("a process of the model", what, "free memory; --ray-logs shows more")) from None
+        if problems:
             raise InputError(problems)
         say(f"{name} at http://{f'[{host}]' if ':' in host else host}:{port}{'' if token else ' (this machine alone)'}; Ctrl-C stops it")
         try:

@@ -10,41 +10,14 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 import uvicorn
 from PIL import Image
 
-from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.models.artifacts import save_artifact
-from raytrain2p.models.assistant import AssistantShape, build_assistant
-from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.serving.chat_api import ChatApi
 from raytrain2p.serving.limits import Limits, RefusedError
 from raytrain2p.serving.model import Answer, LoadedModel, Question
-
-ALIGNER = {"widths": {"image": 32}, "hidden": 16, "dimension": 12}
-
-
-def save_model(path: Path, language_model: Path, image_encoder: Path) -> Path:
-    """A model.pt of small models with random weights, as phase 2 writes it."""
-    torch.manual_seed(4)
-    shape = AssistantShape(language_model=str(language_model), tuning="frozen", lora={}, aligner=ALIGNER, soft_tokens={"image": 4})
-    assistant = build_assistant(shape, "eager", torch.float32)
-    assistant.freeze("frozen", train_aligner=False)
-    save_artifact(
-        path,
-        INSTRUCTION,
-        {"training": {"precision": "float32"}},
-        {"image": {"name": str(image_encoder), "options": {}, "fingerprint": fingerprint(image_encoder)}},
-        language_model={"name": str(language_model), "fingerprint": fingerprint(language_model)},
-        system_prompt=None,
-        shape=shape.to_dict(),
-        state_dict=assistant.own_weights(),
-    )
-    return path
 
 
 class ModelHere:

@@ -20,26 +20,29 @@ from raytrain2p.serving.chat_api import ChatApi
 from raytrain2p.serving.guard import digest_of_token
 from raytrain2p.serving.limits import Limits
 from raytrain2p.serving.model import LoadedModel
-from tests.serving.serving import ModelHere, Server, image_url, png, request, save_model, served, with_image
+from tests.serving.serving import ModelHere, Server, image_url, png, request, served, with_image
 
 LIMITS = Limits(max_queue=4, max_tokens=12, request_bytes=300_000, values=100_000, characters=500, seconds_to_send=0.6)
 TOKEN = "a token that nobody guesses"
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit: Path) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "model.pt", tiny_llama, tiny_vit)
-
-
-@pytest.fixture(scope="module")
-def model(model_path: Path) -> ModelHere:
-    return ModelHere(LoadedModel(model_path))
+def model(tiny_model: Path) -> ModelHere:
+    return ModelHere(LoadedModel(tiny_model))
 
 
 @pytest.fixture(scope="module")
 def running(model: ModelHere) -> Iterator[tuple[Server, ChatApi]]:
     with served(model, LIMITS) as found:
         yield found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def impatient() -> Iterator[None]:
+    """Tests of clients that do not send on wait for less."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("raytrain2p.serving.guard.SECONDS_TO_DISCARD", 0.2)
+        yield
 
 
 @pytest.fixture
@@ -333,16 +336,16 @@ def test_with_a_token_all_but_the_page_and_the_probes_need_it(model: ModelHere) 
         assert server.ask("Hello", max_tokens=2).status == 200
 
 
-def test_it_is_alive_at_once_and_ready_after_a_first_answer(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_alive_at_once_and_ready_after_a_first_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go, load = threading.Event(), LoadedModel._load
 
-    def late(self: LoadedModel, path: Path) -> Any:
+    def late(self: LoadedModel, *arguments: Any) -> Any:
         go.wait(30)
-        return load(self, path)
+        return load(self, *arguments)
 
     monkeypatch.setattr(LoadedModel, "_load", late)
     monkeypatch.setattr("raytrain2p.serving.chat_api.SECONDS_TO_BE_READY", 0.1)
-    with served(ModelHere(LoadedModel(model_path)), LIMITS) as (server, _):
+    with served(ModelHere(LoadedModel(tiny_model)), LIMITS) as (server, _):
         assert server.get("/healthz").status == 200
         assert (server.get("/readyz").status, server.get("/readyz").error["code"]) == (503, "model_not_ready")
         go.set()

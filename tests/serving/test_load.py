@@ -6,11 +6,11 @@ from pathlib import Path
 from benchmarks.serve_load import MALFORMED, Load, question
 from raytrain2p.serving.limits import Limits
 from raytrain2p.serving.model import LoadedModel
-from tests.serving.serving import ModelHere, png, save_model, served
+from tests.serving.serving import ModelHere, png, served
 
 
-def test_no_request_is_lost_and_none_that_is_malformed_gets_another_answer(tmp_path: Path, tiny_llama: Path, tiny_vit: Path) -> None:
-    model = ModelHere(LoadedModel(save_model(tmp_path / "model.pt", tiny_llama, tiny_vit)))
+def test_no_request_is_lost_and_none_that_is_malformed_gets_another_answer(tiny_model: Path) -> None:
+    model = ModelHere(LoadedModel(tiny_model))
     bodies = [(number, question(f"Question {number}", png(), stream=number % 4 == 0)) for number in range(40)]
     with served(model, Limits(max_queue=5)) as (server, api):
         load = Load(server.port, bodies)
