@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import CONFIG_NAME
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.data.chat import ChatFormat
@@ -80,12 +82,12 @@ def export(predictor: Predictor, form: Form, target: Path, marker: Mapping[str, 
     with writing(target, int(needed * 1.02) + BYTES_PER_TOKEN * len(predictor.chat.tokenizer)), directory_aside(target) as folder:
         model.save_pretrained(folder, max_shard_size=SHARD)
         for weights in folder.glob("*.safetensors"):
-            weights.chmod((folder / "config.json").stat().st_mode)  # safetensors lets the owner alone read them
+            weights.chmod((folder / CONFIG_NAME).stat().st_mode)  # safetensors lets the owner alone read them
         processor.save_pretrained(folder)
         if adapter is not None:
             write_adapter(folder / ADAPTER, *adapter)
         write_json(folder / MARKER, dict(marker))
-        write_file(folder / "README.md", card)
+        write_file(folder / REPOCARD_NAME, card)
     return sum(found.st_size for found in regular_files(target))
 
 

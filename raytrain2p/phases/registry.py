@@ -56,14 +56,14 @@ class TypedPhaseFunctions(Generic[SettingsT, ModuleT, SplitT]):
         warm_start: loads the weights of `model.init` into the module: module, artifact.
         online: module and splits to splits whose images are encoded in the step.
         evaluate: module, splits, test splits' names and worker group to metrics and sample answers.
-        export: writes the artifact: module, path, configuration, training split.
+        export: writes the artifact: module, path, configuration, and the training split, if what it has is to be recorded.
     """
 
     build: Callable[[SettingsT, int, str], ModuleT]
     warm_start: Callable[[ModuleT, Mapping[str, Any]], None]
     online: Callable[[ModuleT, Mapping[str, SplitT]], Mapping[str, SplitT]]
     evaluate: "Callable[[ModuleT, Mapping[str, SplitT], list[str], WorkerGroup], tuple[dict[str, float], list[Answer]]]"
-    export: Callable[[ModuleT, Path, dict[str, Any], SplitT], None]
+    export: Callable[[ModuleT, Path, dict[str, Any], SplitT | None], None]
 
 
 PhaseFunctions = TypedPhaseFunctions[Settings, "PhaseModule", Split]  # of whichever phase

@@ -55,7 +55,7 @@ def trained(settings: Settings, path: Path) -> Module:
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter)
-    phase_functions(settings.phase.number).export(module, path, settings.model_dump(mode="json"))
+    phase_functions(settings.phase.number).export(module, path, settings.model_dump(mode="json"), None)
     return module
 
 
@@ -113,7 +113,7 @@ def test_what_does_not_train_comes_from_the_file_on_a_resume_too(models: dict[in
     for name, value in first.assistant.branches.state_dict().items():
         assert torch.equal(module.assistant.branches.state_dict()[name], value), name
     again = folder / "again.pt"
-    phase_functions(2).export(module, again, {})
+    phase_functions(2).export(module, again, {}, None)
     artifacts = [load_artifact(path, INSTRUCTION) for path in (folder / "trained.pt", again)]
     assert artifacts[0]["encoders"] == artifacts[1]["encoders"]
     assert artifacts[0]["shape"] == artifacts[1]["shape"]

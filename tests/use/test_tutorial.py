@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.data.emoji.load import images
+from raytrain2p.data.embedded import images
 from tests.inference.hub import running
 from tests.launch.launching import ROOT
 
