@@ -76,11 +76,13 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
         aligner, media = config.aligner, config.media
         self.encoders = nn.ModuleDict(
             {
-                modality: ENCODERS[modality].encoder_of(AutoModel.from_config(AutoConfig.for_model(**kind["encoder"]), dtype=torch.float32))
+                modality: ENCODERS[modality].encoder_of(
+                    AutoModel.from_config(AutoConfig.for_model(**kind["encoder"]), dtype=torch.float32, trust_remote_code=False)
+                )
                 for modality, kind in media.items()
             }
         ).requires_grad_(False)
-        language_model = AutoModelForCausalLM.from_config(config.text_config)
+        language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         counts = {modality: kind["soft_tokens"] for modality, kind in media.items()}
         self.assistant = Assistant(language_model, branches_of(aligner, media), aligner["dimension"], counts, config.projector)
         self.post_init()
