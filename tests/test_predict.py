@@ -140,3 +140,16 @@ def test_an_output_is_continued_and_only_what_changed_is_asked(asked: list[Any],
     run(*words)
     assert [where.rpartition(":")[2] for batch in asked for where in batch] == ["9"], "a question that is there already is not asked again"
     assert len(path.read_bytes().splitlines()) == 9
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_command_that_is_stopped_says_how_to_continue(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def batches(self: Predictor, records: Sequence[Record], *limits: int) -> Iterator[Batch]:
+        yield 0, ["red", "red"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "batches", batches)
+    run("--file", records, "--output", tmp_path / "out.jsonl", code=130)
+    assert f"raytrain2p: 2 answers are in {tmp_path}/out.jsonl; the same command continues\n" in capsys.readouterr().err
