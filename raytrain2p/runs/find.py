@@ -147,10 +147,10 @@ def artifact_wanted(setting: str, wanted: str, known: Sequence[RunSummary]) -> t
     if path.is_file():
         return origin_of({setting: str(path.absolute())}, setting), content_of(path, *phases.values())
     run_id = run_of(wanted, [one for one in known if one.phase in phases], recorded, f"--{setting.removeprefix('model.')}")
-    found = next((one for one in known if one.run_id == run_id and one.directory is not None), None)
-    if found is None:
+    found = next((one for one in known if one.run_id == run_id and one.phase in phases), None)
+    if found is None or found.directory is None:
         return run_id, None
-    files, phase = RunDirectory(Path(str(found.directory))), phases[found.phase]
+    files, phase = RunDirectory(Path(found.directory)), phases[found.phase]
     artifact = files.artifact(phase)
     try:
         return run_id, files.artifact_digest() or (content_of(artifact, phase) if artifact.is_file() else None)
