@@ -128,20 +128,19 @@ def ask(model: ModelFile, records: Sequence[Record], options: argparse.Namespace
         return
     console, limits = Console(), (options.batch_size, options.max_new_tokens)
     shown = len(records) > 1 and not (console.live and options.output is None and sys.stdout.isatty())  # it would stand among the answers
-    with stoppable(), console.progress_bar("answers") as advance:
+    progress = console.progress_bar("answers") if shown else nullcontext(lambda done, total: None)
+    with stoppable(), progress as advance:
         if isinstance(model, Predictor):
             batches = model.batches(records, *limits)
         else:
             from raytrain2p.serving.offline import answer_batches
 
             batches = answer_batches(model, records, options.workers, *limits)
-        done = 0
+        advance(done := 0, len(records))
         with closing(batches):  # what is muted while workers answer is heard again
             for start, answers in batches:
                 yield start, answers
-                done += len(answers)
-                if shown:
-                    advance(done, len(records))
+                advance(done := done + len(answers), len(records))
 
 
 def row_of(record: Record, answer: str) -> dict[str, Any]:
