@@ -92,6 +92,7 @@ def serving(settings: Settings, folder: Path) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", URI, "--env-manager", "local", "--port", str(port)]
     path = str(Path(sys.executable).parent)
     environment = os.environ | {"MLFLOW_TRACKING_URI": settings.tracking.uri, "PATH": f"{path}:{os.environ['PATH']}"}
+    environment |= {"MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "600"}  # for a hundred images in a request
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
