@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test checks lint types imports unit chaos test-gpu bench-gpu install install-dev clean
+.PHONY: quickstart test checks lint types imports unit chaos test-use test-gpu bench-gpu install install-dev clean
 
 quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
@@ -36,6 +36,10 @@ chaos: install-dev
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/runs/test_migrate.py
 	RAYTRAIN2P_FUZZ_CASES=300 $(BIN)/python -m pytest tests/test_fuzz.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
+
+# Uses of the quickstart's model, each in minutes: RAYTRAIN2P_USE_RUN is the directory of its phase 2 run.
+test-use: install-dev
+	RAYTRAIN2P_USE_TESTS=1 $(BIN)/python -m pytest tests/use
 
 # On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
 test-gpu: install-dev
