@@ -54,12 +54,15 @@ class Projector(nn.Module):
         return F.layer_norm(y.float(), y.shape[-1:]) * self.gain
 
 
+GRID_SIZE = 0.15  # root mean square of what branches give after phase 1, measured: the projector that normalizes it need not know
+
+
 class LinearProjector(nn.Linear):
     """The same by one linear map. After a branch without input norm, both are one MLP of two layers, as in LLaVA (arXiv:2310.03744)."""
 
     def __init__(self, dimension: int, width: int, spread: float) -> None:
         super().__init__(dimension, width)
-        nn.init.normal_(self.weight, std=spread / dimension**0.5)
+        nn.init.normal_(self.weight, std=spread / (GRID_SIZE * dimension**0.5))
         nn.init.zeros_(self.bias)
 
 

@@ -10,7 +10,16 @@ from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHead
 
 from raytrain2p.data.chat import Encoded
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
-from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, LinearProjector, Projector, build_assistant, pool_grid
+from raytrain2p.models.assistant import (
+    GRID_SIZE,
+    Assistant,
+    AssistantBatch,
+    AssistantShape,
+    LinearProjector,
+    Projector,
+    build_assistant,
+    pool_grid,
+)
 
 K, WIDTH, DIMENSION = 4, 10, 12
 SOFT = -1
@@ -212,7 +221,7 @@ def test_the_projector_starts_at_the_spread_of_the_models_embeddings(families: d
         soft = assistant.projector(torch.randn(50, DIMENSION))
     assert soft.std().item() == pytest.approx(spread, rel=0.05)
     assert Projector(DIMENSION, 8, spread=0.25)(torch.randn(50, DIMENSION)).std().item() == pytest.approx(0.25, rel=0.05)
-    assert LinearProjector(400, 300, spread=0.25)(torch.randn(50, 400)).std().item() == pytest.approx(0.25, rel=0.05)
+    assert LinearProjector(400, 300, spread=0.25)(GRID_SIZE * torch.randn(50, 400)).std().item() == pytest.approx(0.25, rel=0.05)
 
 
 def test_pooling_averages_the_squares_of_a_square_grid() -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from raytrain2p.config.phases import INSTRUCTION
@@ -16,16 +17,19 @@ from raytrain2p.models.artifacts import load_artifact, save_artifact
 
 IMAGES, TOKENS = 100, 16
 
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.mark.parametrize(
     ("precision", "form", "most"),
-    [("bf16", Form(), 12), ("bf16", Form(adapter=True), 4), ("float32", Form(), 0)],
-    ids=["bf16", "adapter", "float32"],
+    [("float32", Form(), [0, 0]), ("bf16", Form(adapter=True), [0, 0]), ("bf16", Form(), [3, 30])],
+    ids=["float32", "adapter", "bf16"],
 )
 def test_the_exported_quickstart_answers_as_the_predictor_does(
-    quickstart_model: Path, precision: str, form: Form, most: int, tmp_path: Path
+    quickstart_model: Path, precision: str, form: Form, most: list[int], tmp_path: Path
 ) -> None:
-    """Most that may differ of 200 answers: rounding decides where two tokens are equally likely."""
+    """Most answers that may differ, of 100 to each question. The adapter computes under autocast, as training did. LoRA that is merged
+    in bf16 is rounded: that decides where two tokens are nearly as likely, as in names, which this model has not learnt."""
     artifact = load_artifact(quickstart_model, INSTRUCTION)
     config = artifact["config"] | {"training": artifact["config"]["training"] | {"precision": precision}}
     content = {key: value for key, value in artifact.items() if key not in ("config", "digest", "phase", "format_version")}
@@ -57,11 +61,12 @@ def test_the_exported_quickstart_answers_as_the_predictor_does(
             for record in records[start : start + 32]
         ]
         inputs = processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True)
-        answers = model.generate(**inputs, max_new_tokens=TOKENS)[:, inputs["input_ids"].shape[1] :]
+        with torch.autocast("cpu", torch.bfloat16, enabled=form.adapter):
+            answers = model.generate(**inputs, max_new_tokens=TOKENS)[:, inputs["input_ids"].shape[1] :]
         found += [processor.decode(answer, skip_special_tokens=True).strip() for answer in answers]
-    differ = {task: sum(a != b for a, b, r in zip(expected, found, records, strict=True) if r.task == task) for task in by_task}
+    differ = {task: sum(a != b for a, b, r in zip(expected, found, records, strict=True) if r.task == task) for task in sorted(by_task)}
     print(f"{precision}{' with adapter' if form.adapter else ''}: of {IMAGES} answers each differ {differ}")
-    assert sum(differ.values()) <= most
+    assert all(count <= limit for count, limit in zip(differ.values(), most, strict=True))
 
 
 def test_nothing_is_imported_that_trains_or_tracks(quickstart_model: Path) -> None:
