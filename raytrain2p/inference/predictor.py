@@ -58,13 +58,13 @@ class Predictor(ModelFile):
 
     @overload
     def __call__(
-        self, items: list[Question] | tuple[Question, ...], question: str | None = None, *, batch_size: int = 32, max_new_tokens: int = 32
+        self, items: list[Any] | tuple[Any, ...], question: str | None = None, *, batch_size: int = 32, max_new_tokens: int = 32
     ) -> list[str]: ...
     @overload
     def __call__(self, items: Question, question: str | None = None, *, batch_size: int = 32, max_new_tokens: int = 32) -> str: ...
     def __call__(
         self,
-        items: Question | list[Question] | tuple[Question, ...],
+        items: Question | list[Any] | tuple[Any, ...],
         question: str | None = None,
         *,
         batch_size: int = 32,

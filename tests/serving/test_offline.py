@@ -5,12 +5,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raytrain2p import predict
 from raytrain2p.config import InputError
+from raytrain2p.inference.predictor import Predictor
+from raytrain2p.inference.questions import as_records
 from raytrain2p.launch.cluster import Capacity
-from raytrain2p.serving.offline import check_workers
+from raytrain2p.serving.offline import Answerer, check_workers
 from tests.data.files import write_lines
 from tests.launch.launching import start_command
 
@@ -22,6 +25,20 @@ def test_each_worker_has_a_gpu_where_there_are_any_and_too_many_are_refused() ->
         check_workers(4, Capacity(((2, 0), (1, 0))))
     with pytest.raises(InputError, match=r"(?s)--workers=3.*needs as many GPUs; the cluster has 2"):
         check_workers(3, Capacity(((8, 1), (8, 1))))
+
+
+def test_a_worker_answers_a_batch_and_says_what_it_cannot_load(tiny_model: Path, drawings: Path, tmp_path: Path) -> None:
+    records = as_records([drawings / "0.png", drawings / "1.png"], "Who?")
+    rows = {"start": np.array([8]), "records": np.array([None])}
+    rows["records"][0] = records
+    found = Answerer(tiny_model, "cpu", 6)(rows)
+    assert found["start"].tolist() == [8]
+    assert [json.loads(answers) for answers in found["answers"]] == [Predictor(tiny_model)(records, max_new_tokens=6)]
+    assert found["problem"] == [""]
+    (tmp_path / "model.pt").write_bytes(b"torn")
+    found = Answerer(tmp_path / "model.pt", "cpu", 6)(rows)
+    assert "is not a valid model.pt" in found["problem"][0]
+    assert found["answers"] == ["[]"]
 
 
 def test_a_killed_command_continues_and_the_answers_are_those_of_one_process(
