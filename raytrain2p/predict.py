@@ -7,8 +7,8 @@ import argparse
 import glob
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,9 @@ def predict(options: argparse.Namespace) -> int:
             except StorageError as error:
                 report(f"{error}. The same command continues")
                 return FAILED
+            except KeyboardInterrupt:
+                report(f"{len(file.answers):,} answers are in {file.path}; the same command continues")
+                raise
     for line in scores(records, answers):
         report(line)
     return 0
@@ -94,9 +97,10 @@ def predict(options: argparse.Namespace) -> int:
 def show(model: ModelFile, records: Sequence[Record], options: argparse.Namespace) -> list[str]:
     """Print each answer as it is made, and return all."""
     answers = []
-    for record, answer in zip(records, in_order(ask(model, records, options)), strict=True):
-        print(json_line(row_of(record, answer)) if options.json else printable(answer), flush=True)
-        answers.append(answer)
+    with closing(ask(model, records, options)) as batches:
+        for record, answer in zip(records, in_order(batches), strict=True):
+            print(json_line(row_of(record, answer)) if options.json else printable(answer), flush=True)
+            answers.append(answer)
     return answers
 
 
@@ -106,9 +110,10 @@ def write(model: ModelFile, records: Sequence[Record], keys: Sequence[str], opti
     numbers = sorted(number for key, number in first.items() if key not in file.answers)
     if before := sum(key in file.answers for key in keys):
         report(f"{before:,} of {len(records):,} answers are in {file.path} already")
-    for start, found in ask(model, [records[number] for number in numbers], options):
-        asked = zip(numbers[start:], found, strict=False)
-        file.append([row_of(records[number], answer) | {KEY: keys[number]} for number, answer in asked])
+    with closing(ask(model, [records[number] for number in numbers], options)) as batches:
+        for start, found in batches:
+            asked = zip(numbers[start:], found, strict=False)
+            file.append([row_of(records[number], answer) | {KEY: keys[number]} for number, answer in asked])
     answers = [file.answers[key] for key in keys]
     rows = [row_of(record, answer) | {KEY: key} for record, answer, key in zip(records, answers, keys, strict=True)]
     others = file.finish(rows)
@@ -117,25 +122,25 @@ def write(model: ModelFile, records: Sequence[Record], keys: Sequence[str], opti
     return answers
 
 
-def ask(model: ModelFile, records: Sequence[Record], options: argparse.Namespace) -> Iterator[Batch]:
+def ask(model: ModelFile, records: Sequence[Record], options: argparse.Namespace) -> Generator[Batch]:
     """Batches of answers as they are made, in any order; shows how many there are."""
     if not records:
         return
     console, limits = Console(), (options.batch_size, options.max_new_tokens)
     shown = len(records) > 1 and not (console.live and options.output is None and sys.stdout.isatty())  # it would stand among the answers
-    with stoppable(), console.progress_bar("answers") as advance:
+    progress = console.progress_bar("answers") if shown else nullcontext(lambda done, total: None)
+    with stoppable(), progress as advance:
         if isinstance(model, Predictor):
             batches = model.batches(records, *limits)
         else:
             from raytrain2p.serving.offline import answer_batches
 
             batches = answer_batches(model, records, options.workers, *limits)
-        done = 0
-        for start, answers in batches:
-            yield start, answers
-            done += len(answers)
-            if shown:
-                advance(done, len(records))
+        advance(done := 0, len(records))
+        with closing(batches):  # what is muted while workers answer is heard again
+            for start, answers in batches:
+                yield start, answers
+                advance(done := done + len(answers), len(records))
 
 
 def row_of(record: Record, answer: str) -> dict[str, Any]:

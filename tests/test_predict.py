@@ -78,6 +78,7 @@ def test_as_json_it_cannot_either_and_is_the_same_text(capsys: pytest.CaptureFix
         (["--image", "x*.png", "What?"], "--image=x*.png\n    no file matches the pattern"),
         (["--image", "*.png", "--image", "0.png", "What?"], "is a pattern beside other media"),
         (["--image", "0.png", "<image> or <image>?"], "has 2 placeholders `<image>` for 1 media"),
+        (["--image", "0.png", "--image", "1.png", "Who?"], "has 2 items of image; the model has learnt questions with at most 1"),
         (["--audio", "0.png", "What?"], "was trained with image, not with audio"),
         (["--file", "r.jsonl", "--image", "0.png"], "--file\n    has questions and media of its own"),
         (["--file", "none.jsonl", "nor.jsonl"], "2 problems"),
@@ -139,3 +140,16 @@ def test_an_output_is_continued_and_only_what_changed_is_asked(asked: list[Any],
     run(*words)
     assert [where.rpartition(":")[2] for batch in asked for where in batch] == ["9"], "a question that is there already is not asked again"
     assert len(path.read_bytes().splitlines()) == 9
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_command_that_is_stopped_says_how_to_continue(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def batches(self: Predictor, records: Sequence[Record], *limits: int) -> Iterator[Batch]:
+        yield 0, ["red", "red"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Predictor, "batches", batches)
+    run("--file", records, "--output", tmp_path / "out.jsonl", code=130)
+    assert f"raytrain2p: 2 answers are in {tmp_path}/out.jsonl; the same command continues\n" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from rich.text import Text
 from raytrain2p.config.escaping import printable
 from raytrain2p.config.secrets import masked
 
+STDERR = 2  # its file descriptor
 PLAIN_SECONDS, MOST_SECONDS = 15.0, 600.0  # between two lines of progress outside a terminal: at first, and at last
 PLAIN_SHARE = 0.02  # of the time so far, which is then the time between two lines: a log of ten hours has about 250
 PLAIN_WIDTH = 200  # of a table outside a terminal: no cell is wrapped
@@ -45,7 +46,13 @@ class Console:
         stream = stream or own_stderr()
         terminal = stream.isatty()
         self.rich = RichConsole(
-            file=stream, force_terminal=terminal, width=None if terminal else PLAIN_WIDTH, markup=False, emoji=False, highlight=False
+            file=stream,
+            force_terminal=terminal,
+            force_jupyter=False,  # it would show lines as HTML, and not on the stream
+            width=None if terminal else PLAIN_WIDTH,
+            markup=False,
+            emoji=False,
+            highlight=False,
         )
         self.live = terminal and not self.rich.is_dumb_terminal
         self._status: Live | None = None
@@ -112,9 +119,12 @@ class Console:
 
 
 def own_stderr() -> TextIO:
-    """A duplicate of standard error; where that has no file descriptor, as under pytest, standard error itself."""
+    """A duplicate of standard error; where that has another file descriptor or none, so that `muted_stderr` does not discard it, standard
+    error itself. That of a notebook shows its lines in the cell, and has the descriptor of the notebook server's terminal."""
     try:
-        raw = _Output(os.dup(sys.stderr.fileno()), "w")
+        if sys.stderr.fileno() != STDERR:
+            return sys.stderr
+        raw = _Output(os.dup(STDERR), "w")
     except OSError:
         return sys.stderr
     return io.TextIOWrapper(io.BufferedWriter(raw), sys.stderr.encoding, errors="backslashreplace", line_buffering=True)

@@ -1,5 +1,6 @@
 """model.pt, read and checked: what a trained assistant can be asked. Its weights are in `predictor.py`."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,6 +58,7 @@ class ModelFile:
         self.path, self.trained = path, artifact["encoders"]
         self.digest: str = artifact["digest"]
         self.weights = artifact["state_dict"]
+        self.most_media: Mapping[str, int] = artifact.get("most_media", {})  # of a record in training; earlier versions did not keep it
         self.context = context_length(directory)
         self.chat = load_chat_format(directory, self.shape.soft_tokens, artifact["system_prompt"])
 
@@ -74,6 +76,10 @@ class ModelFile:
                 specs[modality] = self.spec(modality)
         findings.raise_any()
         for record in records:
+            for modality, count in Counter(ref.modality for ref in record.media()).items():
+                if count > (most := self.most_media.get(modality, count)):
+                    what = f"has {count} items of {modality}; the model has learnt questions with at most {most}"
+                    findings.add(Problem(record.where, what, "ask about fewer, or train on such records"))
             try:
                 length = len(self.chat.prompt(record.messages)) + max_new_tokens
             except ValueError as error:

@@ -3,7 +3,7 @@
 import functools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -104,7 +104,7 @@ class Predictor(ModelFile):
         for _, found in self.batches(records, batch_size, max_new_tokens):
             yield from found
 
-    def batches(self, records: Sequence[Record], batch_size: int, max_new_tokens: int) -> Iterator[Batch]:
+    def batches(self, records: Sequence[Record], batch_size: int, max_new_tokens: int) -> Generator[Batch]:
         """The same answers, a batch of records at once, each with the position of its first record."""
         for start in range(0, len(records), batch_size):
             ids = self._generate(records[start : start + batch_size], max_new_tokens)

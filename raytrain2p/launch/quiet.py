@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raytrain2p.config.console import STDERR
+
 LOGGERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning")
 
 
@@ -28,12 +30,12 @@ def muted_stderr(verbose: bool) -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    kept = os.dup(2)
+    kept = os.dup(STDERR)
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
+    os.dup2(devnull, STDERR)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
+        os.dup2(kept, STDERR)
         os.close(devnull)
         os.close(kept)

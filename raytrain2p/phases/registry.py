@@ -39,13 +39,13 @@ class TypedPhaseFunctions(Generic[SettingsT, ModuleT, SplitT]):
         build: settings, steps and precision to the LightningModule.
         online: module and splits to splits whose images are encoded in the step.
         evaluate: module, splits, test splits' names and worker group to metrics and sample answers.
-        export: writes the artifact: module, path, configuration.
+        export: writes the artifact: module, path, configuration, training split.
     """
 
     build: Callable[[SettingsT, int, str], ModuleT]
     online: Callable[[ModuleT, Mapping[str, SplitT]], Mapping[str, SplitT]]
     evaluate: "Callable[[ModuleT, Mapping[str, SplitT], list[str], WorkerGroup], tuple[dict[str, float], list[Answer]]]"
-    export: Callable[[ModuleT, Path, dict[str, Any]], None]
+    export: Callable[[ModuleT, Path, dict[str, Any], SplitT], None]
 
 
 PhaseFunctions = TypedPhaseFunctions[Settings, "PhaseModule", Split]  # of whichever phase

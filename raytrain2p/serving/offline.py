@@ -1,7 +1,7 @@
 """Many records, answered on all workers of a cluster with Ray Data."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from raytrain2p.launch.quiet import muted_stderr, quiet
 MOST_BLOCKS = 1000  # what a worker takes at once is one: small, so that answers come in while others are made
 
 
-def answer_batches(model: ModelFile, records: Sequence[Record], workers: int, batch_size: int, max_new_tokens: int) -> Iterator[Batch]:
+def answer_batches(model: ModelFile, records: Sequence[Record], workers: int, batch_size: int, max_new_tokens: int) -> Generator[Batch]:
     """The batches of `Predictor.batches`, in any order, as they are answered.
 
     Args:

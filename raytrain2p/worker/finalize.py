@@ -64,7 +64,7 @@ def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> Pha
     return module.to(device).eval()
 
 
-def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int) -> None:
+def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int, learnt: Split) -> None:
     """Write the artifact. Results of the earlier one that it replaces are moved away first.
 
     Raises:
@@ -76,7 +76,7 @@ def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int) -> 
         config = run.files.read_config()
         assert config is not None, "open_run_writer has written it"
         set_aside_results(run, steps)
-        phase.export(module, path, config)
+        phase.export(module, path, config, learnt)
 
 
 def set_aside_results(run: Run, steps: int) -> None:

@@ -57,7 +57,7 @@ def train(job: TrainJob) -> None:
         best = checkpoint_to_export(run, group)
         module = restored(phase.build(settings, steps, precision), best, trainer.strategy.root_device)
         if writer is not None:  # before anything is measured: the trained weights are safe then
-            export(phase, module, run, steps)
+            export(phase, module, run, steps, data[TRAIN])
         metrics, answers = evaluate(phase, module, data, job, group, precision)
         if writer is not None:
             writer.write_metrics(metrics, steps)

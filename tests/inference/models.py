@@ -8,9 +8,14 @@ from PIL import Image
 
 from raytrain2p.config import InstructionSettings
 from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.data.batches import Ragged
+from raytrain2p.data.media import MediaRef
+from raytrain2p.data.tokens import TokenRecords
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.pretrained import fingerprint
+from raytrain2p.phases.inputs import MediaTable
+from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.module import build, export
 
 RUN_ID = "ab" * 16
@@ -37,8 +42,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_
     for parameter in module.assistant.parameters():  # so far from zero that an answer depends on all of its question
         parameter.data *= 6 if parameter.dim() > 1 else 1
     module.assistant.projector.gain.data *= 6
-    export(module, directory / "model.pt", settings.model_dump(mode="json"))
+    export(module, directory / "model.pt", settings.model_dump(mode="json"), one_image_each())
     return directory / "model.pt"
+
+
+def one_image_each() -> InstructionSplit:
+    """What it has learnt: three records, the second without an image."""
+    refs = (MediaRef("image", "a.png"), MediaRef("image", "b.png"))
+    return InstructionSplit(TokenRecords.of([], {}), {"image": MediaTable(Ragged([[0], [], [1]]), refs)}, ("all",) * 3)
 
 
 @pytest.fixture(scope="session")

@@ -125,7 +125,7 @@ def split_vectors(module: AlignmentModule, split: AlignmentSplit, group: WorkerG
     return whole
 
 
-def export(module: AlignmentModule, path: Path, config: dict[str, Any]) -> None:
+def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: AlignmentSplit | None = None) -> None:
     """Write aligner.pt."""
     save_artifact(
         path,

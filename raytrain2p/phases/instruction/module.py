@@ -73,8 +73,8 @@ def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> d
     return {name: replace(split, preprocess=module.encoders.preprocess(split.tables)) for name, split in data.items()}
 
 
-def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> None:
-    """Write model.pt: the trained weights, the aligner's branches, and the shape to build them into."""
+def export(module: InstructionModule, path: Path, config: dict[str, Any], learnt: InstructionSplit | None = None) -> None:
+    """Write model.pt: the trained weights, the aligner's branches, the shape to build them into, and the most items of a record."""
     model, assistant = module.settings.model, module.assistant
     trained = load_artifact(Path(model.aligner), ALIGNMENT)["encoders"]
     save_artifact(
@@ -86,4 +86,5 @@ def export(module: InstructionModule, path: Path, config: dict[str, Any]) -> Non
         system_prompt=model.system_prompt,
         shape=assistant_shape(module.settings).to_dict(),
         state_dict={name: value.detach().cpu() for name, value in assistant.own_weights().items()},
+        most_media={modality: int(table.items.lengths.max()) for modality, table in (learnt.tables if learnt else {}).items()},
     )
