@@ -22,6 +22,7 @@ from raytrain2p.runs.request import parse, read_request
 from raytrain2p.runs.verify import add_arguments, verify
 from tests.launch.launching import start_command
 
+MOMENTS_DIRECTORY = Path(__file__).parent / "moments"  # on PYTHONPATH
 SECONDS_PER_LAUNCH = 240
 STEPS = 400
 HUNG = "rank 0, which hangs"

@@ -14,11 +14,22 @@ import psutil
 import pytest
 
 from tests.chaos.conftest import Judged, Undisturbed
-from tests.chaos.killing import HUNG, LONG, TARGETS, Launch, Stopwatch, keep_up, launch_in, only_long, run_with_kills, verdict
+from tests.chaos.killing import (
+    HUNG,
+    LONG,
+    MOMENTS_DIRECTORY,
+    TARGETS,
+    Launch,
+    Stopwatch,
+    keep_up,
+    launch_in,
+    only_long,
+    run_with_kills,
+    verdict,
+)
 from tests.chaos.moments.sitecustomize import MOMENTS
 from tests.launch.launching import Terminal
 
-MOMENTS_DIRECTORY = Path(__file__).parent / "moments"
 # target: kills, and the least and most seconds between one in training and the next while processes start
 SHORT_KILLS = (2, (2.0, 4.0))
 KILLS = {

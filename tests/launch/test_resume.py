@@ -190,7 +190,9 @@ def test_settings_that_may_change_are_printed_and_recorded(undisturbed: Launch, 
     assert "--resume latest" in tags["raytrain2p.resumed"]
     page = (directory / "README.md").read_text()
     assert (
-        page.index(tags["raytrain2p.command"]) < page.index("--resume latest") < page.index(f"`training.max_steps`: {STEPS} -> {STEPS + 4}")
+        page.index(tags["raytrain2p.command"])
+        < page.index("--resume latest")
+        < page.index(f"`training.max_steps`: `{STEPS}` -> `{STEPS + 4}`")
     )
     earlier = directory / "earlier" / f"step_{STEPS}"
     assert {path.name for path in earlier.iterdir()} == {"answers.jsonl", "answers.png", "test_metrics.json", "result.json"}

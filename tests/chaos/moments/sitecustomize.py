@@ -1,6 +1,6 @@
 """On PYTHONPATH, this kills a process once, at the moment that RAYTRAIN2P_CHAOS_MOMENT names, and creates the file
 RAYTRAIN2P_CHAOS_DONE. With RAYTRAIN2P_CHAOS_MEMORY, in GB, the process takes so much memory instead, and Ray kills it.
-The package has no code for it.
+RAYTRAIN2P_CHAOS_FAILS names a function, as MODULE:FUNCTION, that always raises. The package has no code for it.
 """
 
 import importlib.abc
@@ -48,6 +48,8 @@ def wrapped(function: Any, when: str, wanted: int) -> Any:
     def killing(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
+        if when == "fails":
+            raise RuntimeError("broken for a test")
         if calls == wanted and when == "before":
             kill_once()
         if calls == wanted and when == "half":
@@ -91,3 +93,5 @@ class Patching(importlib.abc.MetaPathFinder):
 
 if os.environ.get("RAYTRAIN2P_CHAOS_MOMENT"):
     sys.meta_path.insert(0, Patching(*MOMENTS[os.environ["RAYTRAIN2P_CHAOS_MOMENT"]]))
+if os.environ.get("RAYTRAIN2P_CHAOS_FAILS"):
+    sys.meta_path.insert(0, Patching(*os.environ["RAYTRAIN2P_CHAOS_FAILS"].split(":"), "fails", 1))
