@@ -136,9 +136,9 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{len(items)} items of {modality} in `{kind['input']}`, and {what}")
             if items:
                 encoder = ENCODERS[modality].part(kind["options"], self.encoders[modality])
-                features[modality] = padded(
-                    [grid.clone() for grid in encoder.encode(items)]
-                )  # cloned: training takes none of inference mode
+                with torch.autocast(input_ids.device.type, enabled=False):  # on a CPU it takes no float16
+                    # cloned, because training takes no tensors of inference mode
+                    features[modality] = padded([grid.clone() for grid in encoder.encode(items)])
         return tokens, self.assistant.embed(AssistantBatch(tokens, torch.ones_like(tokens), soft, features))
 
 
