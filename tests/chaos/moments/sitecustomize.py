@@ -94,4 +94,5 @@ class Patching(importlib.abc.MetaPathFinder):
 if os.environ.get("RAYTRAIN2P_CHAOS_MOMENT"):
     sys.meta_path.insert(0, Patching(*MOMENTS[os.environ["RAYTRAIN2P_CHAOS_MOMENT"]]))
 if os.environ.get("RAYTRAIN2P_CHAOS_FAILS"):
-    sys.meta_path.insert(0, Patching(*os.environ["RAYTRAIN2P_CHAOS_FAILS"].split(":"), "fails", 1))
+    module, name = os.environ["RAYTRAIN2P_CHAOS_FAILS"].split(":")
+    sys.meta_path.insert(0, Patching(module, name, "fails", 1))
