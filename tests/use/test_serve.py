@@ -92,7 +92,7 @@ async def drive(devtools: str, address: str, image: bytes, token: str, screensho
         browser = Browser(connection)
         await browser.call("Runtime.enable")
         await browser.call("Log.enable")
-        await browser.call("Emulation.setDeviceMetricsOverride", width=760, height=440, deviceScaleFactor=2, mobile=False)
+        await browser.call("Emulation.setDeviceMetricsOverride", width=760, height=470, deviceScaleFactor=2, mobile=False)
         await browser.call("Page.navigate", url=address)
         await browser.until("document.readyState === 'complete' && location.href !== 'about:blank'")
         await browser.until("!document.getElementById('locked').hidden")
