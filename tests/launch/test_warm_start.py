@@ -88,9 +88,15 @@ def test_a_model_is_found_as_a_run_is_and_needs_no_aligner(finished: Callable[..
 
 def test_all_that_does_not_agree_is_refused_at_once(finished: Callable[..., Run], dry_run: DryRun, tiny_bert: Path) -> None:
     path = finished("a").files.artifact(INSTRUCTION)
-    other = ("model.soft_tokens=5", "model.lora.rank=8", f"model.encoders.image={tiny_bert}", "model.aligner=nowhere")
+    other = (
+        "model.soft_tokens=5",
+        "model.projector=linear",
+        "model.lora.rank=8",
+        f"model.encoders.image={tiny_bert}",
+        "model.aligner=nowhere",
+    )
     said = dry_run(f"model.init={path}", *other, "data.train=nowhere.jsonl", code=2)
-    assert "5 problems; nothing was started" in said
+    assert "6 problems; nothing was started" in said
     for where in (*other, "model.lora.rank=8", "data.train="):
         assert f"\n  {where}" in said, where
     assert f"model.init={path} was trained with model.soft_tokens=4\n    fix: set model.soft_tokens=4, or leave out model.init" in said

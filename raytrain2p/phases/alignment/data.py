@@ -185,9 +185,9 @@ def check_init(settings: AlignmentSettings) -> list[str]:
             check_fingerprint(path, trained[modality], spec.name, spec.directory(), setting, WITHOUT)
         options = {**dict.fromkeys(trained[modality]["options"]), **spec.options}
         findings.extend(option_problems(path, trained[modality], options, setting, WITHOUT))
-    for name in ("hidden", "dimension"):
-        if (here := getattr(model, name)) != shape.get(name):
-            findings.add(differs(f"model.{name}", here, model.init, shape.get(name)))
+    for name in ("hidden", "dimension", "input_norm"):
+        if (here := getattr(model, name)) != (there := ({"input_norm": True} | shape).get(name)):
+            findings.add(differs(f"model.{name}", here, model.init, there))
     findings.raise_any()
     wanted = tuple(f"branches.{modality}." for modality in common)
     weights, required = artifact["state_dict"], build_aligner(model).state_dict()

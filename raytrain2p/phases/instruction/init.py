@@ -59,6 +59,8 @@ def _differences(settings: InstructionSettings, trained: AssistantShape) -> Iter
         if (here := model.soft_tokens_of(modality)) != count:
             setting = "model.soft_tokens" + f".{modality}" * isinstance(model.soft_tokens, dict)
             yield differs(setting, here, model.init, count)
+    if model.projector != trained.projector:
+        yield differs("model.projector", model.projector, model.init, trained.projector)
     if model.tuning != trained.tuning and trained.tuning != FROZEN:
         yield differs("model.tuning", model.tuning, model.init, trained.tuning)
     elif model.tuning == trained.tuning == LORA:
