@@ -127,6 +127,7 @@ class Workers:
 
 def test_ctrl_c_is_the_programs_own_again_once_the_workers_have_stopped() -> None:
     """A command would end at once; a notebook must not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
     before, workers = tuple(map(signal.getsignal, NUMBERS)), Workers()
     channel: Any = workers
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -111,8 +111,7 @@ def test_a_run_of_a_moved_root_is_resumed_where_it_is(settings: Settings, tmp_pa
     run.files.write_config(config)
     new = tmp_path / "moved"
     Path(settings.output.root).rename(new)
-    options = train.parse(["--phase", "1", "--resume", f"{new}/alignment/{run.path.name}"])
-    resumed, launch_id = train.resumed(settings, options)
+    resumed, launch_id = train.resumed(settings, 1, f"{new}/alignment/{run.path.name}", None, None, [])
     assert (resumed.output.root, launch_id) == (str(new), "twice")
     found = driver.run_to_resume(resumed, launch_id, 1)
     assert found is not None
