@@ -96,9 +96,13 @@ import logging, os, signal, ray
 level = logging.getLogger("ray.train").level
 assert not ray.is_initialized()
 """
-BETWEEN = """
+BETWEEN = f"""
 assert not ray.is_initialized(), "a Ray that the call has connected to is left again"
+before = handlers
+{HANDLERS}
+assert handlers == before
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="ERROR")
+{HANDLERS}  # Ray has one of its own for SIGTERM
 """
 AFTER = f"""
 assert ray.is_initialized(), "the program's own Ray stays"

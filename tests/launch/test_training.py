@@ -211,6 +211,7 @@ def test_a_failing_worker_ends_the_run_as_failed_with_exit_code_1(run: Run, tiny
     assert recorded.info.status == "FAILED"
 
 
+@only_long  # in process: tests/phases/test_init.py
 def test_a_warm_start_begins_where_the_trained_run_ended(run: Run, tiny_config: Path, tuned: Command) -> None:
     """With a learning rate that changes nothing, its first validation loss is the last one of the run whose weights it took."""
     still = (f"model.init={tuned.outcome['run_id'][:8]}", "training.max_steps=1", "training.learning_rate=1e-30", "data.test={}")
