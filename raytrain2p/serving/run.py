@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.serving.limits import Limits
 
 OBJECT_STORE_MB = 100  # requests and answers alone pass through it
-SECONDS_TO_DRAIN = 120.0
+SECONDS_TO_DRAIN, SECONDS_TO_FLUSH = 120.0, 2.0  # for answers; for the last bytes of them in Serve's proxy
 PACKAGES = ("fastapi", "prometheus_client", "ray.serve")
 
 
@@ -127,10 +128,8 @@ def run_server(
             drained = handle.drain.remote(SECONDS_TO_DRAIN).result()
             if not drained:
                 say(f"answers that took longer than {SECONDS_TO_DRAIN:.0f} s were cut off")
-            with muted_stderr(verbose):
-                serve.shutdown()
-                ray.shutdown()
-            return 0
+            time.sleep(SECONDS_TO_FLUSH)
+            return 0  # Ray ends with all of Serve: its own shutdown would print what it kills
     raise AssertionError("a server ends by a signal")
 
 
