@@ -8,10 +8,9 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from raytrain2p.config import Findings, InputError, Problem, base_directory, load_settings
+from raytrain2p.config import Findings, InputError, Problem, load_settings
 from raytrain2p.config.cli import Parser, exit_code, report
 from raytrain2p.config.phases import INSTRUCTION
-from raytrain2p.tracking.find import find_artifact
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH
 
 TOKEN_VARIABLE, SHORTEST_TOKEN = "RAYTRAIN2P_SERVE_TOKEN", 16
@@ -124,7 +123,9 @@ def find_model(options: argparse.Namespace) -> tuple[str, Path]:
 
         overrides = [] if options.tracking_uri is None else [f"tracking.uri={json.dumps(options.tracking_uri)}"]
         return registered_artifact(options.run, load_settings(INSTRUCTION.number, None, overrides).tracking.uri)
-    path = find_artifact(str(base_directory() / options.root), INSTRUCTION, options.run, "RUN")
+    from raytrain2p.inference import model_file
+
+    path = model_file.find_model(options.run, options.root, "RUN")
     if options.run == "latest":
         report(f"RUN=latest is {path}")
     folder = path.parent.name

@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -178,13 +178,3 @@ def records_in_memory(values: Mapping[str, Mapping[str, Any]], local_files: bool
     if problems:
         raise InputError(problems)
     return records
-
-
-def question_record(question: str, media: Mapping[str, Sequence[str]]) -> Record:
-    """A question without an answer, as a person types it: files of media come first, unless placeholders say where.
-
-    Raises:
-        InputError: a file does not exist, or the numbers of placeholders and files differ.
-    """
-    fields = {"instruction": question} | {modality: list(files) for modality, files in media.items() if files}
-    return records_in_memory({"the question": fields})[0]

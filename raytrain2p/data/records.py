@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from raytrain2p.data.media import TEXT, MediaRef
 
 ALL_TASKS = "all"  # the task of records that name none
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +60,8 @@ class Record:
         if text := "\n".join(self.answers):
             items[TEXT] = text
         return items
+
+
+def spread(items: list[Item], most: int) -> list[Item]:
+    """At most so many of them, evenly from the whole list."""
+    return items if len(items) <= most else [items[index * len(items) // most] for index in range(most)]

@@ -25,7 +25,7 @@ from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.reading import read_records
-from raytrain2p.data.records import USER, Record
+from raytrain2p.data.records import USER, Record, spread
 from raytrain2p.runs.output import print_json, print_table
 from raytrain2p.runs.request import Request
 from raytrain2p.tracking.find import find_artifact, read_run
@@ -105,7 +105,7 @@ def run(request: Request) -> int:
     records = read_records(source_of(artifact, options.data), INSTRUCTION.number, "--data", answered=False)
     with tempfile.TemporaryDirectory(prefix="raytrain2p-parity-") as scratch:
         folder = Path(scratch)
-        rows, chats = written(spread(records, options.limit), folder)
+        rows, chats = written(spread(list(filter(asks_once, records)), options.limit), folder)
         found = list(compared(Asked(artifact, rows, chats, options.max_new_tokens, folder), options.ways))
     if options.json:
         print_json(found)
@@ -125,10 +125,9 @@ def source_of(artifact: Path, given: str | None) -> str:
     return given if given is not None else str(next(iter(tests.values())))
 
 
-def spread(records: Sequence[Record], most: int) -> list[Record]:
-    """At most so many of those that ask one question, evenly from all."""
-    single = [record for record in records if [message.role for message in record.messages][:1] == [USER] and len(record.answers) < 2]
-    return [single[index * len(single) // most] for index in range(most)] if len(single) > most else single
+def asks_once(record: Record) -> bool:
+    """Whether it is a single question, without a system message."""
+    return record.messages[0].role == USER and len(record.answers) < 2
 
 
 def written(records: Sequence[Record], folder: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
@@ -298,7 +297,7 @@ def serving(command: list[str], ready: str, folder: Path, **environment: str) ->
         process = subprocess.Popen(command, env=os.environ | environment, stdout=stream, stderr=stream, start_new_session=True)
     try:
         deadline = time.monotonic() + SECONDS_TO_START
-        while not answers(ready):
+        while not is_up(ready):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise ValueError(f"did not start: {(log.read_text(errors='replace').strip().splitlines() or ['no message'])[-1]}")
             time.sleep(0.5)
@@ -313,7 +312,7 @@ def serving(command: list[str], ready: str, folder: Path, **environment: str) ->
             process.wait()
 
 
-def answers(address: str) -> bool:
+def is_up(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=5):  # noqa: S310 - on loopback
             return True

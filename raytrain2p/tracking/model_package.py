@@ -17,12 +17,13 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from pandas import DataFrame
 
 from raytrain2p.config.paths import PACKAGE
+from raytrain2p.tracking.registered_model import FILES
+from raytrain2p.tracking.run import DIGEST_TAG
 
 LOADER = PACKAGE / "inference" / "pyfunc.py"
 # What `inference` imports; MLflow brings pandas and SQLAlchemy, transformers the rest. gguf: a packaged model comes in that format.
 REQUIREMENTS = ("mlflow", "torch", "transformers", "peft", "gguf", "numpy", "pillow", "pyarrow", "pydantic", "pyyaml", "scipy", "soundfile")
 NOT_SHIPPED = ("__pycache__", "*.parquet")  # of the package: the embedded sets
-FILES = "artifacts"  # the folder of what the loader reads
 KEY_LENGTH = 16
 
 
@@ -72,7 +73,7 @@ def write_package(folder: Path, content: ModelContent) -> str:
             signature=_signature(content),
             input_example=DataFrame([content.example]),
             pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
-            metadata={"raytrain2p.digest": content.digest},
+            metadata={DIGEST_TAG: content.digest},
         )
     model = Model.load(folder)
     size = sum(path.stat().st_size for path in [*folder.rglob("*"), *content.files().values()] if path.is_file())

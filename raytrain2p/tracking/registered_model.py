@@ -13,11 +13,11 @@ from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.tracking.mlflow_runs import one_line_errors
 from raytrain2p.tracking.mlflow_store import client_of
-from raytrain2p.tracking.run import DIRECTORY_TAG
+from raytrain2p.tracking.run import DIGEST_TAG, DIRECTORY_TAG
 from raytrain2p.tracking.run_directory import RunDirectory
 
 REFERENCE = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
-DIGEST_TAG = "raytrain2p.digest"
+FILES = "artifacts"  # the folder of model.pt and base models in a registered model
 
 
 def registered_artifact(reference: str, uri: str) -> tuple[str, Path]:
@@ -56,7 +56,7 @@ def _downloaded(client: MlflowClient, version: ModelVersion) -> Path:
     """From the folder of the registered model, else from the run's own `model`."""
     run = client.get_run(version.run_id)
     source, root = str(version.source), f"{run.info.artifact_uri.rstrip('/')}/"
-    inside = f"{source.removeprefix(root)}/artifacts"
+    inside = f"{source.removeprefix(root)}/{FILES}"
     if not source.startswith(root) or not client.list_artifacts(version.run_id, inside):
         inside = INSTRUCTION.artifact.partition(".")[0]
     path = cache_directory() / "registered" / f"{version.run_id}-{version.name}-{version.version}" / INSTRUCTION.artifact

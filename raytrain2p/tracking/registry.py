@@ -22,8 +22,9 @@ from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem
 from raytrain2p.tracking.mlflow_runs import one_line_errors, pages
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, UnusableStoreError, client_of
 from raytrain2p.tracking.model_package import ModelContent, write_package
+from raytrain2p.tracking.run import DIGEST_TAG
 
-DIGEST_TAG, RUN_TAG, METRIC_TAG = "raytrain2p.digest", "raytrain2p.run_id", "raytrain2p.metric."  # of a version; metrics by name
+RUN_TAG, METRIC_TAG = "raytrain2p.run_id", "raytrain2p.metric."  # of a version; metrics by name
 PENDING_TAG, ABANDONED_MS = "raytrain2p.registering", 600_000  # of a registered model that has no version yet; no registration takes longer
 FOLDER = "registered"  # among the run's artifacts: a folder for each model that was registered
 NAME, ALIAS = re.compile(r"(?!\s)[^/:;?@\\\"\x00-\x1f\x7f]{1,200}(?<!\s)"), re.compile(r"[\w-]{1,200}")

@@ -21,6 +21,7 @@ from raytrain2p.tracking.run_directory import RunDirectory
 
 LAUNCH_TAG, DIRECTORY_TAG, TIMESTAMP_TAG = "raytrain2p.launch_id", "raytrain2p.directory", "raytrain2p.timestamp"
 ROOT_TAG, SWEEP_TAG, TRIAL_TAG, COMMAND_TAG = "raytrain2p.root", "raytrain2p.sweep", "raytrain2p.trial", "raytrain2p.command"
+DIGEST_TAG = "raytrain2p.digest"  # of a registered model: that of its model.pt
 CHANGED_TAG, NOT_SET = "raytrain2p.changed.", "not set"  # of a setting that a resumed run changed; and its value if it has none now
 LAUNCH_ID = r"\w[\w.-]{0,99}"  # the name of a file, and part of an MLflow filter
 PRUNED_TAG = "raytrain2p.pruned"  # `checkpoints`: the run has none any more; `directory`: nor has it a directory

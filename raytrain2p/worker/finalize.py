@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from PIL import Image
 
 from raytrain2p.config.phases import PHASES_BY_NAME
 from raytrain2p.data.media import MEDIA, MediaRef, decode
+from raytrain2p.data.records import spread
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.phases.base import Answer, PhaseModule
@@ -30,7 +30,6 @@ from raytrain2p.worker.job import Outcome, TrainJob
 from raytrain2p.worker.resume import check_shared
 
 ANSWERS_SHOWN = 20
-Item = TypeVar("Item")
 
 
 def checkpoint_to_export(run: Run, group: WorkerGroup) -> Path:
@@ -154,11 +153,6 @@ def last_values(metrics_file: Path, names: tuple[str, ...]) -> dict[str, float]:
     """The latest value of each of these metrics that was written."""
     found = {point.name: point.value for point in read_points(metrics_file) if point.name in names}
     return {name: found[name] for name in names if name in found}
-
-
-def spread(rows: list[Item], most: int) -> list[Item]:
-    """At most so many of them, evenly from the whole list."""
-    return rows if len(rows) <= most else [rows[index * len(rows) // most] for index in range(most)]
 
 
 def _images_of(row: Answer) -> list[Image.Image]:
