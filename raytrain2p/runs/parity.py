@@ -39,7 +39,7 @@ COLUMNS = ("way", "answers", "differ", "seconds")
 PYFUNC = """
 import json, sys, mlflow.pyfunc
 rows, most = json.load(open(sys.argv[2])), int(sys.argv[3])
-print("ANSWERS " + json.dumps(list(mlflow.pyfunc.load_model(sys.argv[1]).predict(rows, params={"max_new_tokens": most}))))
+print("ANSWERS " + json.dumps(list(mlflow.pyfunc.load_model(sys.argv[1]).predict(rows, params={"max_new_tokens": most, "batch_size": 1}))))
 """
 TRANSFORMERS = """
 import json, sys
@@ -194,8 +194,9 @@ def by_mlflow(asked: Asked) -> list[str]:
     port = free_port()
     command = [str(python), "-m", "mlflow", "models", "serve", "-m", str(model), "--env-manager", "local", "--port", str(port)]
     path = f"{python.parent}:{os.environ['PATH']}"
-    with serving(command, f"http://127.0.0.1:{port}/ping", asked.folder, PATH=path):
-        body = {"dataframe_records": asked.rows, "params": {"max_new_tokens": asked.most}}
+    longest = f"{SECONDS_TO_START:.0f}"
+    with serving(command, f"http://127.0.0.1:{port}/ping", asked.folder, PATH=path, MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT=longest):
+        body = {"dataframe_records": asked.rows, "params": {"max_new_tokens": asked.most, "batch_size": 1}}
         return list(posted(f"http://127.0.0.1:{port}/invocations", body)["predictions"])
 
 
