@@ -14,7 +14,7 @@ from raytrain2p.config.paths import is_kind
 from raytrain2p.data.media import MEDIA, item_bytes
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
-from raytrain2p.models.pretrained import COPIES
+from raytrain2p.models.pretrained import copies_of_models
 
 
 class RegisteredAssistant(PythonModel):
@@ -26,12 +26,12 @@ class RegisteredAssistant(PythonModel):
         Raises:
             InputError: the file is damaged, or a base model is not the one in training.
         """
-        files = {name: Path(path) for name, path in context.artifacts.items()}
-        artifact = files.pop("model")
-        COPIES.update(files)
-        self.predictor = Predictor(artifact)
-        for modality in self.predictor.trained:
-            self.predictor.encoder(modality)
+        self.copies = {name: Path(path) for name, path in context.artifacts.items()}
+        artifact = self.copies.pop("model")
+        with copies_of_models(self.copies):
+            self.predictor = Predictor(artifact)
+            for modality in self.predictor.trained:
+                self.predictor.encoder(modality)
 
     def predict(self, context: Any, model_input: DataFrame, params: dict[str, Any] | None = None) -> list[str]:
         """An answer to each row.
@@ -49,8 +49,9 @@ class RegisteredAssistant(PythonModel):
             raise MlflowException.invalid_parameter_value("max_new_tokens and batch_size must be at least 1")
         try:
             records = as_records([fields_of(row) for row in model_input.to_dict("records")])
-            self.predictor.check(records, most)
-            return list(self.predictor.answers(records, batch_size, most))
+            with copies_of_models(self.copies):
+                self.predictor.check(records, most)
+                return list(self.predictor.answers(records, batch_size, most))
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
 

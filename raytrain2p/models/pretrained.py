@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from raytrain2p.config import InputError, Problem, cache_directory
@@ -22,7 +24,21 @@ TOKENIZER = (
 SENTENCEPIECE = "*.model"
 EARLIER = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")  # what fingerprints once covered, in order
 FROM_HUB = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
-COPIES: dict[str, Path] = {}  # where models are that were local directories in training, by the path that they had: set by what ships them
+_COPIES: ContextVar[Mapping[str, Path]] = ContextVar("_COPIES", default=MappingProxyType({}))
+
+
+@contextmanager
+def copies_of_models(places: Mapping[str, Path]) -> Iterator[None]:
+    """Within, in this thread, models that were local directories in training are where they were copied to.
+
+    Args:
+        places: of the copies, by the path that the model had.
+    """
+    token = _COPIES.set(places)
+    try:
+        yield
+    finally:
+        _COPIES.reset(token)
 
 
 def model_directory(name: str, setting: str = "model") -> Path:
@@ -49,7 +65,7 @@ def model_directory(name: str, setting: str = "model") -> Path:
 
 def local_directory(name: str) -> Path | None:
     """Where a model is that is neither packaged nor of the hub; None if it is one of them, or not there."""
-    path = COPIES.get(name, Path(name).expanduser())
+    path = _COPIES.get().get(name, Path(name).expanduser())
     return path.absolute() if name not in PACKAGED_MODELS and is_kind(path, Path.is_dir) else None
 
 

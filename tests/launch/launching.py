@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -49,9 +50,12 @@ def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def ray_head_pid(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[int]:
     """A Ray head with 2 CPUs, started with cluster/head.sh; stopped by its process ID."""
-    # The default port of the node's agent, which takes jobs, is in use, as beside another Ray cluster. Jobs use these features.
-    with port_in_use(52365), ray_node(tmp_path_factory.mktemp("ray"), head(), RAYTRAIN2P_FEATURES=embedded_features) as pid:
-        yield pid
+    # The default port of the node's agent, which takes jobs, is in use, as beside another Ray cluster. Jobs use these features. A job
+    # joins the head that was started last with its folder: by default /tmp/ray, which would be another test process's.
+    with port_in_use(52365), tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as sessions:  # sockets have short paths
+        command = head(PORT, DASHBOARD_PORT, WORKER_PORTS, f"--temp-dir={sessions}")
+        with ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features) as pid:
+            yield pid
 
 
 @pytest.fixture(scope="session")

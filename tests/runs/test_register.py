@@ -21,7 +21,7 @@ from PIL import Image
 from raytrain2p.config import InputError, Settings
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
-from raytrain2p.models import pretrained
+from raytrain2p.models.pretrained import model_directory
 from raytrain2p.runs import __main__ as runs
 from raytrain2p.tracking import registry
 from raytrain2p.tracking.mlflow_store import client_of
@@ -99,8 +99,7 @@ def names(settings: Settings) -> list[str]:
     return [model.name for model in client_of(settings.tracking.uri).search_registered_models()]
 
 
-def loaded(settings: Settings, monkeypatch: pytest.MonkeyPatch, uri: str = f"models:/{NAME}@champion") -> Any:
-    monkeypatch.setattr(pretrained, "COPIES", {})
+def loaded(settings: Settings, uri: str = f"models:/{NAME}@champion") -> Any:
     mlflow.set_tracking_uri(settings.tracking.uri)
     try:
         return mlflow.pyfunc.load_model(uri)
@@ -114,20 +113,22 @@ def encoded() -> bytes:
 
 
 def test_a_registered_model_answers_as_the_run_does_with_an_image_in_every_form(
-    settings: Settings, run: Run, base_models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, run: Run, base_models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     register(settings, run.run_id[:8], "--name", NAME, "--alias", "champion")
     asked = as_records([{"instruction": QUESTION, "image": DRAWN}, {"instruction": QUESTION}])
     with_image, without = Predictor(run.path / "model.pt").answers(asked, max_new_tokens=8)
     assert with_image != without
     base_models[0].parent.rename(tmp_path / "gone")  # the base models were local directories: the registered model has its own
-    model = loaded(settings, monkeypatch)
+    model = loaded(settings)
     (tmp_path / "drawn.png").write_bytes(encoded())
     text = base64.b64encode(encoded()).decode()
     forms = [text, f"data:image/png;base64,{text}", str(tmp_path / "drawn.png"), (tmp_path / "drawn.png").as_uri(), None]
     rows = [{"instruction": QUESTION, "image": form} for form in forms]
     assert model.predict(rows, params={"max_new_tokens": 8}) == [with_image] * 4 + [without]
     assert model.predict(rows, params={"max_new_tokens": 8, "batch_size": 1}) == [with_image] * 4 + [without]
+    with pytest.raises(InputError, match="neither"):
+        model_directory(str(base_models[0]))  # the copies are the registered model's alone
     with pytest.raises(mlflow.MlflowException, match=r"(?s)item 1.*no such image: no\.png.*item 2.*`instruction` is empty"):
         model.predict([{"instruction": QUESTION, "image": "no.png"}, {"instruction": " ", "image": text}])
     with pytest.raises(mlflow.MlflowException, match="at least 1"):
@@ -137,12 +138,10 @@ def test_a_registered_model_answers_as_the_run_does_with_an_image_in_every_form(
             stream.seek(-1000 if file == "model.pt" else 0, os.SEEK_END)
             stream.write(b" ")
         with pytest.raises(InputError, match=what):
-            loaded(settings, monkeypatch)
+            loaded(settings)
 
 
-def test_it_loads_in_another_process_from_its_own_code_without_what_trains(
-    settings: Settings, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_loads_in_another_process_from_its_own_code_without_what_trains(settings: Settings, run: Run, tmp_path: Path) -> None:
     register(settings, "latest", "--name", NAME, "--alias", "champion")
     (version,) = versions(settings)
     folder = Path(version.source.removeprefix("file://"))
