@@ -10,12 +10,14 @@ Exit code 1 is right where a verb reports the one run that is RUNNING without a 
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.runs.summary import size_of
@@ -67,7 +69,9 @@ def main() -> None:
         with ExitStack() as stack:
             root, where, store = f"{folder}/checkpoints", [f"output.root={folder}/checkpoints"], "SQLite"
             if (folder / "server.db").is_file():
-                server, store = Server(folder), "server"
+                recorded = json.loads((run_directories(root, RUN_FOLDERS)[0] / "run.json").read_text())["tracking_uri"]
+                # At another address its runs would be those of another store
+                server, store = Server(folder, urlsplit(recorded).port or 0), "server"
                 server.start()
                 stack.callback(server.stop)
                 where.append(f"tracking.uri={server.uri}")

@@ -29,7 +29,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--token-file", metavar="FILE", type=Path, help=token_help)
     parser.add_argument("--replicas", type=int, default=1, help="processes with the model (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="most answers written together (default %(default)s; 1: no batches)")
-    parser.add_argument("--max-queue", type=int, default=64, help="most requests at once, the others get 429 (default %(default)s)")
+    parser.add_argument("--max-queue", type=int, default=256, help="most requests at once, the others get 429 (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer in tokens (default %(default)s)")
     parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
     options = parser.parse_args(arguments)

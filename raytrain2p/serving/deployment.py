@@ -17,7 +17,6 @@ from raytrain2p.serving.limits import Limits, RefusedError
 from raytrain2p.serving.model import Answer, LoadedModel, Question
 from raytrain2p.serving.ray_private import listen_on_loopback
 
-SECONDS_TO_GATHER = 0.01  # while the model is idle; while it is busy, a batch gathers by itself
 # Beyond our own limits, so that these are the ones that a client meets: they have words
 ROOM = 1000
 
@@ -33,8 +32,7 @@ class ModelDeployment:
 
     def __init__(self, path: str, batch_size: int, device: str) -> None:
         listen_on_loopback()
-        self.model = LoadedModel(Path(path), device)
-        self._batch.set_max_batch_size(batch_size)
+        self.model = LoadedModel(Path(path), device, batch_size)
 
     async def unready(self) -> list[Problem]:
         """Wait until the model is loaded. Returns why it cannot be used, if so."""
@@ -44,21 +42,15 @@ class ModelDeployment:
             return error.problems
         return []
 
-    @serve.batch(max_batch_size=1, batch_wait_timeout_s=SECONDS_TO_GATHER)
-    async def _batch(self, questions: list[Question]) -> list[Answer | RefusedError]:
-        return await self.model.answers(questions)
-
     async def answer(self, question: Question) -> Answer | RefusedError:
         """Errors are returned, not raised: Ray would write their tracebacks."""
         try:
-            await self.model.check(question)
+            return await self.model.answer(question)
         except RefusedError as refused:
             return refused
-        return await self._batch(question)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Answer | RefusedError]:
         try:
-            await self.model.check(question)
             async with aclosing(self.model.stream(question)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     yield piece

@@ -22,7 +22,7 @@ class Limits:
         seconds_to_send: in which a body must be here.
     """
 
-    max_queue: int = 64
+    max_queue: int = 256
     max_tokens: int = 256
     request_bytes: int = 10 << 20
     values: int = 1 << 24

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,7 @@ from raytrain2p.inference.predictor import Predictor
 from raytrain2p.serving.limits import RefusedError
 
 CHECKERS = 2  # threads that decode media and count tokens
+SECONDS_TO_GATHER = 0.01  # for questions that are sent at once, while the model is idle; while it is busy, a batch gathers by itself
 log = logging.getLogger("raytrain2p.serving")
 T = TypeVar("T")
 
@@ -57,15 +59,31 @@ class Model(Protocol):
         """An empty piece once the question is accepted, pieces of text as they are written, and at last the whole answer."""
 
 
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """A checked question whose answer is not written yet. Those of one kind fill no other's forward pass with padding.
+
+    Args:
+        kind: the most tokens of the answer, and the tokens of the prompt.
+    """
+
+    question: Question
+    kind: tuple[int, int]
+    answer: asyncio.Future[Answer | RefusedError]
+
+
 class LoadedModel:
     """A model in this process. Loading begins at once, in the thread that will write the answers.
 
     Args:
         path: of a model.pt.
         device: where it computes.
+        batch_size: the most answers that are written together.
     """
 
-    def __init__(self, path: Path, device: str | None = None) -> None:
+    def __init__(self, path: Path, device: str | None = None, batch_size: int = 1) -> None:
+        self.batch_size, self.waiting = batch_size, list[Waiting]()
+        self.writing: asyncio.Task[None] | None = None  # while questions wait
         self.writer = ThreadPoolExecutor(1, "writer")
         self.checkers = ThreadPoolExecutor(CHECKERS, "checker")
         self.loading = self.writer.submit(self._load, path, device)
@@ -86,22 +104,51 @@ class LoadedModel:
         """
         await asyncio.shield(asyncio.wrap_future(self.loading))
 
-    async def check(self, question: Question) -> None:
-        """Look at a question before it waits for its turn.
+    async def answer(self, question: Question) -> Answer:
+        """An answer, written together with those to questions of the same kind that wait.
+
+        Not `serve.batch`: it closes a batch when its time is over, even while the model is busy, and they stay small (1.9 of 16).
+
+        Raises:
+            RefusedError: as `check`.
+        """
+        tokens = await self.check(question)
+        one = Waiting(question, (question.max_tokens, tokens), asyncio.get_running_loop().create_future())
+        self.waiting.append(one)
+        if self.writing is None:
+            self.writing = asyncio.create_task(self._write())
+        answer = await one.answer
+        if isinstance(answer, RefusedError):
+            raise answer
+        return answer
+
+    async def _write(self) -> None:
+        """Answer all that wait, the oldest question first."""
+        try:
+            predictor = await self._loaded()
+            await asyncio.sleep(SECONDS_TO_GATHER)
+            while waiting := [one for one in self.waiting if not one.answer.done()]:  # the clients of the others went away
+                batch = [one for one in waiting if one.kind == waiting[0].kind][: self.batch_size]
+                self.waiting = [one for one in waiting if one not in batch]
+                answers = await self._run(self.writer, partial(_answers, predictor, [one.question for one in batch]))
+                for one, answer in zip(batch, answers, strict=True):
+                    if not one.answer.done():
+                        one.answer.set_result(answer)
+        finally:
+            self.writing = None
+
+    async def check(self, question: Question) -> int:
+        """Look at a question before it waits for its turn. Returns the tokens of its prompt.
 
         Raises:
             RefusedError: media do not decode or are of a kind that the model has not learnt, or it is too long.
         """
         predictor = await self._loaded()
-        await self._run(self.checkers, lambda: _check(predictor, question))
-
-    async def answers(self, questions: Sequence[Question]) -> list[Answer | RefusedError]:
-        """Answers to checked questions. Those that fill no other's forward pass with padding are written together."""
-        predictor = await self._loaded()
-        return await self._run(self.writer, lambda: _answers(predictor, questions))
+        return await self._run(self.checkers, partial(_check, predictor, question))
 
     async def stream(self, question: Question) -> AsyncIterator[str | Answer]:
-        """As in Model, of a checked question. To close it stops the writer."""
+        """As in Model. To close it stops the writer."""
+        await self.check(question)
         predictor, loop = await self._loaded(), asyncio.get_running_loop()
         pieces, unread = asyncio.Queue[str | Answer | BaseException](), threading.Event()
 
@@ -140,36 +187,26 @@ class LoadedModel:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
-def _check(predictor: Predictor, question: Question) -> None:
+def _check(predictor: Predictor, question: Question) -> int:
     try:
         predictor.check([question.record], question.max_tokens)
     except InputError as error:
         what = error.problems[0].what.replace(f"{question.record.where} ", "")
         code = "context_length_exceeded" if "context" in what else "invalid_media" if "decode" in what else "invalid_messages"
         raise RefusedError(400, code, what, "messages") from None
+    return _prompt_tokens(predictor, question)
 
 
 def _answers(predictor: Predictor, questions: Sequence[Question]) -> list[Answer | RefusedError]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for number, question in enumerate(questions):
-        groups.setdefault((question.max_tokens, _prompt_tokens(predictor, question)), []).append(number)
-    found: dict[int, Answer | RefusedError] = {}
-    for numbers in groups.values():
-        try:
-            found |= _together(predictor, questions, numbers)
-        except Exception as error:
-            for number in numbers:  # alone: one that fails is not to fail the others
-                try:
-                    found |= _together(predictor, questions, [number]) if len(numbers) > 1 else {number: _internal(error)}
-                except Exception as its_own:
-                    found[number] = _internal(its_own)
-    return [found[number] for number in range(len(questions))]
-
-
-def _together(predictor: Predictor, questions: Sequence[Question], numbers: Sequence[int]) -> dict[int, Answer | RefusedError]:
-    records, count = [questions[number].record for number in numbers], len(numbers)
-    texts = list(predictor.answers(records, batch_size=count, max_new_tokens=questions[numbers[0]].max_tokens))
-    return {number: _answer(predictor, questions[number], text, count) for number, text in zip(numbers, texts, strict=True)}
+    """Of questions of one kind."""
+    count, most = len(questions), questions[0].max_tokens
+    try:
+        texts = list(predictor.answers([question.record for question in questions], batch_size=count, max_new_tokens=most))
+        return [_answer(predictor, question, text, count) for question, text in zip(questions, texts, strict=True)]
+    except Exception as error:
+        if count == 1:
+            return [_internal(error)]
+    return [_answers(predictor, [question])[0] for question in questions]  # one that fails is not to fail the others
 
 
 def _answer(predictor: Predictor, question: Question, text: str, batch: int) -> Answer:

@@ -11,7 +11,7 @@ from raytrain2p.config import InputError, Problem
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.interrupts import StoppedError, stoppable
-from raytrain2p.launch.cluster import connected, cpus_per_worker, local_capacity
+from raytrain2p.launch.cluster import connected, local_capacity
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.serving.limits import Limits
 
@@ -103,7 +103,8 @@ def run_server(
     gpus = torch.cuda.device_count()
     launch = LaunchSettings(num_workers=replicas, object_store_mb=OBJECT_STORE_MB)
     with stoppable(), connected(launch, verbose) as capacity:
-        cpus = cpus_per_worker(launch, capacity)
+        # The processes that speak HTTP have one. Threads that compete for it wait for each other: half of the answers on 2 busy CPUs
+        cpus = max(1, (int(capacity.cpus) - 1) // replicas)
         app = application(path, name, limits, token, replicas, batch_size, cpus, min(1.0, gpus / replicas))
         say(f"starting the model in {replicas} process{'es' if replicas > 1 else ''} with {cpus} CPU{'s' if cpus > 1 else ''} each")
         with muted_stderr(verbose):

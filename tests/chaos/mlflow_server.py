@@ -10,12 +10,16 @@ from pathlib import Path
 
 
 class Server:
-    """`mlflow server` on SQLite, which can be stopped and started again."""
+    """`mlflow server` on SQLite, which can be stopped and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        port: 0: a free one.
+    """
+
+    def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None

@@ -16,12 +16,12 @@ import uvicorn
 from PIL import Image
 
 from raytrain2p.serving.chat_api import ChatApi
-from raytrain2p.serving.limits import Limits, RefusedError
+from raytrain2p.serving.limits import Limits
 from raytrain2p.serving.model import Answer, LoadedModel, Question
 
 
 class ModelHere:
-    """The model in this process, one question at a time. `held`: its answers wait for this event."""
+    """The model in this process. `held`: its answers wait for this event."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model, self.held = model, threading.Event()
@@ -34,10 +34,7 @@ class ModelHere:
 
     async def answer(self, question: Question) -> Answer:
         await self._hold(question)
-        (answer,) = await self.model.answers([question])
-        if isinstance(answer, RefusedError):
-            raise answer
-        return answer
+        return await self.model.answer(question)
 
     async def stream(self, question: Question) -> AsyncIterator[str | Answer]:
         await self._hold(question)
