@@ -33,7 +33,7 @@ from raytrain2p.data.reading import read_records
 
 QUESTIONS = "emoji:test_concept"
 ADDRESS = re.compile(r"at (http://\S+?):(\d+)")
-SECONDS = 60.0  # for one attempt
+SECONDS = 600.0  # for one attempt, as in OpenAI's client
 DICE = np.random.default_rng(0)
 MISSING, GONE = 0, -1  # in place of a status: no answer came; the client went away on purpose
 

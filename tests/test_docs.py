@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from raytrain2p.data import __main__ as data
 from raytrain2p.data.embedded import clips, images
 from raytrain2p.runs import __main__ as runs
 from tests.chaos.killing import LONG
@@ -30,9 +31,12 @@ SWEEP = [
     "sweep.asha.grace_period=2",
     "evaluation.max_records=4",
 ]
-SHORT = {1: ["training.max_epochs=1", "training.global_batch_size=16"], 2: ["training.max_steps=2"]}
+SHORT = {
+    1: ["training.max_epochs=1", "training.global_batch_size=16", "data.train=emoji:val", "data.test={}"],  # few images to encode
+    2: ["training.max_steps=2"],
+}
 LEARN = {  # the digits, from the reader's own records
-    1: ["training.max_epochs=15", "training.global_batch_size=80"],
+    1: ["training.max_epochs=30", "training.global_batch_size=80"],
     2: ["training.max_steps=20", "training.global_batch_size=16", "training.warmup_steps=5", "training.learning_rate=1e-3"],
 }
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -48,6 +52,7 @@ ONLY_LONG = {
     "configs/phase2_av.yaml",
     "--audio",
 }  # in `make chaos` alone
+HERE = {"raytrain2p.runs": runs.main, "raytrain2p.data": data.main}  # in this process: each would import torch or MLflow
 ELSEWHERE = {"ray": "tests/launch/test_job.py submits it"}
 
 
@@ -61,15 +66,15 @@ def commands() -> list[list[str]]:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Path:
-    """A directory with the files that the commands name: records of 400 digits for both phases, an image, a clip, and configs/."""
+    """A directory with the files that the commands name: records of 200 digits for both phases, an image, a clip, and configs/."""
     records = tmp_path / "records"
     records.mkdir()
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "image.png").write_bytes(images("train")[0].ref.read())
     (tmp_path / "clip.ogg").write_bytes(clips("train")[0].ref.read())
     digits = load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.target))[:400]
-    for split, chosen in (("train", order[:320]), ("test", order[320:])):
+    order = np.random.default_rng(0).permutation(len(digits.target))[:200]
+    for split, chosen in (("train", order[:160]), ("test", order[160:])):
         rows: dict[int, list[dict[str, str]]] = {1: [], 2: []}
         for number in chosen:
             name, image = DIGITS[digits.target[number]], f"{number}.png"
@@ -101,7 +106,7 @@ def learnt(phase: int, done: Command) -> None:
     assert ".cc:" not in done.err, "output of Ray's core"
     if phase == 1:
         assert metrics["test/image_to_text_recall_at_1"] > 0.6, metrics  # ten texts: chance is 10 %
-        assert "400 computed" in done.err
+        assert "200 computed" in done.err
     else:
         assert np.mean(done.losses[-5:]) < np.mean(done.losses[:5]) / 2
         assert metrics["test/exact_match/digit"] > metrics["test/majority/digit"], metrics
@@ -126,8 +131,8 @@ def test_every_command_of_the_documentation_runs(
             arguments = training_arguments(arguments) + (["--json"] if own else [])
         if arguments[0] == "raytrain2p.tune":
             arguments += SWEEP
-        if arguments[0] == "raytrain2p.runs":  # in this process: each would import MLflow
-            assert runs.main(arguments[1:]) == 0, " ".join(words)
+        if (here := HERE.get(arguments[0])) is not None:
+            assert here(arguments[1:]) == 0, " ".join(words)
             continue
         done = run_command(reader, *arguments, RAY_ADDRESS=ray_head, RAYTRAIN2P_FEATURES=embedded_features)
         assert done.code == 0, f"{' '.join(words)}\n{done.err[-3000:]}"

@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import FAILED, report, say
 from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.config.settings import Sources
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.reading import read_records
 from raytrain2p.data.records import USER, Record, spread
@@ -102,7 +105,8 @@ def run(request: Request) -> int:
     if len(request.names) > 1 or min(options.limit, options.max_new_tokens) < 1:
         raise InputError(Problem("parity", "takes one RUN, and numbers from 1 on", "see --help"))
     artifact = find_artifact(request.root, INSTRUCTION, (request.names or ["latest"])[0], "RUN")
-    records = read_records(source_of(artifact, options.data), INSTRUCTION.number, "--data", answered=False)
+    sources = [options.data] if options.data else sources_of_test_split(artifact)
+    records = [record for source in sources for record in read_records(source, INSTRUCTION.number, "--data", answered=False)]
     with tempfile.TemporaryDirectory(prefix="raytrain2p-parity-") as scratch:
         folder = Path(scratch)
         rows, chats = written(spread(list(filter(asks_once, records)), options.limit), folder)
@@ -117,12 +121,16 @@ def run(request: Request) -> int:
     return FAILED if any(one["differ"] or one["problem"] for one in found) else 0
 
 
-def source_of(artifact: Path, given: str | None) -> str:
-    """Where the questions are: the first test split of the run, if none was given."""
+def sources_of_test_split(artifact: Path) -> list[str]:
+    """The sources of the first test split of the run that made the artifact.
+
+    Raises:
+        InputError: it has none.
+    """
     tests = ((RunDirectory(artifact.parent).read_config() or {}).get("data") or {}).get("test") or {}
-    if given is None and not tests:
+    if not tests:
         raise InputError(Problem("--data", "is missing, and the run has no test split", "give records with questions"))
-    return given if given is not None else str(next(iter(tests.values())))
+    return [source.path for source in TypeAdapter(Sources).validate_python(next(iter(tests.values())))]
 
 
 def asks_once(record: Record) -> bool:

@@ -56,7 +56,7 @@ def train(run: Run, phase: int, tiny_config: Path, aligner: Path, files: list[Pa
     return done.err
 
 
-@pytest.mark.parametrize("phase", [1, 2])
+@pytest.mark.parametrize("phase", [1, pytest.param(2, marks=only_long)])
 def test_files_of_all_formats_train_together(
     run: Run, phase: int, tiny_config: Path, untrained_aligner: Path, files: dict[str, Path]
 ) -> None:
