@@ -123,19 +123,24 @@ class LoadedModel:
         return answer
 
     async def _write(self) -> None:
-        """Answer all that wait, the oldest question first."""
+        """Answer all that wait."""
         try:
             predictor = await self._loaded()
             await asyncio.sleep(SECONDS_TO_GATHER)
-            while waiting := [one for one in self.waiting if not one.answer.done()]:  # the clients of the others went away
-                batch = [one for one in waiting if one.kind == waiting[0].kind][: self.batch_size]
-                self.waiting = [one for one in waiting if one not in batch]
+            while batch := self._next_batch():
                 answers = await self._run(self.writer, partial(_answers, predictor, [one.question for one in batch]))
                 for one, answer in zip(batch, answers, strict=True):
                     if not one.answer.done():
                         one.answer.set_result(answer)
         finally:
             self.writing = None
+
+    def _next_batch(self) -> list[Waiting]:
+        """Take the oldest question and others of its kind. Those whose clients went away are dropped."""
+        waiting = [one for one in self.waiting if not one.answer.done()]
+        batch = [one for one in waiting if one.kind == waiting[0].kind][: self.batch_size]
+        self.waiting = [one for one in waiting if one not in batch]
+        return batch
 
     async def check(self, question: Question) -> int:
         """Look at a question before it waits for its turn. Returns the tokens of its prompt.

@@ -57,6 +57,9 @@ def test_nothing_is_written_for_a_client_that_went_away(model: LoadedModel) -> N
     found = asyncio.run(asked_while_busy(model, [question("first"), question("one"), question("two"), question("six")], gone=2))
     assert isinstance(found[2], asyncio.CancelledError)
     assert [answer.batch for answer in found if isinstance(answer, Answer)] == [1, 2, 2]
+    found = asyncio.run(asked_while_busy(model, [question("first"), question("one")], gone=1))
+    assert [answer.batch for answer in found if isinstance(answer, Answer)] == [1]
+    assert (model.waiting, model.writing) == ([], None)
 
 
 def test_one_that_fails_does_not_fail_the_others(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
