@@ -39,6 +39,7 @@ chaos: install-dev
 
 # Uses of the quickstart's model, each in minutes: RAYTRAIN2P_USE_RUN is the directory of its phase 2 run.
 test-use: install-dev
+	-test -x /usr/bin/chromium || apt-get install --yes chromium
 	RAYTRAIN2P_USE_TESTS=1 $(BIN)/python -m pytest tests/use
 
 # On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
