@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -43,9 +43,19 @@ def masked(text: str) -> str:
     >>> masked("postgresql://me:hunter2@db/mlflow")
     'postgresql://me:***@db/mlflow'
     """
-    for secret in _of_environment():
-        text = text.replace(secret, MASK)
-    return _masked_by_form(text)
+    return masker()(text)
+
+
+def masker() -> Callable[[str], str]:
+    """`masked` for many texts: the environment is looked through once."""
+    secrets = list(_of_environment())
+
+    def mask(text: str) -> str:
+        for secret in secrets:
+            text = text.replace(secret, MASK)
+        return _masked_by_form(text)
+
+    return mask
 
 
 def _masked_by_form(text: str) -> str:

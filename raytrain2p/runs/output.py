@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytrain2p.config.escaping import CONTROL_CHARACTERS, printable
-from raytrain2p.config.secrets import masked
+from raytrain2p.config.secrets import masked, masker
 
 LOCAL_TIMES = 26 * 3600.0  # seconds between the local times of two places on Earth, at most
 UNLIMITED = 10_000  # columns of a pipe: nothing is wrapped or cut there
@@ -37,7 +37,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], cut: bool
     Args:
         cut: a row is one line of a terminal: what does not fit is left out, of the last column first.
     """
-    terminal, lines = sys.stdout.isatty(), [[printable(masked("" if value is None else str(value))) for value in row] for row in rows]
+    terminal, hide = sys.stdout.isatty(), masker()
+    lines = [[printable(hide("" if value is None else str(value))) for value in row] for row in rows]
     console = Console(file=sys.stdout, width=None if terminal else UNLIMITED, markup=False, emoji=False, highlight=False)
     if cut and terminal:
         *others, last = zip(columns, *lines, strict=True)

@@ -32,6 +32,7 @@ from raytrain2p.runs.request import Request, reporting_root
 from raytrain2p.runs.summary import SECONDS, seconds_of
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.locks import Lock
+from raytrain2p.tracking.damage import reading_once
 from raytrain2p.tracking.find import find_run, run_directories
 from raytrain2p.tracking.run import ROOT_TAG, RUN_FOLDERS, Run, beginning_launches, launch_record, original_of
 
@@ -91,14 +92,15 @@ def run(request: Request) -> int:
     """
     options, root = request.options, request.root
     check_options(request)
-    unfinished, found = leftovers(root), read_candidates(root)
-    if not found and not unfinished:
-        raise request.nothing_here()
-    criteria = read_criteria(request, unfinished)
-    remote = {} if options.without_mlflow else ask_mlflow(found, request)
-    sent_or_not = options.mlflow or options.without_mlflow or options.checkpoints_only  # whether MLflow has it all
-    unsent = (lambda run: False) if sent_or_not else partial(is_unsent, request)
-    decide(found, root, criteria, remote, options.checkpoints_only, unsent)
+    with reading_once():
+        unfinished, found = leftovers(root), read_candidates(root)
+        if not found and not unfinished:
+            raise request.nothing_here()
+        criteria = read_criteria(request, unfinished)
+        remote = {} if options.without_mlflow else ask_mlflow(found, request)
+        sent_or_not = options.mlflow or options.without_mlflow or options.checkpoints_only  # whether MLflow has it all
+        unsent = (lambda run: False) if sent_or_not else partial(is_unsent, request)
+        decide(found, root, criteria, remote, options.checkpoints_only, unsent)
     for one in found:
         if one.damage:
             report(f"left alone, it is damaged: {one.damage}")

@@ -13,6 +13,7 @@ from raytrain2p.runs.output import human_age, number, print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import RunSummary
 from raytrain2p.storage.errors import StorageError
+from raytrain2p.tracking.damage import reading_once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,8 @@ def run(request: Request) -> int:
     Raises:
         InputError: a name fits no run; there are no runs at all; or MLflow does not answer.
     """
-    runs, damaged = known_runs(replace(request, names=[]))
+    with reading_once():
+        runs, damaged = known_runs(replace(request, names=[]))
     chosen = {one.run_id for one in named(runs, request.names)}
     registered = {} if request.options.no_mlflow else registered_in(request, runs)
     trees = [found for node in forest(runs, registered) if (found := node.only(chosen)) is not None]

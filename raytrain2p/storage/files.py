@@ -70,7 +70,8 @@ def read_json(path: Path) -> Any:
         raise ValueError("has zero bytes alone, as after a power failure" if content else "is empty")
     try:
         value = json.loads(content.decode())
-        json.dumps(value, ensure_ascii=False).encode()  # half characters can be neither printed nor written again
+        if b"\\u" in content:  # half characters, which can be neither printed nor written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"is not UTF-8 text ({error.reason})") from None
     except RecursionError:
