@@ -10,7 +10,7 @@ from typing import Any
 
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
 from raytrain2p.runs.difference import RESTORE, Difference, difference, readable
-from raytrain2p.storage.files import PARTIAL
+from raytrain2p.storage.files import partial_files
 from raytrain2p.tracking.damage import damaged, read_as
 from raytrain2p.tracking.metrics_file import SummaryFile, read_points, summarize
 from raytrain2p.tracking.run import EARLY_TAG, RUN_FOLDERS, Run
@@ -20,7 +20,7 @@ Check = Callable[[Run, bool], Iterator[Difference]]  # of a run, and whether a p
 
 def check_small_files(run: Run, alive: bool) -> Iterator[Difference]:
     """Without reading what may be large: points, checkpoints, artifacts and plots."""
-    yield from all_of((identity, resumes, outcome, answers, of_a_sweep, partial_files), run, alive)
+    yield from all_of((identity, resumes, outcome, answers, of_a_sweep, half_written), run, alive)
 
 
 def check_content(run: Run, alive: bool) -> Iterator[Difference]:
@@ -134,8 +134,8 @@ def of_a_sweep(run: Run, alive: bool) -> Iterator[Difference]:
         check_lines(files.study)
 
 
-def partial_files(run: Run, alive: bool) -> Iterator[Difference]:
-    for path in () if alive else sorted(run.path.rglob(PARTIAL)):
+def half_written(run: Run, alive: bool) -> Iterator[Difference]:
+    for path in () if alive else sorted(partial_files(run.path)):
         yield difference(run, path, "was left half written by a process that was killed", "remove it; a resume does, too")
 
 

@@ -1,7 +1,7 @@
 """What MLflow has: its runs of ours and its registered model versions, as plain data."""
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +90,7 @@ def _runs(uri: str, query: str) -> Iterator[RemoteRun]:
     def page(token: str | None) -> Any:
         return client.search_runs(list(names), query, ViewType.ALL, RUNS_PER_PAGE, ["attributes.start_time ASC"], token)
 
-    for found in pages(page) if names else ():
+    for found in pages(page, uri.startswith("http")) if names else ():
         yield _remote(found, names, uri)
 
 
@@ -124,15 +124,19 @@ def registered_versions(uri: str) -> dict[str, list[str]]:
     return {run_id: [f"{name}/{version}" for name, version in sorted(found)] for run_id, found in versions.items() if run_id}
 
 
-def pages(page: Callable[[str | None], Any]) -> Iterator[Any]:
-    """All items of an answer that comes in pages. The next page is asked for while the items of one are worked on."""
+def pages(page: Callable[[str | None], Any], ahead: bool = False) -> Iterator[Any]:
+    """All items of an answer that comes in pages.
+
+    Args:
+        ahead: ask for the next page while the items of one are worked on: right for a server, which takes no turn of this interpreter.
+    """
+    items = page(None)
     with ThreadPoolExecutor(1, "mlflow-page") as thread:
-        coming: Future[Any] | None = thread.submit(page, None)
-        while coming is not None:
-            items = coming.result()
-            token = getattr(items, "token", None)
-            coming = thread.submit(page, token) if token else None
+        while token := getattr(items, "token", None):
+            coming = thread.submit(page, token) if ahead else None
             yield from items
+            items = page(token) if coming is None else coming.result()
+        yield from items
 
 
 def _remote(found: MlflowRun, names: dict[str, str], uri: str) -> RemoteRun:

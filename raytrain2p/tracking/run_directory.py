@@ -177,10 +177,10 @@ class RunDirectory:
         """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
         those of where it is now."""
         config: dict[str, Any] | None = read_as(self.config, ConfigShape)
-        before = (config or {}).get("output", {}).get("root")
-        if before is None or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
+        before, now = (config or {}).get("output", {}).get("root"), str(self.path.parent.parent)
+        if before in (None, now) or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
             return config
-        moved: dict[str, Any] = _moved(config, before, str(self.path.parent.parent))
+        moved: dict[str, Any] = _moved(config, before, now)
         return moved
 
     def moved_settings(self) -> list[str]:
