@@ -145,6 +145,7 @@ def test_it_loads_in_another_process_from_its_own_code_without_what_trains(setti
     register(settings, "latest", "--name", NAME, "--alias", "champion")
     (version,) = versions(settings)
     folder = Path(version.source.removeprefix("file://"))
+    assert not list(folder.rglob("*.pkl")) + list(folder.rglob("*.parquet")) + list(folder.rglob("__pycache__"))
     rows = [{"instruction": QUESTION, "image": base64.b64encode(encoded()).decode()}]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", ASK, str(folder)]
@@ -156,7 +157,6 @@ def test_it_loads_in_another_process_from_its_own_code_without_what_trains(setti
     required = (folder / "requirements.txt").read_text().split()
     assert all("==" in line and "+" not in line for line in required)
     assert not {"ray", "pytorch-lightning", "optuna"} & {line.partition("==")[0] for line in required}
-    assert not list(folder.rglob("*.pkl")) + list(folder.rglob("*.parquet")) + list(folder.rglob("__pycache__"))
 
 
 def test_a_version_says_what_it_is_and_the_verbs_on_runs_see_it(settings: Settings, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
