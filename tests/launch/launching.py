@@ -51,8 +51,8 @@ def embedded_features(tmp_path_factory: pytest.TempPathFactory) -> str:
 def ray_head_pid(tmp_path_factory: pytest.TempPathFactory, embedded_features: str) -> Iterator[int]:
     """A Ray head with 2 CPUs, started with cluster/head.sh; stopped by its process ID."""
     # The default port of the node's agent, which takes jobs, is in use, as beside another Ray cluster. Jobs use these features. A job
-    # joins the head that was started last with its folder: by default /tmp/ray, which would be another test process's.
-    with port_in_use(52365), tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as sessions:  # sockets have short paths
+    # joins the head that was started last with its folder: with Ray's default, that would be another test process's.
+    with port_in_use(52365), tempfile.TemporaryDirectory(prefix="ray") as sessions:  # not pytest's: sockets have short paths
         command = head(PORT, DASHBOARD_PORT, WORKER_PORTS, f"--temp-dir={sessions}")
         with ray_node(tmp_path_factory.mktemp("ray"), command, RAYTRAIN2P_FEATURES=embedded_features) as pid:
             yield pid
