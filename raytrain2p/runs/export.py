@@ -11,7 +11,7 @@ from raytrain2p.runs.output import human_bytes, print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import test_metrics
 from raytrain2p.storage.errors import StorageError
-from raytrain2p.tracking.find import find_run
+from raytrain2p.tracking.find import find_model_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(request: Request) -> int:
     if options.adapter and options.llava:
         raise InputError(Problem("--adapter --llava", "LLaVA's form has no adapter: LoRA is merged", "leave one out"))
     name, target = request.names[0], Path(request.names[1]).expanduser().absolute()
-    found = find_run(request.root, [INSTRUCTION.name], name, "RUN")
+    found = find_model_run(request.root, [INSTRUCTION.name], name, "RUN")
     marker = {"run_id": found.run_id}
 
     from raytrain2p.inference.export import Form, check_target, export, push  # with transformers, whose import takes seconds

@@ -20,7 +20,7 @@ from raytrain2p.runs.prune_plan import best_first, value_of
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import RunSummary, summary_of
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
-from raytrain2p.tracking.find import find_artifact, find_run, read_run
+from raytrain2p.tracking.find import find_model_run, read_run
 from raytrain2p.tracking.metrics_file import LOSSES
 from raytrain2p.tracking.run import DIRECTORY_TAG, RUN_FOLDERS, Run, original_of
 from raytrain2p.tracking.run_directory import RunDirectory
@@ -53,7 +53,7 @@ def run(request: Request) -> int:
         InputError: the options are wrong; no run fits; or the run has no model that can be registered.
     """
     check_options(request)
-    chosen = best(request) if request.options.best else named(request)
+    chosen = best(request) if request.options.best else find_model_run(request.root, RUN_FOLDERS, request.names[0], "RUN")
     try:
         with ExitStack() as stack:
             with reporting_disk_errors(chosen.files.lock.path, 10_000):
@@ -90,14 +90,6 @@ def check_options(request: Request) -> None:
         if value and options.best is None:
             findings.add(Problem(option, "is about the best run", "add --best METRIC"))
     findings.raise_any()
-
-
-def named(request: Request) -> Run:
-    """The run that was named; `latest` is the one whose model `predict` takes."""
-    (name,) = request.names
-    if name == "latest":
-        return read_run(find_artifact(request.root, INSTRUCTION, name, "RUN").parent)
-    return find_run(request.root, RUN_FOLDERS, name, "RUN")
 
 
 def best(request: Request) -> Run:

@@ -14,7 +14,7 @@ from typing import Any
 
 from raytrain2p.config import InputError, Problem, base_directory
 from raytrain2p.config.cli import report as print_line
-from raytrain2p.config.phases import PHASES, SWEEPS, Phase
+from raytrain2p.config.phases import INSTRUCTION, PHASES, SWEEPS, Phase
 from raytrain2p.config.settings import OutputSettings
 from raytrain2p.tracking.damage import DamagedFileError, damaged
 from raytrain2p.tracking.run import LAUNCH_ID, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
@@ -257,6 +257,13 @@ def find_artifact(
             Problem(f"{setting}={wanted}", f"the run in {fitting[0]} has no {phase.artifact}: it did not finish", "choose another run")
         )
     return found
+
+
+def find_model_run(root: str, phases: Iterable[str], wanted: str, setting: str) -> Run:
+    """As `find_run`; but `latest` is the run whose model `predict` takes, since the newest may be unfinished and have none."""
+    if wanted == "latest":
+        return read_run(find_artifact(root, INSTRUCTION, wanted, setting).parent)
+    return find_run(root, phases, wanted, setting)
 
 
 def _latest_artifact(

@@ -24,7 +24,7 @@ TASK = "</pre>|`x`\n# <script>alert(1)</script>"  # of a record, which may say a
 
 @pytest.fixture
 def made(settings: Settings, tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -> Run:
-    """A finished run with a model, inputs and test metrics."""
+    """A finished run with a model, inputs and test metrics; a newer one that was stopped before it had a model is beside it."""
     facts = {
         "train_digest": "d" * 64,
         "split_records": {f"data.train=['{tmp_path}/my records/a.jsonl']": 1200, f"data.test.test={tmp_path}/b.jsonl": 40},
@@ -38,6 +38,7 @@ def made(settings: Settings, tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -
     model = trained_assistant(tmp_path / "made", tiny_llama, {"image": tiny_vit}, data=data, system_prompt=f"A *prompt*: {TASK}")
     shutil.copy(model, run.path / "model.pt")
     write_json(run.files.test_metrics, {f"test/exact_match/{TASK}": 0.5, f"test/majority/{TASK}": 0.5, "test/exact_match/ok": 0.9})
+    trained(settings, "stopped", [1.0], status="KILLED")
     return run
 
 
