@@ -160,6 +160,10 @@ class PhaseInputs(Protocol):
     """Everything that a phase trains on."""
 
     @property
+    def settings(self) -> Settings:
+        """By which it was read."""
+
+    @property
     def records(self) -> int:
         """Number of training records."""
 
