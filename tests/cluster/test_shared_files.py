@@ -82,7 +82,11 @@ def launch(nodes: dict[str, int], folders: dict[str, Path], tiny_config: Path, t
 
     def launched(*overrides: str) -> Command:
         shared = folders["shared"]
-        places = [f"output.root={shared}/checkpoints", f"data.feature_store={shared}/features", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+        places = [
+            f"output.root={shared}/checkpoints",
+            f"data.feature_store={shared}/features",
+            f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+        ]
         arguments = ["raytrain2p.train", "--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--json"]
         return run_command(tmp_path, *arguments, *places, "launch.num_workers=2", *overrides, RAY_ADDRESS=HEAD)
 
@@ -111,7 +115,10 @@ def test_what_is_not_the_same_on_every_node_is_named_all_at_once_before_encoding
     assert done.code == 2, done.err
     assert "4 problems; nothing was started" in done.err
     both = [f"vm ({address})".replace("vm", os.uname().nodename) for address in (SECOND, THIRD)]
-    assert f"output.root={private}\n    is not the directory that the driver sees, on {both[0]}, {both[1]}\n    fix: mount the same" in done.err
+    assert (
+        f"output.root={private}\n    is not the directory that the driver sees, on {both[0]}, {both[1]}\n    fix: mount the same"
+        in done.err
+    )
     assert f"data.feature_store={locked}/features\n    cannot be written to: Read-only file system, on {both[1]}\n    fix: " in done.err
     assert f"model.encoders.image.name={absent}/vit\n    is not there, on {both[1]}\n" in done.err
     assert f"media of the records\n    48 of 96 files are missing or have another size, such as {absent}/shapes/" in done.err
