@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ HEAD = f"127.0.0.2:{PORT + 200}"
 SECOND, THIRD, FOURTH = "127.0.0.3", "127.0.0.4", "127.0.0.5"
 Launch = Callable[..., Command]
 ASK = """
-import os, signal, sys, time
+import os, signal, sys
 import ray
 from pathlib import Path
 from raytrain2p.launch.nodes import Needed, node_problems, other_nodes
@@ -28,11 +27,8 @@ ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
 nodes = other_nodes()
 for pid in map(int, sys.argv[3:]):
     os.kill(pid, signal.SIGSTOP)
-for _ in range(2):
-    begin = time.monotonic()
-    for problem in node_problems(nodes, Needed({"output.root": (Path(sys.argv[2]), "fix it")}), 10.0):
-        print(problem)
-    print(f"{len(nodes)} nodes in {time.monotonic() - begin:.2f} s")
+for problem in node_problems(nodes, Needed({"output.root": (Path(sys.argv[2]), "fix it")}), 10.0):
+    print(problem)
 """
 
 
@@ -94,7 +90,7 @@ def launch(nodes: dict[str, int], folders: dict[str, Path], tiny_config: Path, t
 
 
 def ask(folder: Path, *stopped: int) -> str:
-    """What `node_problems` finds, twice, in a process of its own, while processes are stopped."""
+    """What `node_problems` finds, in a process of its own, while processes are stopped."""
     command = [sys.executable, "-c", ASK, HEAD, str(folder), *map(str, stopped)]
     environment = command_environment(folder) | {"RAY_AUTH_MODE": "token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
@@ -111,17 +107,18 @@ def test_what_is_not_the_same_on_every_node_is_named_all_at_once_before_encoding
 ) -> None:
     absent, private, locked = folders["absent"], folders["private"], folders["locked"]
     places = [f"output.root={private}", f"data.feature_store={locked}/features"]
-    done = launch(*places, f"model.encoders.image={absent}/vit", f"data.train={absent}/shapes/phase1.jsonl")
+    records = [f"data.train={absent}/shapes/phase1.jsonl", "data.val=null", "data.test={}"]
+    done = launch(*places, *records, f"model.encoders.image={absent}/vit")
     assert done.code == 2, done.err
     assert "4 problems; nothing was started" in done.err
-    both = [f"vm ({address})".replace("vm", os.uname().nodename) for address in (SECOND, THIRD)]
+    both = [f"{os.uname().nodename} ({address})" for address in (SECOND, THIRD)]
     assert (
         f"output.root={private}\n    is not the directory that the driver sees, on {both[0]}, {both[1]}\n    fix: mount the same"
         in done.err
     )
     assert f"data.feature_store={locked}/features\n    cannot be written to: Read-only file system, on {both[1]}\n    fix: " in done.err
     assert f"model.encoders.image.name={absent}/vit\n    is not there, on {both[1]}\n" in done.err
-    assert f"media of the records\n    48 of 96 files are missing or have another size, such as {absent}/shapes/" in done.err
+    assert f"media of the records\n    is not there, on {both[1]}\n" in done.err
     assert list(locked.iterdir()) == [], "the feature store was made for the probe alone"
     for root in (Path("/"), *(Path(f"/proc/{pid}/root") for pid in nodes.values())):
         assert [path for folder in (private, locked) for path in probes(root / folder.relative_to("/"))] == []
@@ -134,6 +131,17 @@ def test_nodes_that_share_all_train_and_nothing_is_left_behind(launch: Launch, f
     assert probes(folders["shared"]) == []
 
 
+def test_a_sweep_is_refused_before_its_first_trial(
+    nodes: dict[str, int], folders: dict[str, Path], sweep_config: Path, tmp_path: Path
+) -> None:
+    private, shared = folders["private"], folders["shared"]
+    places = [f"output.root={private}", f"data.feature_store={shared}/features", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    done = run_command(tmp_path, "raytrain2p.tune", "--config", str(sweep_config), *places, RAY_ADDRESS=HEAD)
+    assert done.code == 2, done.err
+    assert "1 problem; nothing was started" in done.err
+    assert f"output.root={private}\n    is not the directory that the driver sees" in done.err
+
+
 def test_other_versions_of_packages_are_named(nodes: dict[str, int], folders: dict[str, Path], tmp_path: Path) -> None:
     """The fourth node has not even the module that looks at it."""
     (tmp_path / "raytrain2p").mkdir()
@@ -144,15 +152,12 @@ def test_other_versions_of_packages_are_named(nodes: dict[str, int], folders: di
         found = ask(folders["shared"])
     assert f"raytrain2p {raytrain2p.__version__}\n    is 0.0.9, on {os.uname().nodename} ({FOURTH})\n    fix: install the same" in found
     assert f"\n    is 2.12.0, on {os.uname().nodename} ({FOURTH})\n" in found
-    print(found)
 
 
 def test_a_node_that_does_not_answer_is_named(nodes: dict[str, int], folders: dict[str, Path]) -> None:
     """The last test: the node is not used again."""
-    begin = time.monotonic()
     processes = [process.pid for process in psutil.Process(nodes[THIRD]).children(recursive=True)]
     found = ask(folders["shared"], *processes)
     assert f"on {os.uname().nodename} ({THIRD})\n    fix: see `ray status`" in found
     assert SECOND not in found
     assert probes(folders["shared"]) == []
-    print(found, time.monotonic() - begin)
