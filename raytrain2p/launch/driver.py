@@ -18,6 +18,7 @@ from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
+from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
@@ -83,6 +84,7 @@ def _launch(
             if (outcome := finished(run, settings, inputs, console)) is not None:
                 return outcome
             check_artifacts_are_there(settings)
+            check_nodes([inputs], console)
             with muted_stderr(verbose):
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)

@@ -8,6 +8,7 @@ import yaml
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
+from raytrain2p.launch.places import bytes_needed, free_space, size
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.phases.inputs import TRAIN, PhaseInputs, planned_steps
@@ -32,7 +33,7 @@ def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
         f"{'together':16}{frozen:>14,}{trained:>14,}",
         "",
         *data_lines(inputs),
-        f"feature store      {sum(job.bytes_needed() for job in inputs.jobs) / 1e6:,.1f} MB more",
+        f"feature store      {size(bytes_needed(inputs.jobs))} more; {size(free_space(str(settings.data.feature_store)))} are free there",
         f"tokens per step    {inputs.tokens_per_step():,}",
         f"steps              {steps:,}",
         f"memory per worker  about {memory_mb(settings, inputs, held, trained):,.0f} MB",

@@ -16,7 +16,7 @@ from raytrain2p.config import Findings, Problem, Settings
 from raytrain2p.config.settings import Source, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, Ragged, drawn_records
 from raytrain2p.data.checks import check_media, foreign_marks
-from raytrain2p.data.features import Features, FeatureStore, FeatureTable, padded
+from raytrain2p.data.features import ITEM, Features, FeatureStore, FeatureTable, padded
 from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.data.reading import EMBEDDED_FORMAT, scan_source
 from raytrain2p.data.records import Record
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # transformers
     from raytrain2p.models.encoders import EncoderSpec
 
 TRAIN, VAL = "train", "val"
+SAMPLED = 128  # items from which the size of all features is estimated
 ABSENT = {"val": "no validation loss", "test": "nothing is evaluated after training"}  # what the user should know if it is
 Preprocess = Callable[[Sequence[Any]], list[torch.Tensor]]  # decoded items to what their encoder takes
 Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
@@ -40,14 +41,23 @@ class EncoderJob:
     items: dict[bytes, MediaRef | str]
     spec: "EncoderSpec"
 
+    @cached_property
     def bytes_needed(self) -> int:
-        """What the features of the missing items will need, estimated from the first of them."""
+        """What the features of the missing items will need, estimated from some of them when it is first asked for.
+
+        The positions of an item grow with what the encoder takes of it (pixels, frames, tokens), so the smallest and the largest of these
+        items alone are encoded.
+        """
         missing = self.store.missing(self.items)
         if not missing:
             return 0
-        item = self.items[missing[0]]
-        (grid,) = self.spec.build()([item if isinstance(item, str) else decode(item)])
-        return len(missing) * grid.numel() * grid.element_size()
+        encoder = self.spec.build()
+        some = [self.items[missing[number]] for number in np.linspace(0, len(missing) - 1, min(len(missing), SAMPLED), dtype=int)]
+        inputs = [encoder.preprocess([item if isinstance(item, str) else decode(item)])[0] for item in some]
+        sizes = np.array([one.numel() for one in inputs])
+        least, most = (encoder.encode([inputs[place]])[0] for place in (sizes.argmin(), sizes.argmax()))
+        positions = np.interp(sizes, [sizes.min(), sizes.max()], [len(least), len(most)]).mean()
+        return round(len(missing) * (positions * least.shape[1] * least.element_size() + ITEM.itemsize))
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,10 @@ class Split(Protocol):
 
 class PhaseInputs(Protocol):
     """Everything that a phase trains on."""
+
+    @property
+    def settings(self) -> Settings:
+        """By which it was read."""
 
     @property
     def records(self) -> int:

@@ -12,6 +12,7 @@ from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
+from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
@@ -85,6 +86,7 @@ def _run_sweep(
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
             check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
+        check_nodes(list(inputs_by_key.values()), console)
         splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, capacity, verbose, console, command)

@@ -21,6 +21,7 @@ from raytrain2p.config import InputError
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.launch.cluster import existing_address
 from tests.conftest import byte_tokenizer
+from tests.disks import Disk
 from tests.launch.launching import Command
 
 Refuse = Callable[..., str]
@@ -165,7 +166,16 @@ def test_a_dry_run_starts_nothing_and_prints_the_sizes(
     arguments = ["--phase", "2", "--config", str(tiny_config / "phase2.yaml"), "--dry-run", f"model.aligner={aligner}"]
     assert train.main(arguments) == 0
     output = capsys.readouterr().out
-    for part in ("max_steps: 6", "language model", "projector", "tokens per step", "memory per worker", "nothing was started"):
+    for part in (
+        "max_steps: 6",
+        "feature store      0.",
+        " MB more; ",
+        "language model",
+        "projector",
+        "tokens per step",
+        "memory per worker",
+        "nothing was started",
+    ):
         assert part in output, part
     assert not (tmp_path / "checkpoints").exists()
     assert not ray.is_initialized()
@@ -208,6 +218,17 @@ def test_a_read_only_feature_store_is_refused_only_if_something_must_be_encoded(
     assert "Read-only file system" in refused(1)
     monkeypatch.setattr(FeatureStore, "missing", lambda self, items: [])
     assert "features" not in refused(1, "launch.cpus_per_worker=4096")
+
+
+def test_features_that_do_not_fit_the_disk_are_refused_before_they_are_computed(refused: Refuse, disk: Disk) -> None:
+    with (disk.folder / "filler").open("wb") as stream:
+        stream.truncate(0)
+        os.posix_fallocate(stream.fileno(), 0, shutil.disk_usage(disk.folder).free - 40_000)
+    output = refused(1, f"data.feature_store={disk.folder}/features")
+    assert (
+        f"data.feature_store={disk.folder}/features\n    no space left for the features: about 0.1 MB are needed, 0.0 MB are free" in output
+    )
+    assert "fix: set data.features=online" in output
 
 
 def test_a_pipe_or_a_device_in_place_of_records_is_refused_and_never_read(refused: Refuse, tmp_path: Path) -> None:

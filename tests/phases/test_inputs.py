@@ -1,14 +1,18 @@
-"""Digests of a run's inputs: content and order count, file names do not."""
+"""Digests of a run's inputs: content and order count, file names do not. And the size of what is to be encoded."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raytrain2p.config import AlignmentSettings, load_settings
+from raytrain2p.data.features import FeatureStore, write_shard
 from raytrain2p.data.media import MediaRef, content_key
 from raytrain2p.data.records import ASSISTANT, USER, Message, Record
+from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.phases.alignment.data import AlignmentInputs
-from raytrain2p.phases.inputs import digest_records, plan_notes
+from raytrain2p.phases.inputs import SAMPLED, EncoderJob, digest_records, plan_notes
 
 A, B, MOVED = MediaRef("image", "a.png"), MediaRef("image", "b.png"), MediaRef("image", "elsewhere.png")
 KEYS = {A: content_key(b"one"), B: content_key(b"two"), MOVED: content_key(b"one")}
@@ -78,3 +82,24 @@ def test_phase_2_trains_on_the_same_embedded_sets_or_on_records_of_its_own(train
     settings = load_settings(1, None, [f"data.train={train}"])
     assert isinstance(settings, AlignmentSettings)
     assert AlignmentInputs({}, (), {}, (), (), settings).use == use
+
+
+@pytest.mark.parametrize(("options", "off"), [({}, 0.0), ({"pooled": False}, 0.05)])
+def test_the_size_of_features_is_estimated_from_some_of_the_items_that_are_missing(
+    options: dict[str, bool], off: float, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """Texts of 2 to 33 tokens: a vector each, or one for each token."""
+    lengths = np.random.default_rng(0).integers(2, 34, 4 * SAMPLED)
+    texts: dict[bytes, MediaRef | str] = {
+        content_key(f"{number}".encode()): f"{number:04}"[:2] + "x" * int(length - 2) for number, length in enumerate(lengths)
+    }
+    store, spec = FeatureStore(tmp_path, "f" * 64), EncoderSpec("text", str(tiny_bert), options)
+    grids = [grid.numpy() for grid in spec.build()(list(texts.values()))]
+    store.directory.mkdir()
+    half = 2 * SAMPLED
+    write_shard(store.directory, list(texts)[:half], grids[:half])
+    estimated = EncoderJob("text", store, texts, spec).bytes_needed
+    write_shard(store.directory, list(texts)[half:], grids[half:])
+    rest = sum(grid.nbytes + 36 for grid in grids[half:])
+    assert estimated == pytest.approx(rest, rel=off)
+    assert EncoderJob("text", store, texts, spec).bytes_needed == 0
