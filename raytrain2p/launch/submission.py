@@ -1,0 +1,69 @@
+"""The job of `ray job submit` whose driver this process is: what Ray gives it, and the launch ID that follows from it."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from raytrain2p.config.paths import COPY
+from raytrain2p.launch.ray_private import JOB_CONFIG, find_bootstrap_address
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """What Ray gives the driver of a job.
+
+    Args:
+        submission_id: as `ray job submit --submission-id` has it, else one that Ray has made.
+        variables: names of the environment variables that the job gives to all its processes.
+    """
+
+    submission_id: str
+    variables: frozenset[str]
+
+
+def submitted_job() -> SubmittedJob | None:
+    """The job that this process belongs to; None for a process that was not started by `ray job submit`."""
+    if (text := os.environ.get(JOB_CONFIG)) is None:
+        return None
+    config = json.loads(text)
+    variables = (config.get("runtime_env") or {}).get("env_vars") or {}
+    return SubmittedJob(config["metadata"]["job_submission_id"], frozenset(variables))
+
+
+def cluster_of_job(address: str) -> str:
+    """The cluster that the job was sent to.
+
+    Args:
+        address: RAY_ADDRESS of the job. Ray sets it to the head that was started last on this machine with the same temporary folder, which
+            may be another one. The node that started the job has the right one in its command. An address that the job's command has set
+            stays.
+    """
+    for process in psutil.Process().parents():
+        try:
+            command = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        own, folder = (re.search(rf"--{option}=(\S+)", command) for option in ("gcs-address", "temp-dir"))
+        if process.name() == "raylet" and own and folder:
+            return own[1] if find_bootstrap_address(folder[1]) == address else address
+    return address
+
+
+def launch_id_of_job(kind: str, settings: Any) -> str | None:
+    """The launch ID of a launch that the user has given none: a job that is submitted again with the same submission ID resumes. Another
+    phase, and the same one with other settings, are launches of their own. None outside a job.
+
+    Args:
+        kind: what is launched: a word.
+        settings: all its settings, as JSON has them.
+    """
+    if (job := submitted_job()) is None:
+        return None
+    text = COPY.sub("", json.dumps([job.submission_id, kind, settings], sort_keys=True))
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.submission_id)[:64].lstrip("-.")
+    return f"{name}-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
