@@ -13,7 +13,6 @@ import ray
 
 from raytrain2p.config import Findings, InputError, Problem, Settings, flatten_tree
 from raytrain2p.config.console import Console
-from raytrain2p.config.paths import outputs_line
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, LaunchSettings
@@ -22,7 +21,7 @@ from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
-from raytrain2p.launch.submission import launch_id_of_job
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
 from raytrain2p.phases.instruction.checks import check_encoders
@@ -64,7 +63,7 @@ def launch(
         quiet()
     of_job = launch_id_of_job(f"phase{phase}", settings.model_dump(mode="json"))
     launch_id = checked_launch_id(launch_id or of_job or f"launch-{uuid.uuid4().hex[:12]}")
-    if (line := outputs_line(settings)) is not None:
+    for line in lines_of_job(settings):
         console.say(line)
     with naming_run(settings.output.root, launch_id):
         return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command)

@@ -9,8 +9,11 @@ from typing import Any
 
 import psutil
 
-from raytrain2p.config.paths import COPY
+from raytrain2p.config import Settings
+from raytrain2p.config.paths import COPY, outputs_line
 from raytrain2p.launch.ray_private import JOB_CONFIG, find_bootstrap_address
+
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ def cluster_of_job(address: str) -> str:
         if process.name() == "raylet" and own and folder:
             return own[1] if find_bootstrap_address(folder[1]) == address else address
     return address
+
+
+def lines_of_job(settings: Settings) -> list[str]:
+    """What the user of a job should know before it trains: where its outputs go, and that it has no time to stop."""
+    lines = [outputs_line(settings)]
+    if submitted_job() is not None and STOP_WAIT not in os.environ:  # its supervisor, which kills it, has the same environment
+        variables = f"""--runtime-env-json '{{"env_vars": {{"{STOP_WAIT}": "90"}}}}'"""
+        lines.append(f"`ray job stop` kills this job after 3 seconds, perhaps before its checkpoint is written: submit it with {variables}")
+    return [line for line in lines if line is not None]
 
 
 def launch_id_of_job(kind: str, settings: Any) -> str | None:

@@ -7,14 +7,13 @@ from contextlib import ExitStack
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.console import Console
-from raytrain2p.config.paths import outputs_line
 from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
 from raytrain2p.launch.quiet import muted_stderr, quiet
-from raytrain2p.launch.submission import launch_id_of_job
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
@@ -64,7 +63,7 @@ def run_sweep(
     if resumed is None and (resumed := recorded_run(root, launch_id)) is not None:  # this job was submitted before
         resumed.files.check()
         check_in_place(resumed, root, f"launch {launch_id}")
-    if (line := outputs_line(sweep.base)) is not None:
+    for line in lines_of_job(sweep.base):
         console.say(line)
     with naming_run(root, launch_id):
         return _run_sweep(sweep, resumed, launch_id, verbose, console, accept_changed_inputs, command)

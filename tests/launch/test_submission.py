@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from raytrain2p.config import InputError
+from raytrain2p.config import InputError, load_settings
 from raytrain2p.launch.cluster import existing_address
 from raytrain2p.launch.ray_private import JOB_CONFIG
-from raytrain2p.launch.submission import launch_id_of_job, submitted_job
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job, submitted_job
 from raytrain2p.tracking.run import LAUNCH_ID
 
 
@@ -54,6 +54,17 @@ def test_the_same_job_has_the_same_launch_ids_and_each_launch_in_it_its_own(monk
     assert len({of(job, kind, seed=seed) for job, kind, seed in launches}) == len(launches)
     assert of("mine", "phase1", seed=1).startswith("mine-phase1-")
     assert of("team a/ü: " + "x" * 200, "phase1") != of("team a/ü. " + "x" * 200, "phase1")
+
+
+def test_a_job_whose_supervisor_would_kill_it_at_once_says_how_to_change_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load_settings(1)
+    monkeypatch.delenv("RAY_JOB_STOP_WAIT_TIME_S", raising=False)
+    assert lines_of_job(settings) == []
+    submit(monkeypatch, "mine")
+    (line,) = lines_of_job(settings)
+    assert """--runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90"}}'""" in line
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "90")
+    assert lines_of_job(settings) == []
 
 
 SCRIPT = (
