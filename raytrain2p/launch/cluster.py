@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from raytrain2p.interrupts import kept_from_children
 from raytrain2p.launch.quiet import muted_stderr
 from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory, setproctitle
 from raytrain2p.launch.ray_token import ensure_token
-from raytrain2p.launch.submission import cluster_of_job, submitted_job
+from raytrain2p.launch.submission import cluster_of_job, outside_job, submitted_job, unless_of_job
 
 SECONDS_TO_ANSWER = 5.0
 SUBMIT = "submit the command to that cluster: ray job submit --working-dir . -- python -m raytrain2p..."
@@ -212,14 +212,10 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
     # Without RAY_ADDRESS, an actor of Ray Train asks the cluster that was started last on this machine for our controller, does
     # not find it, and ends our workers.
-    job = submitted_job()
-    known = job.variables if job is not None else ()  # they reach all processes of the job, each with the value on its own node
-    caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ and name not in known}
-    options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
-    if "RAY_ADDRESS" in known:
-        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"  # else Ray refuses to set it to the address
+    caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
+    options["runtime_env"] = {"env_vars": unless_of_job(caches) | {"RAY_ADDRESS": address}}
     try:
-        with muted_stderr(verbose), kept_from_children():
+        with muted_stderr(verbose), kept_from_children(), outside_job() if starts else nullcontext():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         reason = one_line(error, 300)  # ValueError: the object store leaves too little memory

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +57,27 @@ def cluster_of_job(address: str) -> str:
         if process.name() == "raylet" and own and folder:
             return own[1] if find_bootstrap_address(folder[1]) == address else address
     return address
+
+
+def unless_of_job(variables: Mapping[str, str]) -> dict[str, str]:
+    """Those that `ray.init` may send: the job's own reach all its processes, each with the value on its node, and Ray refuses to set one
+    again, be it to the same value. Lets RAY_ADDRESS be set again, to the one address that is right.
+    """
+    job = submitted_job()
+    if job is not None and "RAY_ADDRESS" in job.variables:
+        os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    return {name: value for name, value in variables.items() if job is None or name not in job.variables}
+
+
+@contextmanager
+def outside_job() -> Iterator[None]:
+    """Within, `ray.init` does not know of the job: a cluster of our own lacks its files."""
+    config = os.environ.pop(JOB_CONFIG, None)
+    try:
+        yield
+    finally:
+        if config is not None:
+            os.environ[JOB_CONFIG] = config
 
 
 def lines_of_job(settings: Settings) -> list[str]:

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from ray.runtime_env.runtime_env import _merge_runtime_env
 
 from raytrain2p.config import InputError, load_settings
 from raytrain2p.launch.cluster import existing_address
 from raytrain2p.launch.ray_private import JOB_CONFIG
-from raytrain2p.launch.submission import launch_id_of_job, lines_of_job, submitted_job
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job, outside_job, submitted_job, unless_of_job
 from raytrain2p.tracking.run import LAUNCH_ID
 
 
@@ -38,6 +39,24 @@ def test_a_job_has_its_submission_id_and_the_names_of_its_variables(monkeypatch:
     job = submitted_job()
     assert job is not None
     assert not job.variables
+
+
+def test_a_launch_sends_no_variable_that_the_job_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray merges both, which refuses a variable in both."""
+    ours = {"HF_HOME": "/models", "RAYTRAIN2P_CACHE": "/cache"}
+    monkeypatch.delenv(JOB_CONFIG, raising=False)
+    monkeypatch.setenv("RAY_OVERRIDE_JOB_RUNTIME_ENV", "0")
+    assert unless_of_job(ours) == ours
+    for of_job, sent in (({"HF_HOME": "/models"}, {"RAYTRAIN2P_CACHE": "/cache"}), ({"RAY_ADDRESS": "auto"}, ours)):
+        submit(monkeypatch, "mine", **of_job)
+        assert unless_of_job(ours) == sent
+        child = {"env_vars": sent | {"RAY_ADDRESS": "127.0.0.1:6379"}}
+        merged = _merge_runtime_env({"env_vars": of_job}, child, override=os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] == "1")
+        assert merged is not None
+        assert merged["env_vars"] == of_job | child["env_vars"]
+    with outside_job():
+        assert submitted_job() is None
+    assert submitted_job() is not None
 
 
 def test_the_same_job_has_the_same_launch_ids_and_each_launch_in_it_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
