@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -47,8 +48,10 @@ def base_directory() -> Path:
 
 def copy_of_working_dir() -> str | None:
     """Ray's copy of a job's `--working-dir`, if this process runs in one."""
-    found = COPY.match(str(Path.cwd()))
-    return found[0] if found is not None else None
+    with suppress(FileNotFoundError):  # the working directory was deleted
+        if (found := COPY.match(str(Path.cwd()))) is not None:
+            return found[0]
+    return None
 
 
 def in_this_copy(text: str) -> str:
