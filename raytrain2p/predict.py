@@ -12,11 +12,11 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
-from raytrain2p.config import Findings, Problem, base_directory
+from raytrain2p.config import Findings, Problem
 from raytrain2p.config.cli import FAILED, Parser, exit_code, report
 from raytrain2p.config.console import Console
 from raytrain2p.config.escaping import json_line, printable
-from raytrain2p.config.paths import is_embedded, is_kind
+from raytrain2p.config.paths import absolute_output, is_embedded, is_kind
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.media import MEDIA
 from raytrain2p.data.reading import read_records, records_in_memory
@@ -74,7 +74,7 @@ def predict(options: argparse.Namespace) -> int:
     if options.run == "latest":
         report(f"--run=latest is {path}")
     quiet_transformers()
-    with opened(base_directory() / Path(options.output).expanduser()) if options.output else nullcontext() as file:
+    with opened(absolute_output("--output", options.output)) if options.output else nullcontext() as file:
         model = ModelFile(path) if options.workers else Predictor(path)
         media = model.check(records, options.max_new_tokens)
         if file is None:

@@ -29,7 +29,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--launch-id",
         metavar="ID",
-        help="stable name of this launch over retries (default: a new one); a launch that has a run already resumes it",
+        help="stable name of this launch over retries (default: a new one, or that of the submitted job); a launch that has a run already "
+        "resumes it",
     )
     parser.add_argument("--resume", metavar="RUN", help="resume a run: directory, run ID (or its start), launch ID, or `latest`")
     parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raytrain2p.config.metadata import known_keys
-from raytrain2p.config.paths import absolute_paths, packaged_config
+from raytrain2p.config.paths import absolute_paths, packaged_config, relative_outputs
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.program import GIVEN
 from raytrain2p.config.secrets import masked
@@ -179,6 +179,7 @@ def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequenc
         if not STORE.match(uri := settings.tracking.uri):
             fix = "write for example sqlite:///mlflow.db, or http://HOST:PORT of `mlflow server`"
             findings.add(Problem(f"tracking.uri={masked(uri)}", "is not a URI of an MLflow store", fix))
+        findings.extend(relative_outputs(settings))
     findings.raise_any()
     return absolute_paths(settings)
 

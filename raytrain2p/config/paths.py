@@ -3,16 +3,21 @@
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from raytrain2p.config.problems import InputError, Problem
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import NAMES_A_MODEL, OutputSettings, Settings, SettingsGroup, Source, TrackingSettings
 
 Group = TypeVar("Group", bound=SettingsGroup)
 
 PACKAGE = Path(__file__).resolve().parent.parent
+HOME = "RAYTRAIN2P_HOME"
+# Ray's copy of `ray job submit --working-dir`. It has another name in each Ray session and for each content.
+COPY = re.compile(r"/[^\"]*/runtime_resources/working_dir_files/[^/\"]+")
 
 
 def packaged_config(stem: str) -> Path:
@@ -29,11 +34,78 @@ def base_directory() -> Path:
 
     A job submitted with `--working-dir` runs in a copy that Ray deletes later, with everything in it. There, without
     the variable, the base is `~/raytrain2p`.
+
+    Raises:
+        InputError: the variable is relative in such a copy.
     """
-    if home := os.environ.get("RAYTRAIN2P_HOME"):
+    copy = copy_of_working_dir()
+    if home := os.environ.get(HOME):
+        if copy is not None and _is_relative(home):
+            raise InputError(_lost(HOME, home))
         return Path(home).expanduser().absolute()
-    here = Path.cwd()
-    return Path.home() / "raytrain2p" if "runtime_resources" in here.parts else here
+    return Path.cwd() if copy is None else Path.home() / "raytrain2p"
+
+
+def copy_of_working_dir() -> str | None:
+    """Ray's copy of a job's `--working-dir`, if this process runs in one."""
+    with suppress(FileNotFoundError):  # the working directory was deleted
+        if (found := COPY.match(str(Path.cwd()))) is not None:
+            return found[0]
+    return None
+
+
+def in_this_copy(text: str) -> str:
+    """A text in which paths in the copy of an earlier job are those in the copy of this job, if it has one."""
+    copy = copy_of_working_dir()
+    return text if copy is None else COPY.sub(lambda _: copy, text)
+
+
+def outputs_line(settings: Settings) -> str | None:
+    """Where outputs go, if that is not the working directory of a job and nothing says so."""
+    base = base_directory()
+    if os.environ.get(HOME) or copy_of_working_dir() is None or settings.output.root != str(base / OutputSettings().root):
+        return None
+    return f"outputs go to {base} ({HOME} is not set)"
+
+
+def relative_outputs(settings: Settings) -> list[Problem]:
+    """Relative paths of outputs that were set for a job and would be in another directory than outside it: in the copy of the working
+    directory, or in `~/raytrain2p`.
+
+    Args:
+        settings: with the paths as written.
+    """
+    if copy_of_working_dir() is None:
+        return []
+    given = {"RAYTRAIN2P_CACHE": os.environ.get("RAYTRAIN2P_CACHE")}
+    if not os.environ.get(HOME):
+        uri = settings.tracking.uri
+        given["RAYTRAIN2P_FEATURES"] = os.environ.get("RAYTRAIN2P_FEATURES") if settings.data.feature_store is None else None
+        given["data.feature_store"] = settings.data.feature_store
+        given["output.root"] = settings.output.root if settings.output.root != OutputSettings().root else None
+        given["tracking.uri"] = uri if uri not in (TrackingSettings().uri, _absolute_store(uri, Path("/"))) else None
+    return [_lost(name, path) for name, path in given.items() if path and (name == "tracking.uri" or _is_relative(path))]
+
+
+def absolute_output(setting: str, path: str) -> Path:
+    """An output that is not a setting.
+
+    Raises:
+        InputError: it is relative in a job whose working directory is a copy.
+    """
+    if copy_of_working_dir() is not None and not os.environ.get(HOME) and _is_relative(path):
+        raise InputError(_lost(setting, path))
+    return base_directory() / Path(path).expanduser()
+
+
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not Path(path).expanduser().is_absolute()
+
+
+def _lost(setting: str, path: str) -> Problem:
+    what = "is relative, and this job runs in a copy of its working directory, which Ray deletes"
+    fix = f"give an absolute path on storage that all nodes share{'' if setting == HOME else f', or set {HOME} to one'}"
+    return Problem(f"{setting}={masked(path)}", what, fix)
 
 
 def absolute_paths(settings: Settings) -> Settings:

@@ -51,7 +51,8 @@ def train(
         settings: path of a YAML file, its groups as a dictionary, or checked settings; None takes the packaged ones of the phase.
         phase: 1 (alignment) or 2 (instruction). Checked settings have it already.
         resume: a run to resume with its own settings: its directory, run ID or the start of one, launch ID, outcome, or `latest`.
-        launch_id: stable name of this launch over retries; a launch that has a run already resumes it.
+        launch_id: stable name of this launch over retries; a launch that has a run already resumes it. By default a new one; in a
+            submitted job it follows from its submission ID and these settings.
         accept_changed_inputs: resume although records, models or the aligner have other content.
         quiet: print no progress. Otherwise it goes to standard error.
         ray_logs: print Ray's own output too.

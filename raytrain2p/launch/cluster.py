@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,11 @@ from raytrain2p.interrupts import kept_from_children
 from raytrain2p.launch.quiet import muted_stderr
 from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory, setproctitle
 from raytrain2p.launch.ray_token import ensure_token
+from raytrain2p.launch.submission import cluster_of_job, outside_job, submitted_job, unless_of_job
 
 SECONDS_TO_ANSWER = 5.0
+SUBMIT = "submit the command to that cluster: ray job submit --working-dir . -- python -m raytrain2p..."
+NOT_A_CLUSTER = "is not the HOST:PORT of a Ray cluster, whose disks a launch must share"
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
 
 
@@ -55,14 +58,20 @@ class Capacity:
 
 
 def existing_address() -> str | None:
-    """The address of a running cluster, if there is one: RAY_ADDRESS (`local`: none), or a cluster of `ray start` on this machine.
+    """The address of a running cluster, if there is one: that of the job, RAY_ADDRESS (`local`: none), or a cluster of `ray start` on
+    this machine.
 
     Raises:
-        InputError: the cluster of RAY_ADDRESS does not answer, or it is `auto` and there is none on this machine.
+        InputError: the cluster of RAY_ADDRESS does not answer, or is reached by another protocol; or it is `auto` and there is none on
+            this machine.
     """
     if (address := os.environ.get("RAY_ADDRESS")) and address != "auto":
         if address == "local":
             return None
+        if "://" in address:
+            raise InputError(Problem(f"RAY_ADDRESS={address}", NOT_A_CLUSTER, SUBMIT))
+        if submitted_job() is not None:
+            address = cluster_of_job(address)
         if not answers(address):
             raise InputError(Problem(f"RAY_ADDRESS={address}", "no Ray cluster answers there", "start the cluster, or unset RAY_ADDRESS"))
         return address
@@ -75,8 +84,8 @@ def existing_address() -> str | None:
 
 
 def answers(address: str) -> bool:
-    """Whether something listens at `[ray://]host:port`; Ray itself would wait for minutes."""
-    host, _, port = address.rpartition("//")[2].rpartition(":")
+    """Whether something listens at `host:port`; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=SECONDS_TO_ANSWER):
             return True
@@ -107,7 +116,7 @@ def check_token(address: str | None) -> None:
             where, why = getattr(error, "filename", None) or "~/.ray/auth_token", getattr(error, "strerror", None) or error
             fix = "set RAY_AUTH_TOKEN to a secret of at least 32 characters"
             raise InputError(Problem(str(where), f"Ray's token cannot be made there: {why}", fix)) from None
-    elif "://" not in address and os.environ.get("RAY_AUTH_MODE") == "token" and is_open(address):
+    elif os.environ.get("RAY_AUTH_MODE") == "token" and is_open(address):
         what = "demands no token, so whoever reaches it can run code, and its nodes cannot answer this launch"
         fix = "start it with RAY_AUTH_MODE=token, as cluster/head.sh does; or set RAY_AUTH_MODE here as the cluster has it"
         raise InputError(Problem(f"Ray at {address}", what, fix))
@@ -187,6 +196,8 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         InputError: the cluster cannot be reached, or lacks what the launch asks for.
     """
     if ray.is_initialized():
+        if ray.util.client.ray.is_connected():
+            raise InputError(Problem("ray.init", "has connected this program by Ray Client (ray://)", SUBMIT))
         yield checked_capacity(launch, of_caller=True)
         return
     hide_command_line()
@@ -202,9 +213,9 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     # Without RAY_ADDRESS, an actor of Ray Train asks the cluster that was started last on this machine for our controller, does
     # not find it, and ends our workers.
     caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
-    options["runtime_env"] = {"env_vars": caches | {"RAY_ADDRESS": address}}
+    options["runtime_env"] = {"env_vars": unless_of_job(caches) | {"RAY_ADDRESS": address}}
     try:
-        with muted_stderr(verbose), kept_from_children():
+        with muted_stderr(verbose), kept_from_children(), outside_job() if starts else nullcontext():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         reason = one_line(error, 300)  # ValueError: the object store leaves too little memory

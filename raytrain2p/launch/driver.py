@@ -22,6 +22,7 @@ from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.places import place_problem, place_problems
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
 from raytrain2p.phases.instruction.checks import check_encoders
@@ -49,7 +50,7 @@ def launch(
     """Train one phase.
 
     Args:
-        launch_id: stable name of the launch; None makes a new one. If it has a run already, that run is resumed.
+        launch_id: stable name of the launch; None takes that of the job, or makes a new one. If it has a run already, that run is resumed.
         verbose: print Ray's own output too.
         accept_changed_inputs: a resumed run may have inputs of other content.
         command: shell line that launches the same, which the run records; None takes what was typed.
@@ -61,7 +62,10 @@ def launch(
     """
     if not verbose:
         quiet()
-    launch_id = checked_launch_id(launch_id or f"launch-{uuid.uuid4().hex[:12]}")
+    of_job = launch_id_of_job(f"phase{phase}", settings.model_dump(mode="json"))
+    launch_id = checked_launch_id(launch_id or of_job or f"launch-{uuid.uuid4().hex[:12]}")
+    for line in lines_of_job(settings):
+        console.say(line)
     with naming_run(settings.output.root, launch_id):
         return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command)
 
@@ -106,7 +110,7 @@ def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: 
     """The outcome of a launch whose run is finished, if these settings do not ask for more steps."""
     outcome = finished_outcome(run, settings, inputs.records) if run is not None else None
     if run is not None and outcome is not None:
-        console.say(f"run {run.run_id} is finished already")
+        console.say(f"run {run.run_id} of launch {run.launch_id} is finished already")
     return outcome
 
 

@@ -28,6 +28,9 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 # cluster is gone, and falls back to any Ray on the machine, such as that of another launch.
 from ray._private.services import find_bootstrap_address  # isort: skip
 
+# The variable in which Ray gives the driver of a submitted job its submission ID and runtime environment.
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_CONFIG  # isort: skip
+
 # The CPUs that `ray.init` would count, container limits included. `os.cpu_count` ignores those limits, and
 # `ray.cluster_resources` needs a Ray that runs: too many workers are refused before one is started.
 from ray._private.utils import get_num_cpus  # isort: skip
@@ -42,6 +45,7 @@ CHECKED_VERSION = "2.60.0"
 
 __all__ = [
     "CHECKED_VERSION",
+    "JOB_CONFIG",
     "DatasetsCallback",
     "FixedScalingPolicy",
     "PlacementGroupCleanerCallback",

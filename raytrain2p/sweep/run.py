@@ -14,6 +14,7 @@ from raytrain2p.launch.driver import checked_launch_id, encode, prepared
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
 from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.quiet import muted_stderr, quiet
+from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
@@ -22,8 +23,9 @@ from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
 from raytrain2p.tracking.create_run import get_or_create_run
+from raytrain2p.tracking.find import check_in_place
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
-from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock
+from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock, recorded_run
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
 from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import SweepChannel
@@ -56,8 +58,15 @@ def run_sweep(
     """
     if not verbose:
         quiet()
-    launch_id = checked_launch_id(resumed.launch_id if resumed else f"sweep-{uuid.uuid4().hex[:12]}")
-    with naming_run(sweep.base.output.root, launch_id):
+    root = sweep.base.output.root
+    of_job = launch_id_of_job("sweep", sweep_config(sweep))
+    launch_id = checked_launch_id(resumed.launch_id if resumed else of_job or f"sweep-{uuid.uuid4().hex[:12]}")
+    if resumed is None and (resumed := recorded_run(root, launch_id)) is not None:  # this job was submitted before
+        resumed.files.check()
+        check_in_place(resumed, root, f"launch {launch_id}")
+    for line in lines_of_job(sweep.base):
+        console.say(line)
+    with naming_run(root, launch_id):
         return _run_sweep(sweep, resumed, launch_id, verbose, console, accept_changed_inputs, command)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from raytrain2p.config import InputError, Problem, base_directory
 from raytrain2p.config.cli import report as print_line
+from raytrain2p.config.paths import COPY, copy_of_working_dir
 from raytrain2p.config.phases import INSTRUCTION, PHASES, SWEEPS, Phase
 from raytrain2p.config.settings import OutputSettings
 from raytrain2p.tracking.damage import DamagedFileError, damaged
@@ -176,6 +177,9 @@ def check_in_place(run: Run, root: str, setting: str) -> None:
     Raises:
         InputError: it is not.
     """
+    if COPY.match(str(run.path)):
+        what = "is in Ray's copy of the job's working directory, which is deleted"
+        raise InputError(Problem(setting, f"{run.path} {what}", "give its run ID or launch ID, `latest`, or its path outside the job"))
     recorded = recorded_run(root, run.launch_id)
     if recorded is None or recorded.path.resolve() != run.path.resolve():
         where = recorded.directory if recorded is not None else f"a run under {root}"
@@ -250,7 +254,8 @@ def find_artifact(
     fitting = _fitting(runs, wanted, root)
     if len(fitting) != 1:
         what = _several(fitting, folder) if fitting else f"is neither a file nor the start of a run ID in {folder}, nor a launch ID"
-        raise InputError(Problem(f"{setting}={wanted}", what, "give a path, more of the run ID, a launch ID, or `latest`"))
+        a_path = "a path" if copy_of_working_dir() is None else "an absolute path (a relative one is in Ray's copy of --working-dir)"
+        raise InputError(Problem(f"{setting}={wanted}", what, f"give {a_path}, more of the run ID, a launch ID, or `latest`"))
     found = RunDirectory(fitting[0]).artifact(phase)
     if not found.is_file():
         raise InputError(

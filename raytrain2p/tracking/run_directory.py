@@ -16,6 +16,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
+from raytrain2p.config.paths import in_this_copy
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
@@ -175,8 +176,9 @@ class RunDirectory:
 
     def read_config(self) -> dict[str, Any] | None:
         """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
-        those of where it is now."""
+        those of where it is now; and paths in the copy of a job's working directory are in that of this job."""
         config: dict[str, Any] | None = read_as(self.config, ConfigShape)
+        config = json.loads(in_this_copy(json.dumps(config)))
         before, now = (config or {}).get("output", {}).get("root"), str(self.path.parent.parent)
         if before in (None, now) or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
             return config
@@ -184,7 +186,7 @@ class RunDirectory:
         return moved
 
     def moved_settings(self) -> list[str]:
-        """`key=value` for each setting of config.json that differs now because the output root was moved."""
+        """`key=value` for each setting of config.json that `read_config` has otherwise."""
         before, now = flatten_tree(read_as(self.config, ConfigShape) or {}), flatten_tree(self.read_config() or {})
         return [f"{key}={json.dumps(value)}" for key, value in now.items() if before[key] != value]
 

@@ -12,9 +12,19 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from raytrain2p.config import AlignmentSettings, Findings, InputError, InstructionSettings, Problem, cache_directory, flatten, load_settings
+from raytrain2p.config import (
+    AlignmentSettings,
+    Findings,
+    InputError,
+    InstructionSettings,
+    Problem,
+    base_directory,
+    cache_directory,
+    flatten,
+    load_settings,
+)
 from raytrain2p.config.metadata import known_keys
-from raytrain2p.config.paths import packaged_config
+from raytrain2p.config.paths import outputs_line, packaged_config
 from raytrain2p.config.problems import MOST_ALIKE
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, Source
 from raytrain2p.sweep.load import load_sweep
@@ -375,15 +385,59 @@ def test_raytrain2p_home_moves_relative_outputs_but_not_records(tmp_path: Path, 
     assert paths(settings.data.train) == [str(here / "a.jsonl")]
 
 
-def test_in_a_submitted_job_outputs_leave_the_copy_that_ray_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory of a submitted job: Ray's copy of `--working-dir`."""
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    monkeypatch.delenv("RAYTRAIN2P_HOME", raising=False)
+    for name in ("RAYTRAIN2P_HOME", "RAYTRAIN2P_FEATURES", "RAYTRAIN2P_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    return copy
+
+
+def test_in_a_submitted_job_outputs_leave_the_copy_that_ray_deletes(tmp_path: Path, copy: Path) -> None:
     settings = load_settings(2, None, ["data.train=a.jsonl"])
     assert settings.output.root == str(tmp_path / "user" / "raytrain2p" / "checkpoints")
+    assert outputs_line(settings) == f"outputs go to {tmp_path}/user/raytrain2p (RAYTRAIN2P_HOME is not set)"
     assert paths(settings.data.train) == [str(copy / "a.jsonl")]
+
+
+OUTPUTS = {"output.root": "out", "data.feature_store": "store", "tracking.uri": "sqlite:///m.db"}
+
+
+def test_in_a_submitted_job_relative_outputs_are_refused_all_at_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_CACHE", "cache")
+    with pytest.raises(InputError) as caught:
+        load_settings(2, None, [f"{name}={path}" for name, path in OUTPUTS.items()])
+    assert {problem.where for problem in caught.value.problems} == {"RAYTRAIN2P_CACHE=cache", *(f"{k}={v}" for k, v in OUTPUTS.items())}
+    assert "or set RAYTRAIN2P_HOME" in str(caught.value)
+    monkeypatch.setenv("RAYTRAIN2P_HOME", "results")
+    with pytest.raises(InputError, match="RAYTRAIN2P_HOME=results"):
+        base_directory()
+
+
+def test_in_a_submitted_job_outputs_are_relative_to_raytrain2p_home(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_HOME", "/shared")
+    settings = load_settings(2, None, [f"{name}={path}" for name, path in OUTPUTS.items()])
+    assert settings.output.root == "/shared/out"
+    assert settings.data.feature_store == "/shared/store"
+    assert settings.tracking.uri == "sqlite:////shared/m.db"
+    assert outputs_line(settings) is None
+
+
+def test_absolute_outputs_are_fine_in_a_submitted_job(copy: Path) -> None:
+    overrides = ["output.root=/out", "data.feature_store=~/store", "tracking.uri=http://server:5000"]
+    assert outputs_line(load_settings(2, None, overrides)) is None
+
+
+def test_a_folder_of_rays_name_outside_a_job_is_a_folder_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "runtime_resources"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.delenv("RAYTRAIN2P_HOME", raising=False)
+    assert load_settings(2, None, ["output.root=out"]).output.root == str(here / "out")
 
 
 def test_features_lie_in_the_cache_unless_said_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,9 +276,13 @@ def ray_job(words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False)
 
 
-def submit(command: str) -> dict[str, Any]:
-    """Submit a job to the shared head, wait for its end, and return the outcome that it prints."""
-    done = ray_job(f"submit --working-dir . -- {command}")
+def submit(command: str, options: str = "") -> dict[str, Any]:
+    """Submit a job to the shared head, wait for its end, and return the outcome that it prints.
+
+    Args:
+        options: of `ray job submit`, without spaces in them.
+    """
+    done = ray_job(f"submit {options} --working-dir . -- {command}")
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-5000:]
     assert "succeeded" in output

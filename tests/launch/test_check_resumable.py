@@ -84,6 +84,22 @@ def test_a_run_without_a_digest_is_compared_by_the_number_of_records(run: Run) -
     assert "has 61 records" in refused(run, digests=InputDigests(61, "b" * 64))
 
 
+def test_a_run_with_models_and_records_in_a_jobs_working_directory_is_resumed_by_another_job(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [tmp_path / session / "runtime_resources/working_dir_files/_ray_pkg_1" for session in ("before", "now")]
+    for copy in copies:
+        (copy / "model").mkdir(parents=True)
+    config = json.loads(run.files.config.read_text())
+    config["model"]["language_model"], config["data"]["train"] = f"{copies[0]}/model", f"{copies[0]}/records.jsonl"
+    run.files.write_config(config)
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(Path.cwd()))
+    monkeypatch.chdir(copies[1])
+    check_resumable(run, load_settings(2, None, [*TRAINING, "model.language_model=model", "data.train=records.jsonl"]), DIGESTS)
+    settings = load_settings(2, run.files.config, run.files.moved_settings())
+    assert settings.data.train[0].path == f"{copies[1]}/records.jsonl"
+
+
 @pytest.mark.parametrize("name", ["run.json", "config.json", "status.json"])
 def test_a_damaged_run_is_refused_with_its_file(run: Run, name: str) -> None:
     (run.path / name).write_bytes(bytes(10))

@@ -15,7 +15,9 @@ from raytrain2p.config import InputError, Settings, load_settings
 from raytrain2p.config.console import Console
 from raytrain2p.launch import driver
 from raytrain2p.launch.cluster import Capacity
+from raytrain2p.launch.ray_private import JOB_CONFIG
 from raytrain2p.launch.resume import check_resumable, finished_outcome
+from raytrain2p.launch.submission import launch_id_of_job
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.storage.files import write_json
 from raytrain2p.tracking.create_run import get_or_create_run
@@ -33,11 +35,11 @@ def settings(tmp_path: Path, made_store: Path, tiny_config: Path, monkeypatch: p
     return load_settings(1, tiny_config / "phase1.yaml", [])
 
 
-def finished_run(settings: Settings) -> Run:
+def finished_run(settings: Settings, launch_id: str = "twice") -> Run:
     """What a launch leaves that trained to its end."""
     prepare_store(settings, "e")
     launch_record(settings.output.root, "any").parent.mkdir(parents=True, exist_ok=True)
-    run = get_or_create_run(settings, "alignment", "e", "twice")
+    run = get_or_create_run(settings, "alignment", "e", launch_id)
     describe_run(run, resolved_config(settings, {}), "command", asdict(read_inputs(settings, 1).digests))
     write_json(run.files.result, asdict(Outcome(run.run_id, run.directory, None, None, f"{run.directory}/aligner.pt", {})))
     run.files.write_status("FINISHED")
@@ -64,7 +66,9 @@ def test_what_is_absent_shortened_or_left_out_is_said_once_before_training(
     ]
 
 
-def launch_after(settings: Settings, meanwhile: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> Outcome:
+def launch_after(
+    settings: Settings, meanwhile: Callable[[], object], monkeypatch: pytest.MonkeyPatch, launch_id: str | None = "twice"
+) -> Outcome:
     """A launch; after its checks, and before it has the lock, something else happens."""
 
     @contextmanager
@@ -77,13 +81,25 @@ def launch_after(settings: Settings, meanwhile: Callable[[], object], monkeypatc
 
     monkeypatch.setattr(driver, "connected", connected)
     monkeypatch.setattr(driver, "encode", train)
-    return driver.launch(settings, 1, "twice", True, Console())
+    return driver.launch(settings, 1, launch_id, True, Console())
 
 
 def test_a_launch_that_waited_for_the_same_launch_gets_its_outcome(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Run] = []
     outcome = launch_after(settings, lambda: made.append(finished_run(settings)), monkeypatch)
     assert outcome.run_id == made[0].run_id
+
+
+def test_a_job_that_is_submitted_again_gets_the_run_of_its_first_launch(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tiny_config: Path
+) -> None:
+    monkeypatch.setenv(JOB_CONFIG, '{"metadata": {"job_submission_id": "mine"}}')
+    launch_id = launch_id_of_job("phase1", settings.model_dump(mode="json"))
+    assert launch_id is not None
+    run = finished_run(settings, launch_id)
+    assert driver.launch(settings, 1, None, True, Console()).run_id == run.run_id
+    with pytest.raises(AssertionError, match="is trained again"):  # a launch of its own
+        launch_after(load_settings(1, tiny_config / "phase1.yaml", ["seed=5"]), lambda: None, monkeypatch, None)
 
 
 def test_a_launch_with_other_settings_that_waited_for_the_same_launch_is_refused(

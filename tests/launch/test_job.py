@@ -1,10 +1,12 @@
 """Both phases with the packaged models on the embedded set, as jobs submitted to a Ray head."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import raytrain2p
 from raytrain2p.data.embedded import images
 from tests.chaos.killing import only_long
 from tests.launch.launching import points, run_command, submit
@@ -16,7 +18,10 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(1200)]
 
 
 def test_phase_1_runs_as_a_submitted_job_and_its_loss_falls(ray_head: str) -> None:
-    first = submit(f"python -m raytrain2p.train --phase 1 training.max_epochs=10 training.global_batch_size=39 {SMALL} {FEW}")
+    hf_home = os.environ.get("HF_HOME", str(Path.home() / ".cache/huggingface"))  # Ray refuses a variable that the job has and we send
+    options = f'--submission-id=of-a-test --runtime-env-json={{"env_vars":{{"HF_HOME":"{hf_home}"}}}}'
+    first = submit(f"python -m raytrain2p.train --phase 1 training.max_epochs=10 training.global_batch_size=39 {SMALL} {FEW}", options)
+    assert (raytrain2p.find(first["directory"]).read_record() or {})["launch_id"].startswith("of-a-test-phase1-")
     losses = points(first, "train_loss")
     assert losses[-1] < losses[0] / 2
     assert first["metrics"]["test_drawing/image_to_text_recall_at_1"] > 0.1
