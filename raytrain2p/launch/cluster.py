@@ -21,7 +21,7 @@ from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, 
 from raytrain2p.launch.ray_token import ensure_token
 
 SECONDS_TO_ANSWER = 5.0
-CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 @dataclass(frozen=True)
