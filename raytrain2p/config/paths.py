@@ -128,7 +128,7 @@ def absolute_paths(settings: Settings) -> Settings:
                     "feature_store": resolve(store),
                 }
             ),
-            "model": _absolute_models(settings.model),
+            "model": with_models(settings.model, lambda setting, name: _absolute_model(name)),
             "output": settings.output.model_copy(update={"root": resolve(settings.output.root)}),
             "tracking": settings.tracking.model_copy(update={"uri": uri}),
         }
@@ -168,15 +168,21 @@ def is_kind(path: Path, kind: Callable[[Path], bool]) -> bool:
         return False
 
 
-def _absolute_models(group: Group) -> Group:
-    """A local directory becomes absolute; hub IDs and packaged names stay."""
+def with_models(group: Group, change: Callable[[str, str], str], prefix: str = "") -> Group:
+    """The settings with `change(SETTING, NAME)` in place of each name of a model."""
     changed: dict[str, Any] = {}
     for key, value in group:
         if isinstance(value, SettingsGroup):
-            changed[key] = _absolute_models(value)
-        elif NAMES_A_MODEL in type(group).model_fields[key].metadata and is_kind(Path(value).expanduser(), Path.is_dir):
-            changed[key] = str(Path(value).expanduser().absolute())
+            changed[key] = with_models(value, change, f"{prefix}{key}.")
+        elif NAMES_A_MODEL in type(group).model_fields[key].metadata:
+            changed[key] = change(f"{prefix}{key}", value)
     return group.model_copy(update=changed)
+
+
+def _absolute_model(name: str) -> str:
+    """A local directory becomes absolute; hub IDs and packaged names stay."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if is_kind(path, Path.is_dir) else name
 
 
 def cache_directory() -> Path:

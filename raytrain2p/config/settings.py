@@ -22,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_SOFT_TOKENS = 16
 INIT, ALIGNER = "model.init", "model.aligner"  # these name the artifact of another run: what a run came from
 NAMES_A_MODEL = "a hub ID, a packaged name, or a local directory, whose path is resolved when settings are loaded"
+MODEL = "hub ID (OWNER/NAME, or OWNER/NAME@REVISION for a branch, tag or commit), local directory or packaged name"
 
 
 def _named(text: str) -> str:
@@ -228,7 +229,7 @@ class EvaluationSettings(SettingsGroup):
 class EncoderSettings(SettingsGroup):
     """A frozen encoder. `model.encoders.image=NAME` is short for `model.encoders.image.name=NAME`."""
 
-    name: ModelName = setting(..., "hub ID, local directory or packaged name", _ENCODER)
+    name: ModelName = setting(..., MODEL, _ENCODER)
 
     def options(self) -> dict[str, Any]:
         """What is set beside the name."""
@@ -238,21 +239,21 @@ class EncoderSettings(SettingsGroup):
 class ImageEncoderSettings(EncoderSettings):
     """Of images."""
 
-    name: ModelName = setting("efficientnet-lite0", "hub ID, local directory or packaged name of a vision encoder", _ENCODER)
+    name: ModelName = setting("efficientnet-lite0", f"{MODEL} of a vision encoder", _ENCODER)
     size: ImageSide | None = setting(None, "side in pixels that images are resized to (default: the encoder's own)", _ENCODER)
 
 
 class AudioEncoderSettings(EncoderSettings):
     """Of sound."""
 
-    name: ModelName = setting("whisper-tiny.en", "hub ID, local directory or packaged name of a speech encoder", _ENCODER)
+    name: ModelName = setting("whisper-tiny.en", f"{MODEL} of a speech encoder", _ENCODER)
     pool: PositiveInt | None = setting(None, "neighbouring positions averaged into one (default: none are)", _ENCODER)
 
 
 class TextEncoderSettings(EncoderSettings):
     """Of text."""
 
-    name: ModelName = setting("all-minilm-l6-v2", "hub ID, local directory or packaged name of a text encoder", _ENCODER)
+    name: ModelName = setting("all-minilm-l6-v2", f"{MODEL} of a text encoder", _ENCODER)
     layer: Count | None = setting(None, "layer to take, 0 is the embeddings (default: the last)", _ENCODER)
     pooled: bool | None = setting(None, "false: a vector for each token, not their mean alone (default: true)", _ENCODER)
 
@@ -314,9 +315,7 @@ class LoraSettings(SettingsGroup):
 class InstructionModelSettings(SettingsGroup):
     """Phase 2: a causal language model that reads media through the aligner of phase 1."""
 
-    language_model: ModelName = setting(
-        "smollm2-135m-instruct", "hub ID, local directory or packaged name of a causal LM", _MODEL.but(splits=True)
-    )
+    language_model: ModelName = setting("smollm2-135m-instruct", f"{MODEL} of a causal language model", _MODEL.but(splits=True))
     encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
     init: Text | None = setting(
         None,

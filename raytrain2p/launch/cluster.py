@@ -24,7 +24,7 @@ from raytrain2p.launch.submission import cluster_of_job, outside_job, submitted_
 SECONDS_TO_ANSWER = 5.0
 SUBMIT = "submit the command to that cluster: ray job submit --working-dir . -- python -m raytrain2p..."
 NOT_A_CLUSTER = "is not the HOST:PORT of a Ray cluster, whose disks a launch must share"
-CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE")
+CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
+from raytrain2p.launch.models import fetch_models, pin_models
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.places import place_problem, place_problems
@@ -89,6 +90,7 @@ def _launch(
                 return outcome
             check_artifacts_are_there(settings)
             check_nodes([inputs], console)
+            fetch_models(inputs.model_names, settings.launch, console)
             with muted_stderr(verbose):
                 encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
             threads = cpus_per_worker(settings.launch, capacity)
@@ -121,13 +123,13 @@ def check(
     be resumed with these settings.
 
     Returns:
-        The settings with `model.init` and `model.aligner` resolved to paths, and the phase's inputs.
+        The settings with `model.init` and `model.aligner` resolved to paths and hub models to commits, and the phase's inputs.
 
     Raises:
         InputError: every problem at once.
     """
     findings = Findings()
-    settings = resolve_artifacts(settings, findings, console, run)
+    settings = pin_models(resolve_artifacts(settings, findings, console, run), run, console)
     with findings:
         findings.extend(check_before_connecting(settings.launch))
     inputs = None

@@ -131,7 +131,7 @@ def train(
         data=splits.data,
         channel=channel,
         facts=asdict(splits.digests) | {"use": splits.use},
-        environment=mlflow_environment(),
+        environment=passed_environment(),
         launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
         tags=trial.tags if trial else source_tags("raytrain2p.train"),
@@ -184,9 +184,10 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
     return Outcome(**read_json(run.files.result))
 
 
-def mlflow_environment() -> dict[str, str]:
-    """Variables that MLflow needs. They may hold credentials, so workers do not get them by Ray's runtime environment, which it logs."""
-    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+def passed_environment() -> dict[str, str]:
+    """Variables that MLflow and the model hub need. They may hold credentials, so workers do not get them by Ray's runtime environment,
+    which it logs."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name == "HF_TOKEN"}
 
 
 def typed_command(module: str, leave_out: str | None = None) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ from typing import Any
 
 from raytrain2p.config import InputError, Problem, cache_directory
 from raytrain2p.config.paths import is_kind
+from raytrain2p.config.secrets import one_line
 from raytrain2p.models.packaged import PACKAGED_MODELS, packaged_directory
 from raytrain2p.storage.files import write_file
 
@@ -24,6 +26,7 @@ TOKENIZER = (
 SENTENCEPIECE = "*.model"
 EARLIER = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")  # what fingerprints once covered, in order
 FROM_HUB = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _COPIES: ContextVar[Mapping[str, Path]] = ContextVar("_COPIES", default=MappingProxyType({}))
 
 
@@ -45,7 +48,8 @@ def model_directory(name: str, setting: str = "model") -> Path:
     """A directory that `from_pretrained` takes.
 
     Args:
-        name: a packaged name, an existing local directory, or a hub ID; looked up in that order.
+        name: a packaged name, an existing local directory, or a hub ID, perhaps with `@` and a branch, tag or commit; looked up in that
+            order. The hub is asked about a commit only until its files are here, and about all else each time.
         setting: the dotted path that `name` came from, for the message.
 
     Raises:
@@ -67,6 +71,24 @@ def local_directory(name: str) -> Path | None:
     """Where a model is that is neither packaged nor of the hub; None if it is one of them, or not there."""
     path = _COPIES.get().get(name, Path(name).expanduser())
     return path.absolute() if name not in PACKAGED_MODELS and is_kind(path, Path.is_dir) else None
+
+
+def hub_id(name: str) -> tuple[str, str] | None:
+    """The repository of a hub model and its revision, which may be empty; None for a packaged model and a local directory."""
+    if name in PACKAGED_MODELS or local_directory(name) is not None:
+        return None
+    repository, _, revision = name.partition("@")
+    return repository, revision
+
+
+def pinned(name: str, setting: str = "model") -> str:
+    """The name of a hub model with the commit that its branch or tag is at now. Its files are here then. Other names stay.
+
+    Raises:
+        InputError: as of `model_directory`.
+    """
+    of_hub, directory = hub_id(name), model_directory(name, setting)
+    return name if of_hub is None else f"{of_hub[0]}@{directory.name}"  # a snapshot's directory has the name of its commit
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -92,17 +114,22 @@ def _from_hub(name: str, setting: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
+    repository, at, revision = name.partition("@")
+    if at and (repository in PACKAGED_MODELS or local_directory(repository) is not None):
+        what = f"names the revision {revision}, and models of the hub alone have revisions"
+        raise InputError(Problem(f"{setting}={name}", what, f"set {setting}={repository}"))
+    only = {"ignore_patterns": "*/*"}  # folders have the same weights in other forms
     try:
-        path = Path(snapshot_download(name, allow_patterns=[*FROM_HUB]))
+        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*FROM_HUB], **only))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(name, allow_patterns=[*FROM_HUB, "*.bin"]))
+            path = Path(snapshot_download(repository, revision=path.name, allow_patterns=[*FROM_HUB, "*.bin"], **only))
     except (OSError, ValueError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line(error, 400) or type(error).__name__
         raise InputError(
             Problem(
                 f"{setting}={name}",
                 f"is neither a packaged model ({', '.join(PACKAGED_MODELS)}) nor a directory, and the hub did not provide it: {reason}",
-                "check the spelling, or download the model and give its directory",
+                "check the spelling and HF_TOKEN, or download the model and give its directory",
             )
         ) from None
     return path

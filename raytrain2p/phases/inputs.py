@@ -122,6 +122,10 @@ class CheckedRecords:
     def records(self) -> int:
         return len(self.splits[TRAIN])
 
+    @property
+    def model_names(self) -> list[str]:
+        return [job.spec.name for job in self.jobs]
+
     def sources_of(self, split: str) -> tuple[tuple[SourceShare, ...], tuple[str, ...]]:
         """`shares` and `places` of a split; those of the training split alone are used."""
         return (self.shares, tuple(record.where for record in self.splits[TRAIN])) if split == TRAIN else ((), ())
@@ -192,6 +196,10 @@ class PhaseInputs(Protocol):
     @property
     def jobs(self) -> tuple[EncoderJob, ...]:
         """What to encode before `prepare`."""
+
+    @property
+    def model_names(self) -> list[str]:
+        """The pretrained models that workers and encoder processes load, as the settings name them."""
 
     @property
     def use(self) -> list[str]:

@@ -6,13 +6,16 @@ from dataclasses import replace
 
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.console import Console
-from raytrain2p.config.settings import LaunchSettings
+from raytrain2p.config.metadata import known_keys
+from raytrain2p.config.settings import NAMES_A_MODEL, SETTINGS_OF_PHASE, LaunchSettings
 from raytrain2p.launch.cluster import Capacity, check_before_connecting
 from raytrain2p.launch.driver import resolve_artifacts
+from raytrain2p.launch.models import pin_models, with_commit
 from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.resume import changed_inputs, check_resumable
 from raytrain2p.phases.inputs import PhaseInputs, check_global_batch, plan_notes
 from raytrain2p.phases.registry import check_init, read_inputs
+from raytrain2p.sweep.load import axes_of
 from raytrain2p.sweep.results import OVER, TrialRecords
 from raytrain2p.sweep.schedulers import longest
 from raytrain2p.sweep.settings import Sweep
@@ -22,17 +25,22 @@ from raytrain2p.sweep.trial import splits_key
 MOST_SPLITS = 32  # distinct splits that are prepared before the first trial
 
 
-def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseInputs]]:
+def check_sweep(sweep: Sweep, console: Console, is_new: bool = True) -> tuple[Sweep, dict[str, PhaseInputs]]:
     """Every check that needs no cluster.
 
+    Args:
+        is_new: not resumed. A sweep that is resumed has the commits of its hub models in its settings.
+
     Returns:
-        The sweep with `model.init` and `model.aligner` resolved, and the inputs by `splits_key`.
+        The sweep with `model.init`, `model.aligner` and hub models resolved, and the inputs by `splits_key`.
 
     Raises:
         InputError: every problem at once.
     """
     findings = Findings()
     sweep = replace(sweep, base=resolve_artifacts(sweep.base, findings, console))
+    if is_new:
+        sweep = with_commits(sweep, console)
     with findings:
         findings.extend(check_before_connecting(sweep_launch(sweep)))
     inputs_by_key: dict[str, PhaseInputs] = {}
@@ -57,6 +65,19 @@ def check_sweep(sweep: Sweep, console: Console) -> tuple[Sweep, dict[str, PhaseI
     for note in dict.fromkeys([*next(iter(inputs_by_key.values())).notes, *notes]):  # most trials have the same
         console.say(note)
     return sweep, inputs_by_key
+
+
+def with_commits(sweep: Sweep, console: Console) -> Sweep:
+    """The sweep with each hub model pinned to a commit, those among the values of its space too."""
+    kind, space = SETTINGS_OF_PHASE[sweep.options.phase], dict(sweep.options.space)
+    for setting, distributions in space.items():
+        if NAMES_A_MODEL in known_keys(kind)[setting].metadata:
+            space[setting] = {
+                distribution: [with_commit(setting, value, console) if isinstance(value, str) else value for value in values]
+                for distribution, values in distributions.items()
+            }
+    options = sweep.options.model_copy(update={"space": space})
+    return replace(sweep, options=options, axes=axes_of(options), base=pin_models(sweep.base, None, console))
 
 
 def split_variants(sweep: Sweep) -> list[Values]:

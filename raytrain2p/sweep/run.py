@@ -11,7 +11,8 @@ from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.cluster import Capacity, connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared
-from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, mlflow_environment, naming_run, typed_command
+from raytrain2p.launch.models import fetch_models
+from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, naming_run, passed_environment, typed_command
 from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
@@ -79,7 +80,7 @@ def _run_sweep(
     accept_changed_inputs: bool,
     command: Callable[[Run], str],
 ) -> SweepOutcome:
-    sweep, inputs_by_key = check_sweep(sweep, console)
+    sweep, inputs_by_key = check_sweep(sweep, console, is_new=resumed is None)
     root, options = sweep.base.output.root, sweep.options
     with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
         if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
@@ -111,6 +112,7 @@ def prepare_splits(
     sweep: Sweep, inputs_by_key: dict[str, PhaseInputs], capacity: Capacity, verbose: bool, console: Console
 ) -> dict[str, PreparedSplits]:
     """Compute missing features, and put the splits that the trials share into Ray's object store."""
+    fetch_models([name for inputs in inputs_by_key.values() for name in inputs.model_names], sweep.base.launch, console)
     splits: dict[str, PreparedSplits] = {}
     for key, inputs in inputs_by_key.items():
         if not splits or any(job.store.missing(job.items) for job in inputs.jobs):  # most share features: log them once
@@ -145,7 +147,7 @@ def run_trials(
             splits,
             sweep_launch(sweep).cpus_per_worker or 1,
             SweepChannel(),
-            mlflow_environment(),
+            passed_environment(),
             verbose,
         )
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")

@@ -57,7 +57,7 @@ class SweepJob:
         splits: by `splits_key`.
         threads: CPUs of a worker.
         channel: actor that passes messages of the trials to the sweep's driver.
-        environment: variables that MLflow needs.
+        environment: variables that MLflow and the model hub need.
         verbose: show Ray's own output.
     """
 
@@ -136,9 +136,11 @@ def train_trial(trial: Trial, job: SweepJob) -> None:
 def prepare(settings: Settings, phase: int, console: "TrialConsole") -> PreparedSplits:
     """Splits that were not prepared before the first trial, because too many trials differ in them."""
     from raytrain2p.launch.driver import encode, prepared
+    from raytrain2p.launch.models import fetch_models
     from raytrain2p.phases.registry import read_inputs
 
     inputs = read_inputs(settings, phase)
+    fetch_models(inputs.model_names, settings.launch, console)
     encode(inputs, settings, 1, console)
     return prepared(inputs)
 

@@ -26,7 +26,7 @@ class TrainJob:
         threads: CPUs of a worker.
         data: the prepared splits by name, in Ray's object store.
         facts: what a resumed run is checked against.
-        environment: variables that MLflow needs, perhaps credentials: Ray's own runtime environment would be logged.
+        environment: variables that MLflow and the model hub need, perhaps credentials: Ray's own runtime environment would be logged.
         trial: of a sweep; None for a single run.
         tags: more tags of the run; a trial names its sweep.
     """

@@ -1,31 +1,51 @@
-"""A stand-in for a model hub: the few endpoints that an upload needs, over HTTP, with what it was sent kept in memory."""
+"""A stand-in for a model hub: the few endpoints that uploads and downloads need, over HTTP, with all files kept in memory."""
 
 import base64
+import hashlib
 import http.server
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import pytest
+from huggingface_hub import constants
 
 
 class Hub(http.server.ThreadingHTTPServer):
     """Takes what has the token.
 
     Attributes:
-        files: what the repository holds, by path.
+        files: what the repository that is uploaded to holds, by path.
         private: whether it was made private.
+        commits: of the repositories that are downloaded from, files by commit.
+        branches: the commit of each branch, by `repository@branch`.
+        requests: method and path of each.
     """
 
     def __init__(self, token: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.token, self.files, self.objects = token, dict[str, bytes](), dict[str, bytes]()
         self.private: bool | None = None
+        self.commits, self.branches = dict[str, dict[str, bytes]](), dict[str, str]()
         self.requests = list[str]()
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def publish(self, repository: str, folder: Path, branch: str = "main") -> str:
+        """The files of a folder as a new commit of a branch; returns its hash."""
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        commit = hashlib.sha1(repr((repository, files)).encode()).hexdigest()
+        self.commits[commit], self.branches[f"{repository}@{branch}"] = files, commit
+        return commit
+
+    def downloads(self) -> list[str]:
+        """The files that were sent, in order, as `repository/resolve/commit/file`."""
+        return [request.removeprefix("GET /") for request in self.requests if request.startswith("GET ") and "/resolve/" in request]
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -35,13 +55,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments: Any) -> None:
         pass
 
-    def answer(self, value: Any, status: int = 200) -> None:
-        content = json.dumps(value).encode()
+    def answer(self, value: Any, status: int = 200, **headers: str) -> None:
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        for name, text in headers.items():
+            self.send_header(name.replace("_", "-"), text)
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def download(self, path: str) -> None:
+        """Of a published repository: what a revision is, its files, or one of them."""
+        hub, api = self.server, path.startswith("/api/models/")
+        parts = path.removeprefix("/api/models" * api).strip("/").split("/", 4)
+        repository, what, revision = "/".join(parts[:2]), parts[2], parts[3]
+        commit = hub.branches.get(f"{repository}@{revision}", revision)
+        if (files := hub.commits.get(commit)) is None:
+            return self.answer({"error": "no such revision"}, 404, X_Error_Code="RevisionNotFound")
+        if what == "revision":
+            return self.answer({"id": repository, "sha": commit, "siblings": [{"rfilename": name} for name in files]})
+        digests = {name: hashlib.sha1(held).hexdigest() for name, held in files.items()}
+        if what == "tree":
+            return self.answer([{"type": "file", "path": name, "size": len(files[name]), "oid": digests[name]} for name in files])
+        return self.answer(files[parts[4]], X_Repo_Commit=commit, ETag=f'"{digests[parts[4]]}"')
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -61,6 +99,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer({})
         if self.headers.get("Authorization") != f"Bearer {hub.token}":
             return self.answer({"error": "Invalid username or password."}, 401)
+        if any(one.partition("@")[0] in path for one in hub.branches):
+            return self.download(path)
         if path == "/api/repos/create":
             fields = json.loads(content)
             hub.private = fields.get("visibility") == "private"
@@ -102,3 +142,14 @@ def running(token: str) -> Iterator[Hub]:
         hub.shutdown()
         hub.server_close()
         thread.join()
+
+
+def reached(hub: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes models from the hub, into a cache in `home`; huggingface_hub has read its variables by now."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home))
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    monkeypatch.setenv("HF_TOKEN", hub.token)

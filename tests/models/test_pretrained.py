@@ -3,9 +3,11 @@
 import ast
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ import raytrain2p
 from raytrain2p.config import InputError
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.packaged import PACKAGED_MODELS
-from raytrain2p.models.pretrained import content_of, fingerprint, is_model, model_directory
+from raytrain2p.models.pretrained import content_of, fingerprint, is_model, model_directory, pinned
+from tests.inference.hub import Hub, reached, running
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +156,89 @@ def test_a_file_is_hashed_once_and_again_after_it_changed(tiny_vit: Path, tmp_pa
     weights.write_bytes(content)
     assert fingerprint(copy) != before
     assert len(list(notes.iterdir())) == count + 1
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with running("the-token-of-a-hub-1") as hub:
+        reached(hub, tmp_path / "hub", monkeypatch)
+        yield hub
+
+
+@pytest.fixture
+def published(hub: Hub, tiny_vit: Path, tmp_path: Path) -> Path:
+    """What `someone/vit` has on its branch `main`, and what nobody needs."""
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_vit, folder)
+    for name in ("README.md", "pytorch_model.bin", "tf_model.h5"):
+        (folder / name).write_text("not needed")
+    hub.publish("someone/vit", folder)
+    return folder
+
+
+def test_a_branch_becomes_the_commit_that_it_is_at_and_a_commit_never_changes(hub: Hub, published: Path, tiny_vit: Path) -> None:
+    first = hub.branches["someone/vit@main"]
+    assert pinned("someone/vit") == pinned("someone/vit@main") == f"someone/vit@{first}"
+    before = fingerprint(model_directory(f"someone/vit@{first}"))
+    assert before == fingerprint(tiny_vit)
+    config = json.loads((published / "config.json").read_text())
+    (published / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 1e-3}))
+    second = hub.publish("someone/vit", published)
+    assert pinned("someone/vit") == f"someone/vit@{second}"
+    assert fingerprint(model_directory(f"someone/vit@{first}")) == before != fingerprint(model_directory("someone/vit"))
+
+
+def test_what_is_needed_of_a_hub_model_is_fetched_once_and_then_nothing_is_asked(hub: Hub, published: Path, tiny_vit: Path) -> None:
+    commit = hub.branches["someone/vit@main"]
+    name = pinned("someone/vit")
+    assert sorted(hub.downloads()) == sorted(f"someone/vit/resolve/{commit}/{path.name}" for path in tiny_vit.iterdir())
+    hub.requests.clear()
+    assert pinned(name) == name
+    model_directory(name)
+    assert hub.requests == []
+
+
+def test_files_that_an_interrupted_download_left_out_are_fetched(hub: Hub, published: Path) -> None:
+    name = pinned("someone/vit")
+    weights = model_directory(name) / "model.safetensors"
+    weights.resolve().unlink()
+    weights.unlink()
+    hub.requests.clear()
+    assert (model_directory(name) / "model.safetensors").is_file()
+    assert [path.rpartition("/")[2] for path in hub.downloads()] == ["model.safetensors"]
+
+
+def test_processes_that_need_a_model_at_once_fetch_each_file_once(hub: Hub, published: Path, tiny_vit: Path) -> None:
+    """As the nodes of a cluster do that have a cache in common."""
+    name = f"someone/vit@{hub.branches['someone/vit@main']}"
+    with multiprocessing.get_context("fork").Pool(3) as processes:
+        (found,) = set(processes.map(model_directory, [name] * 3))
+    assert fingerprint(found) == fingerprint(tiny_vit)
+    assert len(hub.downloads()) == len(set(hub.downloads())) == len([*tiny_vit.iterdir()])
+
+
+def test_weights_in_pytorchs_form_are_fetched_where_there_are_no_others(hub: Hub, published: Path) -> None:
+    (published / "model.safetensors").unlink()
+    commit = hub.publish("someone/vit", published)
+    assert (model_directory(pinned("someone/vit")) / "pytorch_model.bin").is_file()
+    assert f"someone/vit/resolve/{commit}/tf_model.h5" not in hub.downloads()
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "LOCAL"])
+def test_a_revision_of_what_is_not_of_the_hub_is_refused(name: str, tiny_vit: Path) -> None:
+    name = name.replace("LOCAL", str(tiny_vit))
+    assert pinned(str(tiny_vit)) == str(tiny_vit)
+    with pytest.raises(InputError) as caught:
+        model_directory(f"{name}@main", "model.language_model")
+    (problem,) = caught.value.problems
+    assert problem.where == f"model.language_model={name}@main"
+    assert problem.what == "names the revision main, and models of the hub alone have revisions"
+    assert problem.fix == f"set model.language_model={name}"
+
+
+def test_a_revision_that_the_hub_does_not_have_is_refused_by_its_setting(hub: Hub, published: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        pinned("someone/vit@v9", "model.encoders.image.name")
+    assert "model.encoders.image.name=someone/vit@v9" in str(caught.value)
+    assert "Revision Not Found" in str(caught.value)
+    assert hub.token not in str(caught.value)

@@ -134,6 +134,10 @@ class InstructionInputs(CheckedRecords):
         """A question of these records, for `predict`."""
         return question_arguments(self.splits)
 
+    @property
+    def model_names(self) -> list[str]:
+        return [*super().model_names, self.settings.model.language_model]
+
     def models(self) -> dict[str, dict[str, str]]:
         """Also the language model, with tokenizer and template, and the aligner, unless it is that of a warm start."""
         language_model, aligner = self.settings.model.language_model, self.settings.model.aligner
