@@ -218,6 +218,14 @@ class LaunchSettings(SettingsGroup):
     )
 
     @property
+    def min_workers(self) -> int:
+        return self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers
+
+    @property
     def gpus(self) -> float:
         """GPUs of a worker, once `auto` is resolved."""
         return self.gpus_per_worker if self.use_gpu is True else 0.0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -71,7 +72,7 @@ def autoscales() -> bool:
         return True
     status = json.loads(internal_kv_get(AUTOSCALER_STATUS) or "{}")
     types = ((status.get("autoscaler_report") or {}).get("node_type_mapping") or {}).values()
-    return any(not name.startswith("node_") for name in types)
+    return not all(re.fullmatch("node_[0-9a-f]{56}", name) for name in types)
 
 
 def read_limits(gcs_address: str) -> Limits | None:
@@ -167,7 +168,7 @@ def wait_for_nodes(wanted: LaunchSettings, capacity: Capacity, seconds: int, nee
 @contextmanager
 def requested(wanted: LaunchSettings) -> Iterator[None]:
     """Within, the autoscaler is asked for the resources of a group of workers; the requests of others stay as they are."""
-    bundle, count = worker_resources(wanted), wanted.num_workers
+    bundle, count = worker_resources(wanted), wanted.max_workers
     if wanted.placement_strategy == "STRICT_PACK":  # on one node
         bundle, count = {name: count * amount for name, amount in bundle.items()}, 1
     with HeldRequest(f"raytrain2p-{socket.gethostname()}-{os.getpid()}", ScalingConfig(resources_per_worker=bundle), count):
@@ -180,7 +181,7 @@ def spread_out(wanted: LaunchSettings) -> Iterator[None]:
     if wanted.placement_strategy != "STRICT_SPREAD":
         yield
         return
-    group = ray.util.placement_group([worker_resources(wanted)] * wanted.num_workers, strategy="STRICT_SPREAD")
+    group = ray.util.placement_group([worker_resources(wanted)] * wanted.min_workers, strategy="STRICT_SPREAD")
     try:
         yield
     finally:

@@ -99,9 +99,10 @@ class Capacity:
             return groups
         return sum(places) // workers
 
-    def holds(self, launch: LaunchSettings) -> int:
-        """How many groups of workers of a resolved launch fit at the same time."""
-        return self.groups(launch.num_workers, launch.cpus_per_worker or 1, launch.gpus, launch.accelerator_type, launch.placement_strategy)
+    def holds(self, launch: LaunchSettings, workers: int | None = None) -> int:
+        """How many groups of workers of a resolved launch fit at the same time; `workers` is the size of a group, by default its least."""
+        need = (launch.cpus_per_worker or 1, launch.gpus, launch.accelerator_type, launch.placement_strategy)
+        return self.groups(workers or launch.min_workers, *need)
 
     def at_most(self, launch: LaunchSettings) -> "Capacity":
         """With all nodes that the autoscaler may add, first those that hold the most workers."""
@@ -138,7 +139,7 @@ def cpus_per_worker(launch: LaunchSettings, capacity: Capacity, trial: bool = Fa
         suitable = [node for node in capacity.possible if node.workers(1, launch.gpus, launch.accelerator_type)]
         return max(1, min((int(node.cpus / node.gpus * launch.gpus + 1e-9) for node in suitable), default=1))
     cpus = 1
-    while not trial and capacity.fits(launch.num_workers, cpus + 1, 0, strategy=launch.placement_strategy):
+    while not trial and capacity.fits(launch.max_workers, cpus + 1, 0, strategy=launch.placement_strategy):
         cpus += 1
     return cpus
 
@@ -177,7 +178,7 @@ def worker_resources(launch: LaunchSettings) -> dict[str, float]:
 
 def needed(launch: LaunchSettings) -> str:
     """What all workers of a resolved launch take."""
-    return f"{launch.num_workers} x ({demand(launch)})" if launch.gpus else f"{launch.num_workers} x {launch.cpus_per_worker or 1} CPUs"
+    return f"{launch.min_workers} x ({demand(launch)})" if launch.gpus else f"{launch.min_workers} x {launch.cpus_per_worker or 1} CPUs"
 
 
 def demand(launch: LaunchSettings) -> str:

@@ -122,5 +122,5 @@ def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
     """As many as fit the cluster, with all that its autoscaler may add, or `max_concurrent` if that is less. The trials' own drivers
     take no CPU."""
     launch = sweep.base.launch
-    most = max(1, capacity.at_most(launch).holds(launch))
+    most = max(1, capacity.at_most(launch).holds(launch, launch.max_workers))
     return min(most, sweep.options.max_concurrent or most)
