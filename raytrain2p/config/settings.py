@@ -100,7 +100,7 @@ class DataSettings(SettingsGroup):
         None, "directory of stored features, on storage that all nodes share (default: the user's cache directory)", _DATA.but(trial=SHARED)
     )
     feature_workers: Annotated[int, Field(gt=0, le=1024)] = setting(
-        1, "encoder processes while features are computed (with GPUs: one GPU each)", _DATA.but(sweep_resume=FREE)
+        1, "encoder processes while features are computed (with GPUs: launch.gpus_per_worker each)", _DATA.but(sweep_resume=FREE)
     )
     loader_workers: Annotated[int, Field(ge=0, le=128)] = setting(0, "data loader processes per training worker", _DATA)
 
@@ -175,16 +175,39 @@ class LaunchSettings(SettingsGroup):
     """What Ray is asked for."""
 
     num_workers: PositiveInt = setting(1, "training workers", _OF_ALL_TRIALS)
-    use_gpu: bool = setting(False, "one GPU per worker; otherwise CPUs only", _OF_ALL_TRIALS)
+    use_gpu: bool | Literal["auto"] = setting(
+        "auto", "train and encode on GPUs; `auto`: if the cluster has any, or its autoscaler can add some", _OF_ALL_TRIALS
+    )
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = setting(
+        1.0,
+        "with GPUs: the share of one that is reserved per worker and per encoder process; less than 1 for a single worker",
+        _OF_ALL_TRIALS,
+    )
+    accelerator_type: Text | None = setting(None, "GPUs of this type alone, as Ray names it: H100, L4", _OF_ALL_TRIALS)
     cpus_per_worker: PositiveInt | None = setting(
         None,
-        "CPUs reserved per worker, and its threads (default: 1 with a GPU, else the cluster shared out)",
+        "CPUs reserved per worker, and its threads (default: with GPUs, a node's CPUs shared out among them; else the cluster shared out)",
+        _OF_ALL_TRIALS.but(sweep_resume=FREE),
+    )
+    placement_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = setting(
+        "PACK",
+        "on few nodes (PACK) or many (SPREAD) if possible, on a single one (STRICT_PACK), or each worker on another (STRICT_SPREAD)",
+        _OF_ALL_TRIALS.but(sweep_resume=FREE),
+    )
+    wait_for_nodes_s: Count | None = setting(
+        None,
+        "seconds to wait for nodes that the cluster lacks; its autoscaler, if it has one, is asked for them (default: 1800 with an "
+        "autoscaler, else 0)",
         _OF_ALL_TRIALS.but(sweep_resume=FREE),
     )
     strategy: Literal["ddp", "fsdp"] = setting(
         "ddp", "replicate what trains (ddp) or shard it over the workers (fsdp)", _OF_ALL_TRIALS.but(resume=FIXED)
     )
-    max_failures: Count = setting(0, "worker group restarts before the run counts as failed", _OF_ALL_TRIALS)
+    max_failures: Count | None = setting(
+        None,
+        "worker group restarts before the run counts as failed (default: 3 on an existing cluster, 0 on a Ray that is started here)",
+        _OF_ALL_TRIALS,
+    )
     hang_timeout_s: PositiveInt = setting(
         120,
         "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; Ray "
@@ -194,6 +217,19 @@ class LaunchSettings(SettingsGroup):
     object_store_mb: Annotated[int, Field(ge=80, le=MOST)] = setting(
         300, "object store of a Ray that is started here, in MB", _OF_ALL_TRIALS.but(sweep_resume=FREE)
     )
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of a worker, once `auto` is resolved."""
+        return self.gpus_per_worker if self.use_gpu is True else 0.0
 
 
 class OutputSettings(SettingsGroup):
@@ -209,9 +245,7 @@ class TrackingSettings(SettingsGroup):
 
     uri: Text = setting("sqlite:///mlflow.db", "MLflow tracking URI", _OF_ALL_TRIALS.but(resume=FIXED))
     experiment: Text | None = setting(None, "MLflow experiment (default: one per phase)", _OF_ALL_TRIALS.but(resume=FIXED))
-    system_metrics: bool | None = setting(
-        None, "also record CPU, memory and GPU use of each node (default: with launch.use_gpu)", _OF_ALL_TRIALS
-    )
+    system_metrics: bool | None = setting(None, "also record CPU, memory and GPU use of each node (default: with GPUs)", _OF_ALL_TRIALS)
 
 
 class EvaluationSettings(SettingsGroup):
@@ -392,6 +426,20 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
     size, micro, workers = flat["training.global_batch_size"], flat["training.micro_batch_size"], flat["launch.num_workers"]
     if all(type(number) is int and 0 < number <= MOST for number in (size, workers, 1 if micro is None else micro)):
         problems += _batch_problems(size, micro, workers, accumulates)
+    return problems + _gpu_problems(flat, workers)
+
+
+def _gpu_problems(flat: Mapping[str, Any], workers: Any) -> list[Problem]:
+    """What is asked of GPUs that are not used, and GPUs that the workers of one run would share."""
+    use_gpu, share, kind = flat["launch.use_gpu"], flat["launch.gpus_per_worker"], flat["launch.accelerator_type"]
+    problems = []
+    if use_gpu is False and kind is not None:
+        what = "names a GPU, and launch.use_gpu is false"
+        problems.append(Problem(f"launch.accelerator_type={kind}", what, "set launch.use_gpu=true, or launch.accelerator_type=null"))
+    if use_gpu is not False and type(share) is float and share < 1 and type(workers) is int and workers > 1:
+        what = f"{workers} workers of one run would share a GPU, which NCCL refuses"
+        fix = "set launch.gpus_per_worker=1, launch.num_workers=1 or launch.use_gpu=false"
+        problems.append(Problem(f"launch.gpus_per_worker={share:g} with launch.num_workers={workers}", what, fix))
     return problems
 
 

@@ -142,7 +142,7 @@ class FeatureStore:
         build_encoder: Callable[[], Encoder],
         workers: int,
         cpus: int,
-        gpus: int,
+        gpus: float,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> int:
         """Compute missing features through Ray Data, in a pool of encoder processes. Returns the number of items computed.
@@ -187,7 +187,7 @@ class FeatureStore:
         build_encoder: Callable[[], Encoder],
         workers: int,
         cpus: int,
-        gpus: int,
+        gpus: float,
         progress: Callable[[int, int], None],
     ) -> None:
         import ray.data

@@ -5,17 +5,18 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import psutil
 import ray
 
-from raytrain2p.config import InputError, Problem
+from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.interrupts import kept_from_children
+from raytrain2p.launch.autoscaler import cluster_capacity, with_autoscaler
+from raytrain2p.launch.capacity import Capacity, Node, check_capacity, resolved
 from raytrain2p.launch.quiet import muted_stderr
 from raytrain2p.launch.ray_private import find_bootstrap_address, get_num_cpus, get_system_memory, setproctitle
 from raytrain2p.launch.ray_token import ensure_token
@@ -25,36 +26,6 @@ SECONDS_TO_ANSWER = 5.0
 SUBMIT = "submit the command to that cluster: ray job submit --working-dir . -- python -m raytrain2p..."
 NOT_A_CLUSTER = "is not the HOST:PORT of a Ray cluster, whose disks a launch must share"
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """CPUs and GPUs by node, and how many machines these nodes are on.
-
-    Args:
-        started_here: this launch started the cluster, and stops it.
-        of_caller: the program that called us had initialised Ray, which stays as it is.
-    """
-
-    nodes: tuple[tuple[float, float], ...]
-    machines: int = 1
-    started_here: bool = False
-    of_caller: bool = False
-
-    @property
-    def cpus(self) -> float:
-        return sum(cpus for cpus, _ in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        return sum(gpus for _, gpus in self.nodes)
-
-    def fits(self, workers: int, cpus: int, gpus: int) -> bool:
-        """Whether that many workers fit, each on one node."""
-        places = 0
-        for node_cpus, node_gpus in self.nodes:
-            places += int(min(node_cpus // cpus, node_gpus // gpus if gpus else workers))
-        return places >= workers
 
 
 def existing_address() -> str | None:
@@ -123,62 +94,23 @@ def check_token(address: str | None) -> None:
 
 
 def local_capacity() -> Capacity:
-    """Of a Ray cluster that would be started here; starts none."""
+    """Of a Ray cluster that would be started here; starts none. Torch counts the GPUs that it can use, and opens none of them."""
     import torch
 
-    return Capacity(((float(get_num_cpus()), float(torch.cuda.device_count())),))
+    return Capacity((Node(float(get_num_cpus()), float(torch.cuda.device_count()), is_head=True),), started_here=True)
 
 
-def cluster_capacity() -> Capacity:
-    """Of the cluster that this process is connected to."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    machines = len({node["NodeManagerHostname"] for node in alive})
-    return Capacity(tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in alive), machines)
-
-
-def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
-    """Resources that the launch asks for and the cluster does not have: Ray would wait for them forever."""
-    problems = []
-    gpus = 1 if launch.use_gpu else 0
-    if launch.use_gpu and capacity.gpus < launch.num_workers:
-        problems.append(
-            Problem(
-                f"launch.num_workers={launch.num_workers} with launch.use_gpu=true",
-                f"needs {launch.num_workers} GPUs; the cluster has {capacity.gpus:g}",
-                "lower launch.num_workers, set launch.use_gpu=false, or use a larger cluster (RAY_ADDRESS)",
-            )
-        )
-    elif not capacity.fits(launch.num_workers, launch.cpus_per_worker or 1, gpus):
-        problems.append(
-            Problem(
-                f"launch.num_workers={launch.num_workers}",
-                f"needs {launch.num_workers} x {launch.cpus_per_worker or 1} CPUs, each worker on one node; "
-                f"the cluster has {capacity.cpus:g} on {len(capacity.nodes)} node(s)",
-                "lower launch.num_workers or launch.cpus_per_worker, or use a larger cluster (RAY_ADDRESS)",
-            )
-        )
-    return problems
-
-
-def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
-    """As set; else 1 with GPUs, and without them as many as leave room for every worker."""
-    if launch.cpus_per_worker is not None:
-        return launch.cpus_per_worker
-    cpus = 1
-    while not launch.use_gpu and capacity.fits(launch.num_workers, cpus + 1, 0):
-        cpus += 1
-    return cpus
-
-
-def check_before_connecting(launch: LaunchSettings) -> list[Problem]:
-    """The same for a cluster that would be started here, before it is; an existing one is checked in `connected`."""
-    if ray.is_initialized() or existing_address() is not None:
-        return []
-    problems, memory = check_capacity(launch, local_capacity()), get_system_memory() // 1024**2
+def before_connecting(launch: LaunchSettings, findings: Findings, trial: bool = False) -> LaunchSettings:
+    """Check and resolve what is asked of a cluster that would be started here, before it is; an existing one is asked once connected."""
+    if ray.is_initialized() or existing_address() is not None or launch.accelerator_type is not None:  # Ray finds the type out
+        return launch
+    capacity, memory = local_capacity(), get_system_memory() // 1024**2
+    launch = resolved(launch, capacity, trial)
+    findings.extend(check_capacity(launch, capacity))
     if launch.object_store_mb > memory:
         what = f"is more than the {memory:,} MB of memory that this machine has"
-        problems.append(Problem(f"launch.object_store_mb={launch.object_store_mb}", what, "set it lower; the default is enough for most"))
-    return problems
+        findings.add(Problem(f"launch.object_store_mb={launch.object_store_mb}", what, "set it lower; the default is enough for most"))
+    return launch
 
 
 def hide_command_line() -> None:
@@ -193,12 +125,12 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
     """Within, this process is connected to the cluster; yields its capacity.
 
     Raises:
-        InputError: the cluster cannot be reached, or lacks what the launch asks for.
+        InputError: the cluster cannot be reached.
     """
     if ray.is_initialized():
         if ray.util.client.ray.is_connected():
             raise InputError(Problem("ray.init", "has connected this program by Ray Client (ray://)", SUBMIT))
-        yield checked_capacity(launch, of_caller=True)
+        yield with_autoscaler(cluster_capacity(of_caller=True))
         return
     hide_command_line()
     address = existing_address()
@@ -228,23 +160,11 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
             )
         ) from None
     try:
-        yield checked_capacity(launch, started_here=starts)
+        yield with_autoscaler(cluster_capacity(started_here=starts))
     finally:
         ray.shutdown()
         if starts:
             del os.environ["RAY_GCS_SERVER_PORT"]
-
-
-def checked_capacity(launch: LaunchSettings, started_here: bool = False, of_caller: bool = False) -> Capacity:
-    """Of the cluster that this process is connected to.
-
-    Raises:
-        InputError: it lacks what the launch asks for.
-    """
-    capacity = replace(cluster_capacity(), started_here=started_here, of_caller=of_caller)
-    if problems := check_capacity(launch, capacity):
-        raise InputError(problems)
-    return capacity
 
 
 def free_port() -> int:

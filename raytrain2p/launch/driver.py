@@ -16,7 +16,9 @@ from raytrain2p.config.console import Console
 from raytrain2p.config.phases import ALIGNMENT, PHASES
 from raytrain2p.config.secrets import one_line
 from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, LaunchSettings
-from raytrain2p.launch.cluster import Capacity, check_before_connecting, connected, cpus_per_worker
+from raytrain2p.launch.autoscaler import check_possible, nodes_held
+from raytrain2p.launch.capacity import Capacity, demand, resolved
+from raytrain2p.launch.cluster import before_connecting, connected
 from raytrain2p.launch.models import fetch_models, pin_models
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.nodes import check_nodes
@@ -26,7 +28,7 @@ from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
-from raytrain2p.phases.instruction.checks import check_encoders
+from raytrain2p.phases.instruction.checks import attention_problem, check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.create_run import check_launch_is_free
 from raytrain2p.tracking.find import check_original, find_artifact, has_failed, is_run_directory
@@ -79,6 +81,7 @@ def _launch(
     if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome
     with connected(settings.launch, verbose) as capacity:
+        check_possible(settings.launch, capacity)
         check_store(settings, phase, capacity, run, launch_id)
         with only_launch(settings, launch_id):
             before, run = run, run_to_resume(asked, launch_id, phase)  # again: another process may have made it, or trained it, meanwhile
@@ -89,18 +92,21 @@ def _launch(
             if (outcome := finished(run, settings, inputs, console)) is not None:
                 return outcome
             check_artifacts_are_there(settings)
-            check_nodes([inputs], console)
-            fetch_models(inputs.model_names, settings.launch, console)
-            with muted_stderr(verbose):
-                encode(inputs, settings, max(cpus for cpus, _ in capacity.nodes), console)
-            threads = cpus_per_worker(settings.launch, capacity)
-            say_workers(settings.launch, threads, console)
+            with nodes_held(settings.launch, capacity, console) as capacity:
+                settings = with_resources(settings, capacity)
+                if problems := check_store_is_shared(settings.tracking.uri, capacity.machines):  # the nodes may be new
+                    raise InputError(problems)
+                check_nodes([inputs], console)
+                fetch_models(inputs.model_names, settings.launch, console)
+                with muted_stderr(verbose):
+                    encode(inputs, settings, capacity.most_cpus, console)
+            say_workers(settings.launch, asked.launch, capacity, console)
             return train(
                 settings,
                 prepared(inputs),
                 phase,
                 launch_id,
-                threads,
+                settings.launch.cpus_per_worker or 1,
                 console,
                 own_cluster=capacity.started_here,
                 ray_stays=capacity.of_caller,
@@ -131,7 +137,7 @@ def check(
     findings = Findings()
     settings = pin_models(resolve_artifacts(settings, findings, console, run), run, console)
     with findings:
-        findings.extend(check_before_connecting(settings.launch))
+        settings = with_launch(settings, before_connecting(settings.launch, findings))
     inputs = None
     with console.status("reading records and decoding new media"), findings:
         inputs = read_inputs(settings, phase)
@@ -144,6 +150,23 @@ def check(
     for note in (*inputs.notes, *plan_notes(settings, inputs.records)):
         console.say(note)
     return settings, inputs
+
+
+def with_launch(settings: SettingsT, launch: LaunchSettings) -> SettingsT:
+    changed: Any = settings.model_copy(update={"launch": launch})
+    return cast(SettingsT, changed)
+
+
+def with_resources(settings: SettingsT, capacity: Capacity, trial: bool = False) -> SettingsT:
+    """The settings with what the launch takes of this cluster.
+
+    Raises:
+        InputError: they need GPUs, and the launch uses none.
+    """
+    settings = with_launch(settings, resolved(settings.launch, capacity, trial))
+    if isinstance(settings, InstructionSettings) and (problem := attention_problem(settings)) is not None:
+        raise InputError(problem)
+    return settings
 
 
 def resolve_artifacts(settings: Settings, findings: Findings, console: Console, run: Run | None = None) -> Settings:
@@ -290,18 +313,18 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
     Args:
         most_cpus: of one node.
     """
-    workers = settings.data.feature_workers
+    workers, gpus = settings.data.feature_workers, settings.launch.gpus
     free = min(ray.available_resources().get("CPU", 0.0), most_cpus)
-    cpus = 1 if settings.launch.use_gpu else max(1, int(free // workers))
+    cpus = 1 if gpus else max(1, int(free // workers))
     for job in inputs.jobs:
         computed = 0
         for line in job.store.damaged:
             console.say(line)
         if job.store.missing(job.items):
-            say_if_waiting(cpus * workers, console)
+            say_if_waiting(cpus * workers, gpus * workers, console)
             with console.progress_bar(f"encoding {job.modality}") as progress:
-                build = partial(job.spec.build, "cuda" if settings.launch.use_gpu else "cpu")
-                computed = job.store.complete(job.items, build, workers, cpus, int(settings.launch.use_gpu), progress)
+                build = partial(job.spec.build, "cuda" if gpus else "cpu")
+                computed = job.store.complete(job.items, build, workers, cpus, gpus, progress)
         if job.items:
             found = len(job.items) - computed
             console.say(f"{job.modality} features of {len(job.items)} items: {computed} computed, {found} found in the store")
@@ -312,19 +335,31 @@ def prepared(inputs: PhaseInputs) -> PreparedSplits:
     return PreparedSplits(ray.put(inputs.prepare()), inputs.digests, inputs.use)
 
 
-def say_workers(launch: LaunchSettings, threads: int, console: Console) -> None:
-    """Print how many workers start, and whether they must wait for CPUs."""
-    count = launch.num_workers
-    each = f"{threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if launch.use_gpu else ''} each"
-    console.say(f"starting {count} worker{'s' if count > 1 else ''} with {each}")
-    say_if_waiting(threads * count, console)
+def say_workers(launch: LaunchSettings, asked: LaunchSettings, capacity: Capacity, console: Console) -> None:
+    """Print how many workers start, on what and why, and whether they must wait for it.
+
+    Args:
+        launch: resolved.
+        asked: as given.
+    """
+    count, why = launch.num_workers, ""
+    if asked.use_gpu == "auto" and launch.use_gpu:
+        why = f" (launch.use_gpu=auto: the cluster has {capacity.gpus:g} GPU{'' if capacity.gpus == 1 else 's'})"
+    elif asked.use_gpu == "auto" and capacity.autoscales and capacity.limits is None:
+        why = " (launch.use_gpu=auto: the cluster has no GPU; whether its autoscaler can add one cannot be read)"
+    console.say(f"starting {count} worker{'s' if count > 1 else ''} with {demand(launch)} each{why}")
+    say_if_waiting((launch.cpus_per_worker or 1) * count, launch.gpus * count, console)
 
 
-def say_if_waiting(needed: int, console: Console) -> None:
-    """Print a line if the cluster's free CPUs are fewer than needed: Ray waits for them silently."""
-    for _ in range(10):  # the encoders' own CPUs are free again a moment after they finish
-        free = ray.available_resources().get("CPU", 0.0)
-        if free >= needed:
+def say_if_waiting(cpus: float, gpus: float, console: Console) -> None:
+    """Print a line if the cluster's free CPUs or GPUs are fewer than needed: Ray waits for them silently."""
+    needed = {"CPU": cpus, "GPU": gpus}
+    for _ in range(10):  # the encoders' own are free again a moment after they finish
+        free = ray.available_resources()
+        lacking = {name: free.get(name, 0.0) for name, number in needed.items() if free.get(name, 0.0) < number - 1e-6}
+        if not lacking:
             return
         time.sleep(0.5)
-    console.say(f"waiting for CPUs: {free:g} of {needed} are free, others of this cluster use the rest")
+    what = " and ".join(f"{name}s" for name in lacking)
+    shares = ", ".join(f"{number:g} of {needed[name]:g} {name if len(lacking) > 1 else ''}".rstrip() for name, number in lacking.items())
+    console.say(f"waiting for {what}: {shares} are free, others of this cluster use the rest")

@@ -234,7 +234,7 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         gone: the error of the launch's disk, if that is gone. Ray may be the first to meet it, with an error of its own.
     """
     failures = getattr(error, "worker_failures", None)
-    first = next(iter(failures.values())) if failures else error
+    first = next(iter(failures.values())) if failures else getattr(error, "controller_failure", None) or error
     if any(name in type(first).__name__ for name in EXPECTED) or isinstance(first.__cause__, (StorageError, InputError)):
         return masked(str(first.__cause__ or first))
     if gone is not None:

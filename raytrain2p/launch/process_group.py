@@ -12,6 +12,7 @@ import psutil
 import ray
 from ray.train.torch import TorchConfig
 
+from raytrain2p.config import InputError, Problem
 from raytrain2p.launch.ray_private import TorchBackend, WorkerGroup, set_torch_environment
 
 
@@ -24,15 +25,30 @@ class OwnAddressConfig(TorchConfig):
 
 
 class OwnAddressBackend(TorchBackend):
-    """Starts the process group."""
+    """Starts the process group.
+
+    Raises:
+        InputError: a node's PyTorch finds no GPU, though one is reserved. Ray tries no further.
+    """
 
     def on_start(self, worker_group: WorkerGroup, backend_config: TorchConfig) -> None:
         worker_group.execute(set_torch_environment)
+        gpus = worker_group.get_resources_per_worker().get("GPU", 0)
+        if gpus and (without := sorted({host for host in worker_group.execute(host_without_cuda) if host is not None})):
+            what = f"PyTorch finds no GPU on {', '.join(without)}, where Ray has reserved one"
+            raise InputError(Problem("launch.use_gpu=true", what, "install a CUDA build of PyTorch there, or set launch.use_gpu=false"))
         timeout = timedelta(seconds=backend_config.timeout_s)
         host, port = worker_group.execute_single(0, host_store, timeout)
-        backend = "nccl" if worker_group.get_resources_per_worker().get("GPU", 0) else "gloo"
+        backend = "nccl" if gpus else "gloo"
         size = len(worker_group)
         ray.get([worker_group.execute_single_async(rank, join, backend, host, port, rank, size, timeout) for rank in range(size)])
+
+
+def host_without_cuda() -> str | None:
+    """On each worker: the name of its node, if PyTorch finds no GPU there."""
+    import torch
+
+    return None if torch.cuda.is_available() else socket.gethostname()
 
 
 def host_store(timeout: timedelta) -> tuple[str, int]:

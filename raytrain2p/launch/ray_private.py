@@ -31,6 +31,18 @@ from ray._private.services import find_bootstrap_address  # isort: skip
 # The variable in which Ray gives the driver of a submitted job its submission ID and runtime environment.
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR as JOB_CONFIG  # isort: skip
 
+# A request to the autoscaler that stays until its end, beside those of others, and runs out if this process is killed. Public
+# `request_resources` replaces what others have asked for, and never runs out.
+from ray.train._internal.autoscaling_coordinator_client import TrainV1ResourceReservation as HeldRequest  # isort: skip
+
+# Whether the cluster has an autoscaler, as it reports to Ray's head. `ray status` prints the same; no public function returns it.
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS as AUTOSCALER_STATUS  # isort: skip
+from ray.experimental.internal_kv import _internal_kv_get as internal_kv_get  # isort: skip
+from ray.autoscaler.v2.utils import is_autoscaler_v2  # isort: skip
+
+# What an autoscaler on Kubernetes may add: derived from the RayCluster, as the autoscaler does. No public function reads it.
+from ray.autoscaler._private.kuberay.autoscaling_config import AutoscalingConfigProducer as KubernetesConfig  # isort: skip
+
 # The CPUs that `ray.init` would count, container limits included. `os.cpu_count` ignores those limits, and
 # `ray.cluster_resources` needs a Ray that runs: too many workers are refused before one is started.
 from ray._private.utils import get_num_cpus  # isort: skip
@@ -44,10 +56,13 @@ from ray._raylet import setproctitle  # type: ignore[attr-defined]  # isort: ski
 CHECKED_VERSION = "2.60.0"
 
 __all__ = [
+    "AUTOSCALER_STATUS",
     "CHECKED_VERSION",
     "JOB_CONFIG",
     "DatasetsCallback",
     "FixedScalingPolicy",
+    "HeldRequest",
+    "KubernetesConfig",
     "PlacementGroupCleanerCallback",
     "TorchBackend",
     "TrainController",
@@ -55,6 +70,8 @@ __all__ = [
     "find_bootstrap_address",
     "get_num_cpus",
     "get_system_memory",
+    "internal_kv_get",
+    "is_autoscaler_v2",
     "set_torch_environment",
     "setproctitle",
 ]

@@ -16,8 +16,8 @@ import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from raytrain2p.config import Settings
 from raytrain2p.config.secrets import mask_error
+from raytrain2p.launch.capacity import worker_resources
 from raytrain2p.launch.process_group import OwnAddressConfig
 from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.channel import RunChannel
@@ -44,13 +44,14 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
         torch_config=OwnAddressConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=settings.launch.num_workers,
-            use_gpu=settings.launch.use_gpu,
-            resources_per_worker=_resources(settings, job.threads),
+            use_gpu=settings.launch.gpus > 0,
+            resources_per_worker=worker_resources(settings.launch.model_copy(update={"cpus_per_worker": job.threads})),
+            placement_strategy=settings.launch.placement_strategy,
         ),
         run_config=RunConfig(
             name=job.launch_id,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=settings.launch.max_failures),
+            failure_config=FailureConfig(max_failures=settings.launch.max_failures or 0),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
@@ -133,7 +134,3 @@ def remove_torn_state(folder: Path) -> None:
             json.loads(snapshot.read_text())
     except ValueError:
         shutil.rmtree(folder)
-
-
-def _resources(settings: Settings, threads: int) -> dict[str, float]:
-    return {"CPU": float(threads)} | ({"GPU": 1.0} if settings.launch.use_gpu else {})

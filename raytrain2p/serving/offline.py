@@ -12,7 +12,8 @@ from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.data.records import Record
 from raytrain2p.inference.model_file import ModelFile
 from raytrain2p.inference.predictor import Batch, Predictor
-from raytrain2p.launch.cluster import Capacity, connected
+from raytrain2p.launch.capacity import Capacity
+from raytrain2p.launch.cluster import connected
 from raytrain2p.launch.quiet import muted_stderr, quiet
 
 MOST_BLOCKS = 1000  # what a worker takes at once is one: small, so that answers come in while others are made
@@ -28,7 +29,7 @@ def answer_batches(model: ModelFile, records: Sequence[Record], workers: int, ba
         InputError: the cluster is too small or cannot be used, or a worker cannot load the model.
     """
     quiet()
-    with connected(LaunchSettings(), verbose=False) as capacity, muted_stderr(verbose=False):
+    with connected(LaunchSettings(use_gpu=False), verbose=False) as capacity, muted_stderr(verbose=False):
         gpus = check_workers(workers, capacity)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

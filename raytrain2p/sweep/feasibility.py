@@ -7,9 +7,10 @@ from dataclasses import replace
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.console import Console
 from raytrain2p.config.metadata import known_keys
-from raytrain2p.config.settings import NAMES_A_MODEL, SETTINGS_OF_PHASE, LaunchSettings
-from raytrain2p.launch.cluster import Capacity, check_before_connecting
-from raytrain2p.launch.driver import resolve_artifacts
+from raytrain2p.config.settings import NAMES_A_MODEL, SETTINGS_OF_PHASE
+from raytrain2p.launch.capacity import Capacity
+from raytrain2p.launch.cluster import before_connecting
+from raytrain2p.launch.driver import resolve_artifacts, with_launch
 from raytrain2p.launch.models import pin_models, with_commit
 from raytrain2p.launch.places import place_problems
 from raytrain2p.launch.resume import changed_inputs, check_resumable
@@ -42,7 +43,7 @@ def check_sweep(sweep: Sweep, console: Console, is_new: bool = True) -> tuple[Sw
     if is_new:
         sweep = with_commits(sweep, console)
     with findings:
-        findings.extend(check_before_connecting(sweep_launch(sweep)))
+        sweep = replace(sweep, base=with_launch(sweep.base, before_connecting(sweep.base.launch, findings, trial=True)))
     inputs_by_key: dict[str, PhaseInputs] = {}
     with console.status("reading records and decoding new media"):
         for values in split_variants(sweep):
@@ -139,17 +140,9 @@ def check_trials(
     findings.raise_any()
 
 
-def sweep_launch(sweep: Sweep) -> LaunchSettings:
-    """The resources of a trial: one CPU per worker unless set."""
-    launch = sweep.base.launch
-    return launch if launch.cpus_per_worker is not None else launch.model_copy(update={"cpus_per_worker": 1})
-
-
 def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
-    """As many as fit the cluster, or `max_concurrent` if that is less. The trials' own drivers take no CPU."""
-    launch = sweep_launch(sweep)
-    gpus = 1 if launch.use_gpu else 0
-    most = 1
-    while capacity.fits((most + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
-        most += 1
+    """As many as fit the cluster, with all that its autoscaler may add, or `max_concurrent` if that is less. The trials' own drivers
+    take no CPU."""
+    launch = sweep.base.launch
+    most = max(1, capacity.at_most(launch).holds(launch, launch.max_workers))
     return min(most, sweep.options.max_concurrent or most)

@@ -262,8 +262,10 @@ def write_results(directory: Path, results: Sequence[TrialResult], settings: Seq
 
 
 def retrain_command(run: Run, phase: int) -> str:
-    """The command that trains a trial again, in a new run and with all CPUs."""
-    return command("train", "--phase", str(phase), "--config", str(run.files.config), "launch.cpus_per_worker=null", *password_of(run))
+    """The command that trains a trial again, in a new run, with all CPUs or a whole GPU."""
+    share = (run.files.read_config() or {}).get("launch", {}).get("gpus_per_worker", 1)
+    resources = ["launch.cpus_per_worker=null", *(["launch.gpus_per_worker=1"] if share < 1 else [])]
+    return command("train", "--phase", str(phase), "--config", str(run.files.config), *resources, *password_of(run))
 
 
 def sweep_config(sweep: Sweep) -> dict[str, Any]:

@@ -4,13 +4,16 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.console import Console
 from raytrain2p.config.phases import PHASES, SWEEPS
 from raytrain2p.config.secrets import one_line
-from raytrain2p.launch.cluster import Capacity, connected
-from raytrain2p.launch.driver import checked_launch_id, encode, prepared
+from raytrain2p.launch.autoscaler import check_possible, nodes_held
+from raytrain2p.launch.capacity import Capacity
+from raytrain2p.launch.cluster import connected
+from raytrain2p.launch.driver import checked_launch_id, encode, prepared, with_resources
 from raytrain2p.launch.models import fetch_models
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, naming_run, passed_environment, typed_command
 from raytrain2p.launch.nodes import check_nodes
@@ -18,7 +21,7 @@ from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
-from raytrain2p.sweep.feasibility import check_sweep, check_trials, sweep_launch, trials_at_once
+from raytrain2p.sweep.feasibility import check_sweep, check_trials, trials_at_once
 from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
@@ -82,7 +85,8 @@ def _run_sweep(
 ) -> SweepOutcome:
     sweep, inputs_by_key = check_sweep(sweep, console, is_new=resumed is None)
     root, options = sweep.base.output.root, sweep.options
-    with connected(sweep_launch(sweep), verbose) as capacity, ExitStack() as stack:
+    with connected(sweep.base.launch, verbose) as capacity, ExitStack() as stack:
+        check_possible(sweep.base.launch, capacity, trial=True)
         if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
             raise InputError(problems)
         if resumed is not None and not store_exists(sweep.base.tracking.uri):
@@ -96,8 +100,12 @@ def _run_sweep(
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
             check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
-        check_nodes(list(inputs_by_key.values()), console)
-        splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
+        with nodes_held(sweep.base.launch, capacity, console, trial=True) as capacity:
+            if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
+                raise InputError(problems)
+            sweep = replace(sweep, base=with_resources(sweep.base, capacity, trial=True))
+            check_nodes(list(inputs_by_key.values()), console)
+            splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, capacity, verbose, console, command)
         except (OSError, StorageError) as error:
@@ -117,7 +125,7 @@ def prepare_splits(
     for key, inputs in inputs_by_key.items():
         if not splits or any(job.store.missing(job.items) for job in inputs.jobs):  # most share features: log them once
             with muted_stderr(verbose):
-                encode(inputs, sweep.base, max(cpus for cpus, _ in capacity.nodes), console)
+                encode(inputs, sweep.base, capacity.most_cpus, console)
         splits[key] = prepared(inputs)
     return splits
 
@@ -145,7 +153,7 @@ def run_trials(
             run,
             {PARENT_TAG: run.run_id, SWEEP_TAG: run.run_id} | source,
             splits,
-            sweep_launch(sweep).cpus_per_worker or 1,
+            sweep.base.launch.cpus_per_worker or 1,
             SweepChannel(),
             passed_environment(),
             verbose,

@@ -101,7 +101,7 @@ def schedule_problems(sweep: Sweep) -> list[Problem]:
 
 def retry_problems(sweep: Sweep) -> list[Problem]:
     """Workers that are restarted while the sweep stops or pauses their trial would keep CPUs that no scheduler counts."""
-    restarts = sweep.base.launch.max_failures
+    restarts = sweep.base.launch.max_failures  # null: none, in a sweep
     if not restarts:
         return []
     fix = f"set launch.max_failures=0 and sweep.max_failures={restarts}"

@@ -56,7 +56,7 @@ def build_trainer(
     """Lightning's trainer with Ray's environment and our callbacks."""
     settings, training = job.settings, job.settings.training
     return pl.Trainer(
-        accelerator="gpu" if settings.launch.use_gpu else "cpu",
+        accelerator="gpu" if settings.launch.gpus else "cpu",
         devices="auto",
         strategy=build_strategy(settings, group),
         plugins=[RayLightningEnvironment(), AsyncCheckpointIO()],

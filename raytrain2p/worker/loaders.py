@@ -36,7 +36,7 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
         first_step,
         weighted(data[TRAIN].shares),
     )
-    options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.use_gpu}
+    options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.gpus > 0}
     train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
 
     def places(step: int) -> list[str]:

@@ -114,7 +114,7 @@ def gpu_values(gpu: Any) -> dict[str, float]:
 def records_system_metrics(settings: Settings) -> bool:
     """Whether a run records them: GPUs are worth watching, unless the settings say otherwise."""
     chosen = settings.tracking.system_metrics
-    return settings.launch.use_gpu if chosen is None else chosen
+    return settings.launch.gpus > 0 if chosen is None else chosen
 
 
 @contextmanager

@@ -88,7 +88,13 @@ def test_what_may_change_while_weights_stay(kind: type[BaseModel], of_the_model:
 def test_what_a_resumed_sweep_may_change() -> None:
     assert set(may_change(SweepSettings, "sweep.")) == SEARCH
     for kind in KINDS:
-        assert set(may_change(kind)) == {"data.feature_workers", "launch.cpus_per_worker", "launch.object_store_mb"}
+        assert set(may_change(kind)) == {
+            "data.feature_workers",
+            "launch.cpus_per_worker",
+            "launch.placement_strategy",
+            "launch.wait_for_nodes_s",
+            "launch.object_store_mb",
+        }
 
 
 def test_what_may_change_on_resume_besides() -> None:

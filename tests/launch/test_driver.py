@@ -14,7 +14,7 @@ from raytrain2p import train
 from raytrain2p.config import InputError, Settings, load_settings
 from raytrain2p.config.console import Console
 from raytrain2p.launch import driver
-from raytrain2p.launch.cluster import Capacity
+from raytrain2p.launch.capacity import Capacity, Node
 from raytrain2p.launch.ray_private import JOB_CONFIG
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.launch.submission import launch_id_of_job
@@ -74,7 +74,7 @@ def launch_after(
     @contextmanager
     def connected(*_: object) -> Iterator[Capacity]:
         meanwhile()
-        yield Capacity(nodes=((2.0, 0.0),), started_here=True)
+        yield Capacity(nodes=(Node(2.0, 0.0),), started_here=True)
 
     def train(*_: object, **__: object) -> None:
         raise AssertionError("the finished run is trained again")
@@ -148,5 +148,5 @@ def test_a_store_that_was_moved_with_its_runs_can_be_named(settings: Settings, t
     moved = settings.model_copy(update={"tracking": settings.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path}/moved.db"})})
     check_resumable(run, moved, None)
     with pytest.raises(InputError, match="there is no such store"):
-        driver.check_store(settings, 1, Capacity(nodes=((2.0, 0.0),), started_here=True), run, "twice")
+        driver.check_store(settings, 1, Capacity(nodes=(Node(2.0, 0.0),), started_here=True), run, "twice")
     assert not (tmp_path / "mlflow.db").exists()

@@ -12,19 +12,19 @@ from raytrain2p import predict
 from raytrain2p.config import InputError
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
-from raytrain2p.launch.cluster import Capacity
+from raytrain2p.launch.capacity import Capacity, Node
 from raytrain2p.serving.offline import Answerer, check_workers
 from tests.data.files import write_lines
 from tests.launch.launching import start_command
 
 
 def test_each_worker_has_a_gpu_where_there_are_any_and_too_many_are_refused() -> None:
-    assert check_workers(3, Capacity(((2, 0), (1, 0)))) == 0
-    assert check_workers(2, Capacity(((8, 1), (8, 1)))) == 1
+    assert check_workers(3, Capacity((Node(2, 0), Node(1, 0)))) == 0
+    assert check_workers(2, Capacity((Node(8, 1), Node(8, 1)))) == 1
     with pytest.raises(InputError, match=r"(?s)--workers=4.*needs as many CPUs; the cluster has 3"):
-        check_workers(4, Capacity(((2, 0), (1, 0))))
+        check_workers(4, Capacity((Node(2, 0), Node(1, 0))))
     with pytest.raises(InputError, match=r"(?s)--workers=3.*needs as many GPUs; the cluster has 2"):
-        check_workers(3, Capacity(((8, 1), (8, 1))))
+        check_workers(3, Capacity((Node(8, 1), Node(8, 1))))
 
 
 def test_a_worker_answers_a_batch_and_says_what_it_cannot_load(tiny_model: Path, drawings: Path, tmp_path: Path) -> None:

@@ -140,12 +140,11 @@ def check_base_model(settings: InstructionSettings, directory: Path) -> None:
         InputError: it does not.
     """
     model, findings = settings.model, Findings()
-    if model.attention == "flash_attention_2":
-        fix = "set model.attention=auto"
-        if importlib.util.find_spec("flash_attn") is None:
-            findings.add(Problem("model.attention=flash_attention_2", "the package flash-attn is not installed", f"install it, or {fix}"))
-        if not settings.launch.use_gpu:
-            findings.add(Problem("model.attention=flash_attention_2", "needs GPUs, and launch.use_gpu is false", fix))
+    if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        what = "the package flash-attn is not installed"
+        findings.add(Problem("model.attention=flash_attention_2", what, "install it, or set model.attention=auto"))
+    if (problem := attention_problem(settings)) is not None:
+        findings.add(problem)
     with findings:
         where = f"model.language_model={model.language_model}"
         empty, missing = load_pretrained(AutoModelForCausalLM, directory, where, device_map="meta")
@@ -155,6 +154,13 @@ def check_base_model(settings: InstructionSettings, directory: Path) -> None:
         if model.tuning == "lora":
             check_adapters(model.lora, empty)
     findings.raise_any()
+
+
+def attention_problem(settings: InstructionSettings) -> Problem | None:
+    """An attention kernel that needs GPUs, where none is used; `launch.use_gpu=auto` may still become true."""
+    if settings.model.attention != "flash_attention_2" or settings.launch.use_gpu is not False:
+        return None
+    return Problem("model.attention=flash_attention_2", "needs GPUs, and launch.use_gpu is false", "set model.attention=auto")
 
 
 def check_adapters(lora: LoraSettings, empty: Any) -> None:

@@ -57,7 +57,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     """
     model, attention = settings.model, settings.model.attention
     if attention == "auto":
-        attention = "sdpa" if settings.launch.use_gpu else "eager"
+        attention = "sdpa" if settings.launch.gpus else "eager"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     aligner = required_aligner(settings)
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
