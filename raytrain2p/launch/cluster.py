@@ -128,22 +128,22 @@ def cluster_capacity() -> Capacity:
 
 
 def check_capacity(launch: LaunchSettings, capacity: Capacity) -> list[Problem]:
-    """Resources that the launch asks for and the cluster does not have: Ray would wait for them forever."""
+    """Resources that the launch's smallest worker group needs and the cluster does not have: Ray would wait for them forever."""
     problems = []
     gpus = 1 if launch.use_gpu else 0
-    if launch.use_gpu and capacity.gpus < launch.num_workers:
+    if launch.use_gpu and capacity.gpus < launch.min_workers:
         problems.append(
             Problem(
                 f"launch.num_workers={launch.num_workers} with launch.use_gpu=true",
-                f"needs {launch.num_workers} GPUs; the cluster has {capacity.gpus:g}",
+                f"needs {launch.min_workers} GPUs; the cluster has {capacity.gpus:g}",
                 "lower launch.num_workers, set launch.use_gpu=false, or use a larger cluster (RAY_ADDRESS)",
             )
         )
-    elif not capacity.fits(launch.num_workers, launch.cpus_per_worker or 1, gpus):
+    elif not capacity.fits(launch.min_workers, launch.cpus_per_worker or 1, gpus):
         problems.append(
             Problem(
                 f"launch.num_workers={launch.num_workers}",
-                f"needs {launch.num_workers} x {launch.cpus_per_worker or 1} CPUs, each worker on one node; "
+                f"needs {launch.min_workers} x {launch.cpus_per_worker or 1} CPUs, each worker on one node; "
                 f"the cluster has {capacity.cpus:g} on {len(capacity.nodes)} node(s)",
                 "lower launch.num_workers or launch.cpus_per_worker, or use a larger cluster (RAY_ADDRESS)",
             )
@@ -156,7 +156,7 @@ def cpus_per_worker(launch: LaunchSettings, capacity: Capacity) -> int:
     if launch.cpus_per_worker is not None:
         return launch.cpus_per_worker
     cpus = 1
-    while not launch.use_gpu and capacity.fits(launch.num_workers, cpus + 1, 0):
+    while not launch.use_gpu and capacity.fits(launch.max_workers, cpus + 1, 0):
         cpus += 1
     return cpus
 

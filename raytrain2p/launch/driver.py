@@ -306,10 +306,11 @@ def prepared(inputs: PhaseInputs) -> PreparedSplits:
 
 def say_workers(launch: LaunchSettings, threads: int, console: Console) -> None:
     """Print how many workers start, and whether they must wait for CPUs."""
-    count = launch.num_workers
+    least, most = launch.min_workers, launch.max_workers
+    count = f"{least} to {most} workers" if launch.is_elastic else f"{most} worker{'s' if most > 1 else ''}"
     each = f"{threads} CPU{'s' if threads > 1 else ''}{' and a GPU' if launch.use_gpu else ''} each"
-    console.say(f"starting {count} worker{'s' if count > 1 else ''} with {each}")
-    say_if_waiting(threads * count, console)
+    console.say(f"starting {count} with {each}")
+    say_if_waiting(threads * least, console)
 
 
 def say_if_waiting(needed: int, console: Console) -> None:

@@ -129,6 +129,6 @@ def trials_at_once(sweep: Sweep, capacity: Capacity) -> int:
     launch = sweep_launch(sweep)
     gpus = 1 if launch.use_gpu else 0
     most = 1
-    while capacity.fits((most + 1) * launch.num_workers, launch.cpus_per_worker or 1, gpus):
+    while capacity.fits((most + 1) * launch.max_workers, launch.cpus_per_worker or 1, gpus):
         most += 1
     return min(most, sweep.options.max_concurrent or most)

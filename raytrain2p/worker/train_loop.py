@@ -19,6 +19,7 @@ from raytrain2p.worker.identity import attach_run, open_writer
 from raytrain2p.worker.job import TrainJob
 from raytrain2p.worker.lightning_trainer import build_trainer, fit
 from raytrain2p.worker.loaders import build_loaders
+from raytrain2p.worker.regroup import leaving_together
 from raytrain2p.worker.resume import agree_on_resume_point
 from raytrain2p.worker.system_metrics import records_system_metrics, system_metrics
 
@@ -33,6 +34,7 @@ def train(job: TrainJob) -> None:
     run = attach_run(job, group)
     precision = agree_on_precision(settings.training.precision, ray.train.torch.get_device(), group)
     with ExitStack() as stack:
+        stack.enter_context(leaving_together(group))
         writer = stack.enter_context(open_writer(job, run, precision)) if group.is_first else None
         stack.enter_context(failed_if_diverged(writer))
         start = agree_on_resume_point(run, group, writer, channel)

@@ -1,0 +1,89 @@
+"""A head and a second Ray node on this machine, which is lost, drained or started again while a launch trains on both."""
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.killing import Launch
+from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, command_environment, head, ray_node
+
+HEAD_PORT = PORT + 200
+ADDRESS = f"127.0.0.2:{HEAD_PORT}"
+
+
+@dataclass
+class Cluster:
+    """Of a head and, at times, a second node with one CPU each."""
+
+    folder: Path
+    nodes: ExitStack
+    started: int = 0
+    second: int = 0  # its process ID
+
+    def start_second(self, cpus: int = 1) -> None:
+        self.started += 1
+        folder = self.folder / f"node{self.started}"
+        folder.mkdir()
+        command = ["bash", str(ROOT / "cluster" / "node.sh"), ADDRESS, f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        self.second = self.nodes.enter_context(ray_node(folder, command))
+
+    def lose_second(self) -> None:
+        """As a machine that loses its power: every process ends at once."""
+        for process in [psutil.Process(self.second), *psutil.Process(self.second).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def drain(self, address: str, seconds: int) -> None:
+        """Give notice that the node with this address is taken away."""
+        script = (
+            "import ray, subprocess; ray.init(log_to_driver=False); "
+            f"print(next(node['NodeID'] for node in ray.nodes() if node['Alive'] and node['NodeManagerAddress'] == {address!r}))"
+        )
+        environment = command_environment(self.folder, RAY_ADDRESS=ADDRESS, RAY_AUTH_MODE="token")
+        found = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True)
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={seconds}"]
+        command = ["ray", "drain-node", f"--address={ADDRESS}", f"--node-id={found.stdout.split()[-1]}", *reason]
+        subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]], env=environment, check=True, capture_output=True)
+
+
+def start_cluster(folder: Path, nodes: ExitStack, head_cpus: int = 1) -> Cluster:
+    command = head(HEAD_PORT, DASHBOARD_PORT + 200, 25_000, "--node-ip-address=127.0.0.2", f"--num-cpus={head_cpus}")
+    (folder / "head").mkdir(parents=True)
+    nodes.enter_context(ray_node(folder / "head", command))
+    return Cluster(folder, nodes)
+
+
+def launch_on(folder: Path, config: Path, aligner: Path, *overrides: str, address: str = ADDRESS) -> Launch:
+    """Phase 2 on tiny models without dropout, slow enough to be disturbed."""
+    settings = {
+        "model.aligner": aligner,
+        "training.max_steps": 1500,
+        "training.global_batch_size": 16,
+        "training.log_every": 5,
+        "checkpoint.every_steps": 100,
+        "data.val": "null",
+        "data.test": "{}",
+        "launch.grow_after_s": 5,
+    }
+    arguments = ["--phase=2", f"--config={config}/phase2.yaml", *(f"{key}={value}" for key, value in settings.items()), *overrides]
+    return Launch(folder, arguments, {"RAY_ADDRESS": address})
+
+
+def losses(launch: Launch) -> dict[int, float]:
+    """Of each step, which metrics.jsonl has once."""
+    (directory,) = launch.directories()
+    points = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    found = [(point["step"], point["value"]) for point in points if point["name"] == "train_loss"]
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)), "each step once, in order"
+    return dict(found)
+
+
+def spread(first: dict[int, float], second: dict[int, float]) -> float:
+    """The largest difference of two loss curves."""
+    assert first.keys() == second.keys()
+    return max(abs(first[step] - second[step]) for step in first)

@@ -1,0 +1,45 @@
+"""Workers that become fewer and more with the nodes of the cluster: one run, and the losses of an undisturbed one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.nodes_that_come_and_go import Cluster, launch_on, losses, spread, start_cluster
+
+pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ExitStack() as nodes:
+        yield start_cluster(tmp_path_factory.mktemp("cluster"), nodes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    launch = launch_on(tmp_path_factory.mktemp("undisturbed"), tiny_config, untrained_aligner)
+    launch.start()
+    assert launch.wait() == 0, launch.log[-3000:]
+    return losses(launch)
+
+
+def test_a_node_is_lost_and_comes_back(
+    cluster: Cluster, undisturbed: dict[int, float], tiny_config: Path, untrained_aligner: Path, tmp_path: Path
+) -> None:
+    cluster.start_second()
+    launch = launch_on(tmp_path, tiny_config, untrained_aligner, "launch.num_workers=[1, 2]")
+    launch.start()
+    launch.wait_for_steps(250)
+    cluster.lose_second()
+    launch.wait_until(lambda: "1 worker from now on, 2 before" in launch.log, 60)
+    lost_at = len(launch.steps())
+    launch.wait_for_steps(lost_at + 100)
+    cluster.start_second()
+    launch.wait_until(lambda: "2 workers from now on, 1 before" in launch.log, 60)
+    assert launch.wait() == 0, launch.log[-3000:]
+    print(launch.log)
+    assert spread(losses(launch), undisturbed) < 1e-4
+    assert [run.info.status for run in launch.mlflow_runs()] == ["FINISHED"]
