@@ -1,6 +1,7 @@
 """A head and a second Ray node on this machine, which is lost, drained or started again while a launch trains on both."""
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import ExitStack, suppress
@@ -8,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from matplotlib.figure import Figure
 
 from tests.chaos.killing import Launch
 from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, command_environment, head, ray_node
@@ -23,7 +25,7 @@ class Cluster:
     folder: Path
     nodes: ExitStack
     started: int = 0
-    second: int = 0  # its process ID
+    second: int = 0  # its process ID; 0: there is none
 
     def start_second(self, cpus: int = 1) -> None:
         self.started += 1
@@ -37,6 +39,7 @@ class Cluster:
         for process in [psutil.Process(self.second), *psutil.Process(self.second).children(recursive=True)]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+        self.second = 0
 
     def drain(self, address: str, seconds: int) -> None:
         """Give notice that the node with this address is taken away."""
@@ -87,3 +90,27 @@ def spread(first: dict[int, float], second: dict[int, float]) -> float:
     """The largest difference of two loss curves."""
     assert first.keys() == second.keys()
     return max(abs(first[step] - second[step]) for step in first)
+
+
+def changes(log: str) -> list[tuple[int, str]]:
+    """Where the number of workers changed: the step from which it resumed, and what was said."""
+    found = re.findall(r"(\d+ workers? from now on).*?at step (\d+)", log, re.DOTALL)
+    return [(int(step), line) for line, step in found]
+
+
+def plot(elastic: dict[int, float], undisturbed: dict[int, float], where: list[tuple[int, str]], path: Path) -> None:
+    """Both loss curves, and how far they are apart."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    above.plot(*zip(*undisturbed.items(), strict=True), color="tab:orange", linewidth=3, alpha=0.5, label="undisturbed, 1 worker")
+    above.plot(*zip(*elastic.items(), strict=True), color="tab:blue", linewidth=0.7, label="launch.num_workers=[1, 2]")
+    for step, line in where:
+        for axes in (above, below):
+            axes.axvline(step, color="grey", linestyle="--", linewidth=0.8)
+        above.text(step, above.get_ylim()[1], f" {line}", rotation=90, va="top", ha="right", fontsize=8)
+    above.set(ylabel="train_loss", title="A node is lost, and comes back")
+    above.legend()
+    below.plot(list(elastic), [abs(elastic[step] - undisturbed[step]) for step in elastic], color="tab:blue", linewidth=0.7)
+    below.axhline(1e-4, color="tab:red", linewidth=0.8)
+    below.set(xlabel="step", ylabel="difference", ylim=(0, 1.2e-4))
+    figure.savefig(path, dpi=110)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes_that_come_and_go import Cluster, launch_on, losses, spread, start_cluster
+from tests.cluster.nodes_that_come_and_go import Cluster, changes, launch_on, losses, plot, spread, start_cluster
 
 pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
+PLOT = "RAYTRAIN2P_ELASTIC_PLOT"  # path of docs/elastic.png
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,25 @@ def undisturbed(cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tm
     return losses(launch)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_node_is_lost_and_comes_back(
-    cluster: Cluster, undisturbed: dict[int, float], tiny_config: Path, untrained_aligner: Path, tmp_path: Path
+    strategy: str, cluster: Cluster, undisturbed: dict[int, float], tiny_config: Path, untrained_aligner: Path, tmp_path: Path
 ) -> None:
-    cluster.start_second()
-    launch = launch_on(tmp_path, tiny_config, untrained_aligner, "launch.num_workers=[1, 2]")
+    if not cluster.second:
+        cluster.start_second()
+    launch = launch_on(tmp_path, tiny_config, untrained_aligner, "launch.num_workers=[1, 2]", f"launch.strategy={strategy}")
     launch.start()
     launch.wait_for_steps(250)
     cluster.lose_second()
     launch.wait_until(lambda: "1 worker from now on, 2 before" in launch.log, 60)
     lost_at = len(launch.steps())
     launch.wait_for_steps(lost_at + 100)
-    cluster.start_second()
+    cluster.start_second()  # stays for the next test to lose
     launch.wait_until(lambda: "2 workers from now on, 1 before" in launch.log, 60)
     assert launch.wait() == 0, launch.log[-3000:]
     print(launch.log)
+    if PLOT in os.environ and strategy == "ddp":
+        plot(losses(launch), undisturbed, changes(launch.log), Path(os.environ[PLOT]))
+    print(f"largest difference {spread(losses(launch), undisturbed):.1e}")
     assert spread(losses(launch), undisturbed) < 1e-4
     assert [run.info.status for run in launch.mlflow_runs()] == ["FINISHED"]

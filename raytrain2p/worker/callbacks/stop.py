@@ -47,8 +47,7 @@ class StopOnRequest(pl.Callback):
 
     def _wait(self, channel: RunChannel) -> None:
         try:
-            while not self.requested.is_set():
-                (self.requested if channel.next_request() else self.regroup).set()
+            (self.requested if channel.next_request() else self.regroup).set()  # one: the next group has the next one
         except ray.exceptions.RayError:
             return  # the driver is gone, and Ray ends this worker
 
@@ -77,14 +76,13 @@ class StopOnRequest(pl.Callback):
         asked = self.group.number_of_first(self._asked(), trainer.strategy.root_device)
         if asked == STOP:
             raise SIGTERMException
-        if asked == REGROUP:
-            raise Regroup(preempted=False)
-        if asked == CHECK and self.preempted is not None and self.preempted():
+        preempted = asked == CHECK and self.preempted is not None and self.preempted()
+        if asked == REGROUP or preempted:
             if self.channel is not None:
-                self.channel.say(
-                    f"a node is taken away: the workers start again without it, from a checkpoint of step {trainer.global_step}"
-                )
-            raise Regroup(preempted=True)
+                self.channel.end_of_training()
+                if preempted:
+                    self.channel.say(f"a node is taken away: the workers start again elsewhere, from step {trainer.global_step}")
+            raise Regroup(preempted)
 
     def _asked(self) -> int:
         if self.requested.is_set():
