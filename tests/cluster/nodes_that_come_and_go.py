@@ -4,17 +4,20 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 from matplotlib.figure import Figure
 
 from tests.chaos.killing import Launch
-from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, command_environment, head, ray_node
+from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, WORKER_PORTS, command_environment, head, ray_node
 
 HEAD_PORT = PORT + 200
+STEPS = 700
 ADDRESS = f"127.0.0.2:{HEAD_PORT}"
 
 
@@ -55,17 +58,26 @@ class Cluster:
 
 
 def start_cluster(folder: Path, nodes: ExitStack, head_cpus: int = 1) -> Cluster:
-    command = head(HEAD_PORT, DASHBOARD_PORT + 200, 25_000, "--node-ip-address=127.0.0.2", f"--num-cpus={head_cpus}")
+    command = head(HEAD_PORT, DASHBOARD_PORT + 200, WORKER_PORTS, "--node-ip-address=127.0.0.2", f"--num-cpus={head_cpus}")
     (folder / "head").mkdir(parents=True)
     nodes.enter_context(ray_node(folder / "head", command))
     return Cluster(folder, nodes)
 
 
-def launch_on(folder: Path, config: Path, aligner: Path, *overrides: str, address: str = ADDRESS) -> Launch:
-    """Phase 2 on tiny models without dropout, slow enough to be disturbed."""
+def many_records(shapes: Path, path: Path) -> Path:
+    """The records of coloured shapes forty times over: an epoch, at whose end a checkpoint is saved, has 120 steps of 16."""
+    lines = [json.loads(line) for line in (shapes / "phase2.jsonl").read_text().splitlines()]
+    rows = [line | ({"image": str(shapes / line["image"])} if "image" in line else {}) for line in lines]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 40))
+    return path
+
+
+def launch_on(config: Path, aligner: Path, records: Path, folder: Path, *overrides: str) -> Launch:
+    """Phase 2 on tiny models without dropout."""
     settings = {
         "model.aligner": aligner,
-        "training.max_steps": 1500,
+        "data.train": records,
+        "training.max_steps": STEPS,
         "training.global_batch_size": 16,
         "training.log_every": 5,
         "checkpoint.every_steps": 100,
@@ -74,7 +86,14 @@ def launch_on(folder: Path, config: Path, aligner: Path, *overrides: str, addres
         "launch.grow_after_s": 5,
     }
     arguments = ["--phase=2", f"--config={config}/phase2.yaml", *(f"{key}={value}" for key, value in settings.items()), *overrides]
-    return Launch(folder, arguments, {"RAY_ADDRESS": address})
+    return Launch(folder, arguments, {"RAY_ADDRESS": ADDRESS})
+
+
+LaunchIn = Callable[..., Launch]  # of a folder and settings
+
+
+def launcher(config: Path, aligner: Path, shapes: Path, folder: Path) -> LaunchIn:
+    return partial(launch_on, config, aligner, many_records(shapes, folder / "records.jsonl"))
 
 
 def losses(launch: Launch) -> dict[int, float]:

@@ -7,10 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes_that_come_and_go import Cluster, changes, launch_on, losses, plot, spread, start_cluster
+from tests.cluster.nodes_that_come_and_go import Cluster, LaunchIn, changes, launcher, losses, plot, spread, start_cluster
 
 pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
 PLOT = "RAYTRAIN2P_ELASTIC_PLOT"  # path of docs/elastic.png
+
+
+@pytest.fixture(scope="module")
+def launch_in(tiny_config: Path, untrained_aligner: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchIn:
+    return launcher(tiny_config, untrained_aligner, shapes, tmp_path_factory.mktemp("records"))
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +25,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    launch = launch_on(tmp_path_factory.mktemp("undisturbed"), tiny_config, untrained_aligner)
+def undisturbed(cluster: Cluster, launch_in: LaunchIn, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    launch = launch_in(tmp_path_factory.mktemp("undisturbed"))
     launch.start()
     assert launch.wait() == 0, launch.log[-3000:]
     return losses(launch)
@@ -29,11 +34,15 @@ def undisturbed(cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tm
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_node_is_lost_and_comes_back(
-    strategy: str, cluster: Cluster, undisturbed: dict[int, float], tiny_config: Path, untrained_aligner: Path, tmp_path: Path
+    strategy: str,
+    cluster: Cluster,
+    undisturbed: dict[int, float],
+    launch_in: LaunchIn,
+    tmp_path: Path,
 ) -> None:
     if not cluster.second:
         cluster.start_second()
-    launch = launch_on(tmp_path, tiny_config, untrained_aligner, "launch.num_workers=[1, 2]", f"launch.strategy={strategy}")
+    launch = launch_in(tmp_path, "launch.num_workers=[1, 2]", f"launch.strategy={strategy}")
     launch.start()
     launch.wait_for_steps(250)
     cluster.lose_second()

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.nodes_that_come_and_go import Cluster, launch_on, losses, spread, start_cluster
+from tests.cluster.nodes_that_come_and_go import Cluster, LaunchIn, launcher, losses, spread, start_cluster
 
 pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
 TAKEN = "a node is taken away: the workers start again elsewhere, from step "
+
+
+@pytest.fixture(scope="module")
+def launch_in(tiny_config: Path, untrained_aligner: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchIn:
+    return launcher(tiny_config, untrained_aligner, shapes, tmp_path_factory.mktemp("records"))
 
 
 @pytest.fixture
@@ -21,16 +26,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield start_cluster(tmp_path_factory.mktemp("cluster"), nodes)
 
 
-def test_a_drained_node_costs_no_step_and_the_group_waits_for_another(
-    cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tmp_path: Path
-) -> None:
+def test_a_drained_node_costs_no_step_and_the_group_waits_for_another(cluster: Cluster, launch_in: LaunchIn, tmp_path: Path) -> None:
     """Checkpoints are saved at epochs' ends alone, and no failure is allowed: what is resumed was saved because of the notice."""
     cluster.start_second()
-    settings = ["launch.num_workers=2", "launch.max_failures=0", "checkpoint.every_steps=null", "training.max_steps=600"]
-    undisturbed = launch_on(tmp_path / "undisturbed", tiny_config, untrained_aligner, *settings)
+    settings = ["launch.num_workers=2", "launch.max_failures=0", "checkpoint.every_steps=null"]
+    undisturbed = launch_in(tmp_path / "undisturbed", *settings)
     undisturbed.start()
     assert undisturbed.wait() == 0, undisturbed.log[-3000:]
-    launch = launch_on(tmp_path / "drained", tiny_config, untrained_aligner, *settings)
+    launch = launch_in(tmp_path / "drained", *settings)
     launch.start()
     launch.wait_for_steps(150)
     cluster.drain("127.0.0.3", 30)
@@ -48,11 +51,9 @@ def test_a_drained_node_costs_no_step_and_the_group_waits_for_another(
     assert [run.info.status for run in launch.mlflow_runs()] == ["FINISHED"]
 
 
-def test_a_launch_whose_own_node_is_drained_stops_with_a_checkpoint(
-    cluster: Cluster, tiny_config: Path, untrained_aligner: Path, tmp_path: Path
-) -> None:
+def test_a_launch_whose_own_node_is_drained_stops_with_a_checkpoint(cluster: Cluster, launch_in: LaunchIn, tmp_path: Path) -> None:
     """As at a SIGTERM: the driver ends with its node."""
-    launch = launch_on(tmp_path, tiny_config, untrained_aligner, "checkpoint.every_steps=null")
+    launch = launch_in(tmp_path, "checkpoint.every_steps=null")
     launch.start()
     launch.wait_for_steps(150)
     cluster.drain("127.0.0.2", 30)
