@@ -12,6 +12,7 @@ from raytrain2p.config.problems import InputError, Problem
 
 MOST = 2**31 - 1  # of what is counted: arrays of numbers, Ray and MLflow hold no more
 WIDEST = 32_768  # of a layer: wider ones would need the memory of the largest language models
+MOST_DIVIDED = 65_536  # workers among whom a batch is tried to be divided, to name the numbers that can
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 PositiveInt = Annotated[int, Field(gt=0, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
@@ -31,6 +32,14 @@ def _named(text: str) -> str:
     return text
 
 
+def _workers(value: int | list[int]) -> int | list[int]:
+    ends = value if isinstance(value, list) else [value]
+    if len(ends) != (2 if isinstance(value, list) else 1) or not 0 < ends[0] <= ends[-1] <= MOST:
+        raise ValueError("required: a number greater than 0, or a range of two such as [1, 4]")
+    return value
+
+
+Workers = Annotated[int | list[int], AfterValidator(_workers)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_named)]  # of a path or a name
 ModelName = Annotated[Text, NAMES_A_MODEL]
 
@@ -174,7 +183,9 @@ class CheckpointSettings(SettingsGroup):
 class LaunchSettings(SettingsGroup):
     """What Ray is asked for."""
 
-    num_workers: PositiveInt = setting(1, "training workers", _OF_ALL_TRIALS)
+    num_workers: Workers = setting(
+        1, "training workers; `[1, 4]`: as many of 1 to 4 as the cluster has room for, while nodes come and go", _OF_ALL_TRIALS
+    )
     use_gpu: bool | Literal["auto"] = setting(
         "auto", "train and encode on GPUs; `auto`: if the cluster has any, or its autoscaler can add some", _OF_ALL_TRIALS
     )
@@ -208,6 +219,15 @@ class LaunchSettings(SettingsGroup):
         "worker group restarts before the run counts as failed (default: 3 on an existing cluster, 0 on a Ray that is started here)",
         _OF_ALL_TRIALS,
     )
+    max_preemptions: Count | None = setting(
+        None,
+        "restarts because nodes were taken away, not counted in launch.max_failures; null for any number. Where launch.num_workers is a "
+        "range, nodes lost without notice are among them",
+        _OF_ALL_TRIALS,
+    )
+    grow_after_s: PositiveInt = setting(
+        60, "with a range of workers, seconds of training before the group is restarted with more of them", _OF_ALL_TRIALS
+    )
     hang_timeout_s: PositiveInt = setting(
         120,
         "seconds after which a worker whose process does not answer (stopped, or its node is gone) counts as failed; Ray "
@@ -220,11 +240,16 @@ class LaunchSettings(SettingsGroup):
 
     @property
     def min_workers(self) -> int:
-        return self.num_workers
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
 
     @property
     def max_workers(self) -> int:
-        return self.num_workers
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run trains."""
+        return self.min_workers < self.max_workers
 
     @property
     def gpus(self) -> float:
@@ -410,6 +435,15 @@ class RunSettings(SettingsGroup):
             raise InputError(problems)
         return self
 
+    @property
+    def worker_counts(self) -> list[int]:
+        """The numbers of workers that may train: those of the range among which the global batch can be divided."""
+        training, launch = self.training, self.launch
+        counts = range(launch.min_workers, min(launch.max_workers, training.global_batch_size) + 1)
+        return [
+            count for count in counts if not _batch_problems(training.global_batch_size, training.micro_batch_size, count, self.accumulates)
+        ]
+
 
 def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Problem]:
     """Settings that contradict each other.
@@ -424,23 +458,55 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
         what = "is measured on validation records, but data.val is not set"
         problems.append(Problem(f"checkpoint.monitor={monitor}", what, "set data.val, or checkpoint.monitor=train_loss"))
     size, micro, workers = flat["training.global_batch_size"], flat["training.micro_batch_size"], flat["launch.num_workers"]
-    if all(type(number) is int and 0 < number <= MOST for number in (size, workers, 1 if micro is None else micro)):
-        problems += _batch_problems(size, micro, workers, accumulates)
-    return problems + _gpu_problems(flat, workers)
+    ends = workers if isinstance(workers, list) else [workers]
+    if all(type(number) is int and 0 < number <= MOST for number in (size, *ends, 1 if micro is None else micro)):
+        find = _batch_problems if ends is not workers else _range_problems
+        problems += find(size, micro, workers, accumulates)
+        problems += _placement_problems(flat, ends)
+    return problems
 
 
-def _gpu_problems(flat: Mapping[str, Any], workers: Any) -> list[Problem]:
-    """What is asked of GPUs that are not used, and GPUs that the workers of one run would share."""
+def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Problem]:
+    """What is asked of GPUs that are not used; GPUs that the workers of one run would share; and a group that changes its size, which is
+    not placed strictly.
+
+    Args:
+        ends: the smallest number of workers and the largest, or their number.
+    """
     use_gpu, share, kind = flat["launch.use_gpu"], flat["launch.gpus_per_worker"], flat["launch.accelerator_type"]
     problems = []
     if use_gpu is False and kind is not None:
         what = "names a GPU, and launch.use_gpu is false"
         problems.append(Problem(f"launch.accelerator_type={kind}", what, "set launch.use_gpu=true, or launch.accelerator_type=null"))
-    if use_gpu is not False and type(share) is float and share < 1 and type(workers) is int and workers > 1:
-        what = f"{workers} workers of one run would share a GPU, which NCCL refuses"
+    if use_gpu is not False and type(share) is float and share < 1 and ends[-1] > 1:
+        what = f"{ends[-1]} workers of one run would share a GPU, which NCCL refuses"
         fix = "set launch.gpus_per_worker=1, launch.num_workers=1 or launch.use_gpu=false"
-        problems.append(Problem(f"launch.gpus_per_worker={share:g} with launch.num_workers={workers}", what, fix))
+        problems.append(Problem(f"launch.gpus_per_worker={share:g} with launch.num_workers={flat['launch.num_workers']}", what, fix))
+    if ends[0] < ends[-1] and str(strategy := flat["launch.placement_strategy"]).startswith("STRICT"):
+        fix = "take PACK or SPREAD, or a fixed launch.num_workers"
+        problems.append(Problem(f"launch.placement_strategy={strategy} with launch.num_workers={ends}", "is for a fixed number", fix))
     return problems
+
+
+def _range_problems(size: int, micro: int | None, ends: list[int], accumulates: bool) -> list[Problem]:
+    """Ends of a range of workers among which the global batch cannot be divided, with the nearest numbers that can. Numbers between
+    the ends are left out where they cannot."""
+    wrong = [str(end) for end in dict.fromkeys(ends) if _batch_problems(size, micro, end, accumulates)]
+    if not wrong:
+        return []
+    can = [count for count in range(1, min(size, MOST_DIVIDED) + 1) if not _batch_problems(size, micro, count, accumulates)]
+    within = [count for count in can if ends[0] <= count <= ends[1]]
+    fix = f"numbers of workers that can: {_nearest(can, ends)}"
+    if within:
+        fix = f"set launch.num_workers={[within[0], within[-1]] if len(within) > 1 else within[0]}"
+    of = f"training.global_batch_size={size}" + (f", training.micro_batch_size={micro}" if micro is not None else "")
+    what = f"{size} records cannot be divided evenly among {' and '.join(wrong)} workers"
+    return [Problem(f"launch.num_workers={ends} with {of}", what, fix)]
+
+
+def _nearest(numbers: list[int], ends: list[int]) -> str:
+    below, above = [one for one in numbers if one < ends[0]], [one for one in numbers if one > ends[1]]
+    return ", ".join(str(one) for one in [*below[-2:], *above[:2]])
 
 
 def _batch_problems(size: int, micro: int | None, workers: int, accumulates: bool) -> list[Problem]:

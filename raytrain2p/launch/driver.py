@@ -342,13 +342,14 @@ def say_workers(launch: LaunchSettings, asked: LaunchSettings, capacity: Capacit
         launch: resolved.
         asked: as given.
     """
-    count, why = launch.num_workers, ""
+    least, most, why = launch.min_workers, launch.max_workers, ""
+    count = f"{least} to {most} workers" if launch.is_elastic else f"{most} worker{'s' if most > 1 else ''}"
     if asked.use_gpu == "auto" and launch.use_gpu:
         why = f" (launch.use_gpu=auto: the cluster has {capacity.gpus:g} GPU{'' if capacity.gpus == 1 else 's'})"
     elif asked.use_gpu == "auto" and capacity.autoscales and capacity.limits is None:
         why = " (launch.use_gpu=auto: the cluster has no GPU; whether its autoscaler can add one cannot be read)"
-    console.say(f"starting {count} worker{'s' if count > 1 else ''} with {demand(launch)} each{why}")
-    say_if_waiting((launch.cpus_per_worker or 1) * count, launch.gpus * count, console)
+    console.say(f"starting {count} with {demand(launch)} each{why}")
+    say_if_waiting((launch.cpus_per_worker or 1) * least, launch.gpus * least, console)
 
 
 def say_if_waiting(cpus: float, gpus: float, console: Console) -> None:

@@ -64,5 +64,5 @@ def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int
     on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
     width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.gpus else 4
     positions, activations = inputs.widest()
-    kept = settings.training.micro_batch(settings.launch.num_workers) * positions * activations * width
+    kept = settings.training.micro_batch(settings.launch.min_workers) * positions * activations * width
     return PROCESS_MB + (frozen * width + trained * (4 + GRADIENT_AND_ADAM) + kept) / 1e6

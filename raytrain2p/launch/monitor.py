@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import asdict, dataclass
 
 import ray
+from ray.train import PreemptionError
 
 from raytrain2p.config import InputError, Settings
 from raytrain2p.config.console import Console
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.interrupts import StoppedError
+from raytrain2p.launch.elastic import is_drained, regroup_of
 from raytrain2p.launch.progress import followed
 from raytrain2p.launch.signals import fit_until_stopped
 from raytrain2p.launch.trainer import ray_trainer
@@ -153,7 +155,8 @@ def run_workers(job: TrainJob, console: Console, trial: TrialLaunch | None, own_
     stopped = threading.Event()
     try:
         with followed(job.channel, console), trial.reported(job.channel) if trial else nullcontext(stopped) as stopped:
-            return fit_until_stopped(ray_trainer(job, own_cluster, ray_stays).fit, job.channel, console.say)
+            drained = None if own_cluster or trial else is_drained
+            return fit_until_stopped(ray_trainer(job, own_cluster, ray_stays).fit, job.channel, console.say, drained)
     except StoppedError:
         job.channel.end_workers() if ray_stays else ray.shutdown()  # before the status is written
         record_end(job, "KILLED", console)
@@ -241,6 +244,8 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
         return str(gone)
     if is_disk_failure(first):
         return masked(one_line(first))
+    if isinstance(error, PreemptionError) or regroup_of(error) is not None:
+        return "nodes were taken away more often than launch.max_preemptions allows"
     lost = {f"worker {rank}": failure for rank, failure in (failures or {}).items()}
     if (failure := getattr(error, "controller_failure", None)) is not None:
         lost["Ray's controller"] = failure

@@ -21,8 +21,15 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 # Public `TorchTrainer.fit` runs it in an actor. A trial of Tune has a process already, with which its workers must end.
 from ray.train.v2._internal.execution.controller import TrainController
 
-# It starts an actor that asks the autoscaler for nodes. `ScalingConfig` cannot turn this off, and `fit` takes no policy.
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+# How many workers there are. `fit` takes no policy, and Ray's elastic one does not fit: see launch/elastic.py. The fixed one also
+# starts an actor that asks the autoscaler for nodes, which `ScalingConfig` cannot turn off.
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision
+
+# Which restarts count as failures. `FailureConfig` has no place for a group that ends on purpose, to grow.
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision  # isort: skip
+
+# What is free on each node, and which nodes are about to be taken away: the public functions add nodes up, or leave it out.
+from ray._private.state import available_resources_per_node, state  # isort: skip
 
 # The address that `ray start` recorded on this machine. `ray.init(address="auto")` uses it too, but waits for minutes if that
 # cluster is gone, and falls back to any Ray on the machine, such as that of another launch.
@@ -54,20 +61,27 @@ from ray._common.utils import get_system_memory  # isort: skip
 from ray._raylet import setproctitle  # type: ignore[attr-defined]  # isort: skip
 
 CHECKED_VERSION = "2.60.0"
+get_draining_nodes = state.get_draining_nodes
 
 __all__ = [
     "AUTOSCALER_STATUS",
     "CHECKED_VERSION",
     "JOB_CONFIG",
     "DatasetsCallback",
+    "DefaultFailurePolicy",
+    "FailureDecision",
     "FixedScalingPolicy",
     "HeldRequest",
     "KubernetesConfig",
+    "NoopDecision",
     "PlacementGroupCleanerCallback",
+    "ResizeDecision",
     "TorchBackend",
     "TrainController",
     "WorkerGroup",
+    "available_resources_per_node",
     "find_bootstrap_address",
+    "get_draining_nodes",
     "get_num_cpus",
     "get_system_memory",
     "internal_kv_get",

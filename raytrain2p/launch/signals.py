@@ -1,6 +1,7 @@
 """Requests to stop (SIGTERM, Ctrl-C, `ray job stop`) in the driver; the workers' part is worker/callbacks/stop.py."""
 
 import math
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from raytrain2p.worker.channel import RunChannel
 
 SECONDS_TO_STOP = 60.0  # enough for a long step and a large checkpoint
 LONGEST_WAIT = 0.5  # seconds
+SECONDS_BETWEEN_LOOKS = 1.0  # at whether the node is drained
 
 
 class StopSignals:
@@ -25,7 +27,7 @@ class StopSignals:
         self.before: tuple[Any, ...] = ()
 
     def __enter__(self) -> "StopSignals":
-        self.before = handle(self._receive)
+        self.before = handle(self.receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,15 +42,20 @@ class StopSignals:
                 return False
         return True
 
-    def _receive(self, number: int, frame: object) -> None:
+    def receive(self, number: int, frame: object = None) -> None:
         self.received.append(number)
         self.news.set()
 
 
-def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable[[str], None]) -> int | None:
+def fit_until_stopped(
+    fit: Callable[[], Any], channel: RunChannel, say: Callable[[str], None], is_drained: Callable[[], bool] | None = None
+) -> int | None:
     """Run `fit` to its end. At a signal the workers are asked to stop after the current step, with a checkpoint.
 
     `fit` runs in a thread: in the main one Ray would replace our signal handler by its own, which writes no checkpoint.
+
+    Args:
+        is_drained: whether this process will end with its node soon, which is a SIGTERM with more notice.
 
     Returns:
         Number of the first signal, if there was one.
@@ -68,6 +75,13 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
                 outcome.set_exception(error)
             signals.news.set()
 
+        def watch(is_drained: Callable[[], bool]) -> None:
+            while not (outcome.done() or signals.received):
+                if is_drained():
+                    say("the node of this launch is taken away")
+                    signals.receive(signal.SIGTERM)
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
         def ask() -> None:
             training.set_result(_request_stop(channel))
             signals.news.set()
@@ -77,6 +91,8 @@ def fit_until_stopped(fit: Callable[[], Any], channel: RunChannel, say: Callable
                 signals.news.clear()
 
         threading.Thread(target=work, name="fit", daemon=True).start()
+        if is_drained is not None:
+            threading.Thread(target=watch, args=(is_drained,), name="drain", daemon=True).start()
         signals.wait()
         if signals.received and not outcome.done():
             signals.news.clear()

@@ -12,18 +12,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain2p.config.secrets import mask_error
 from raytrain2p.launch.capacity import worker_resources
+from raytrain2p.launch.elastic import GroupScaling, NodesAreNoFailures
 from raytrain2p.launch.process_group import OwnAddressConfig
-from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback, TrainController
-from raytrain2p.worker.channel import RunChannel
+from raytrain2p.launch.ray_private import DatasetsCallback, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.job import TrainJob
 
 HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor more, of no use on a cluster of the launch's own
+WATCH_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
+SECONDS_BETWEEN_LOOKS = "2"  # at nodes that are taken away: clouds give 30 seconds or more, for a step and a checkpoint
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -35,30 +37,38 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
         own_cluster: Ray was started by this process, and ends with it.
         ray_stays: this process must be able to end the workers without `ray.shutdown`.
     """
-    settings, storage = job.settings, Path(job.settings.output.root) / ".ray"
+    settings, launch, storage = job.settings, job.settings.launch, Path(job.settings.output.root) / ".ray"
     remove_torn_state(storage / job.launch_id)
-    os.environ[HANG_TIMEOUT] = str(settings.launch.hang_timeout_s)  # Ray passes it on to its controller
+    os.environ[HANG_TIMEOUT] = str(launch.hang_timeout_s)  # Ray passes these on to its controller
+    os.environ[WATCHES_NODES] = str(int(not own_cluster))
+    os.environ.setdefault(WATCH_INTERVAL, SECONDS_BETWEEN_LOOKS)
+    scaling = ScalingConfig(
+        num_workers=(launch.min_workers, launch.max_workers) if launch.is_elastic else launch.max_workers,
+        use_gpu=launch.gpus > 0,
+        resources_per_worker=worker_resources(launch.model_copy(update={"cpus_per_worker": job.threads})),
+        placement_strategy=launch.placement_strategy,
+    )
+    failures = FailureConfig(
+        max_failures=launch.max_failures or 0, max_preemption_failures=-1 if launch.max_preemptions is None else launch.max_preemptions
+    )
     return LeanTrainer(
         train_worker,
         train_loop_config={"job": job},
         torch_config=OwnAddressConfig(timeout_s=int(COLLECTIVE_TIMEOUT.total_seconds())),
-        scaling_config=ScalingConfig(
-            num_workers=settings.launch.num_workers,
-            use_gpu=settings.launch.gpus > 0,
-            resources_per_worker=worker_resources(settings.launch.model_copy(update={"cpus_per_worker": job.threads})),
-            placement_strategy=settings.launch.placement_strategy,
-        ),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=job.launch_id,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=settings.launch.max_failures or 0),
+            failure_config=failures,
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
         ),
         is_trial=job.trial is not None,
         own_cluster=own_cluster,
-        reports_to=job.channel if ray_stays else None,
+        ray_stays=ray_stays,
+        scaling_policy=GroupScaling(scaling, settings.worker_counts, job.channel, launch.grow_after_s, not own_cluster, ray_stays),
+        failure_policy=NodesAreNoFailures(failures, launch.is_elastic),
     )
 
 
@@ -74,57 +84,39 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 class LeanTrainer(TorchTrainer):
-    """Leaves out the sharding of Ray Datasets, since the splits come through the object store, and:
-
-    - the process that frees the CPUs if the controller is killed, on a cluster of its own and in a trial: it would outlive each
-      trial that Tune stops, and the sweep frees the CPUs itself; and on a Ray that our caller has initialised: it would look for the
-      controller in the cluster that was started last on this machine, which may be another one, and end the workers;
-    - the requests to an autoscaler, on a cluster of its own, which has none.
+    """Takes policies of ours, and leaves out the sharding of Ray Datasets, since the splits come through the object store, and the
+    process that frees the CPUs if the controller is killed, on a cluster of its own and in a trial: it would outlive each trial that
+    Tune stops, and the sweep frees the CPUs itself; and on a Ray that our caller has initialised: it would look for the controller in
+    the cluster that was started last on this machine, which may be another one, and end the workers.
 
     A trial's controller runs in the trial's own process, which would only wait otherwise, and with which the workers must end.
     """
 
-    def __init__(self, *args: Any, is_trial: bool, own_cluster: bool, reports_to: RunChannel | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        is_trial: bool,
+        own_cluster: bool,
+        ray_stays: bool,
+        scaling_policy: GroupScaling,
+        failure_policy: NodesAreNoFailures,
+        **options: Any,
+    ) -> None:
         super().__init__(*args, **options)
-        self._own_cluster, self._is_trial, self._reports_to = own_cluster, is_trial, reports_to
-        cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster or reports_to else ()
+        self._is_trial, self._policies = is_trial, {"scaling_policy": scaling_policy, "failure_policy": failure_policy}
+        cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster or ray_stays else ()
         self._unneeded = (DatasetsCallback, *cleaner)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, self._unneeded)]
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if self._own_cluster:
-            options["scaling_policy"] = WithoutAutoscaler(options["scaling_policy"].scaling_config)
-        if self._reports_to is not None:
-            options["scaling_policy"] = KnownController(options["scaling_policy"].scaling_config, self._reports_to)
+        options |= self._policies
         if self._is_trial:
             controller = TrainController(**options)
             asyncio.run(controller.run())
             return controller.get_result()
         return super()._initialize_and_run_controller(**options)
-
-
-class WithoutAutoscaler(FixedScalingPolicy):
-    """Sends no requests for nodes."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        pass
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-
-class KnownController(FixedScalingPolicy):
-    """Makes the controller known on a channel: `fit` keeps it to itself."""
-
-    def __init__(self, scaling_config: ScalingConfig, channel: RunChannel) -> None:
-        super().__init__(scaling_config)
-        self._channel = channel
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        super().after_controller_start(train_run_context)
-        self._channel.put_controller(ray.get_runtime_context().current_actor)
 
 
 def remove_torn_state(folder: Path) -> None:

@@ -57,13 +57,13 @@ class WorkerGroup:
         dist.broadcast_object_list(values, src=0)
         return cast(T, values[0])
 
-    def flag_of_first(self, flag: bool, device: torch.device) -> bool:
-        """Rank 0's flag, on every worker; a tensor on `device`, so cheap enough for every step."""
+    def number_of_first(self, number: int, device: torch.device) -> int:
+        """Rank 0's number, on every worker; a tensor on `device`, so cheap enough for every step."""
         if self.size == 1:
-            return flag
-        shared = torch.tensor([int(flag)], device=device)
+            return number
+        shared = torch.tensor([number], device=device)
         dist.broadcast(shared, src=0)
-        return bool(shared.item())
+        return int(shared.item())
 
 
 class GatherWithGradient(torch.autograd.Function):

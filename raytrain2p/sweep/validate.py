@@ -26,6 +26,9 @@ def space_problems(sweep: Sweep) -> list[Problem]:
     """Problems of the settings that vary, and of their values."""
     options = sweep.options
     findings = Findings()
+    if sweep.base.launch.is_elastic:
+        what = "trials are compared, and share the cluster by their size: each has a fixed number of workers"
+        findings.add(Problem(f"launch.num_workers={sweep.base.launch.num_workers}", what, "set a number"))
     if not sweep.axes:
         findings.add(Problem("sweep.space", "is empty: nothing varies", "name at least one setting, such as training.learning_rate"))
     for axis in sweep.axes:

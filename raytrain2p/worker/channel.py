@@ -8,6 +8,7 @@ from typing import Generic, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain2p.tracking.metrics_file import MetricPoint
 
@@ -78,13 +79,13 @@ class ProgressActor:
 
 
 class RunActor(ProgressActor):
-    """Also holds metric points, the request to stop, the reports of a trial, and the actor that controls the workers."""
+    """Also holds metric points, requests to stop or to start again, the reports of a trial, and the actor that controls the workers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.controller: asyncio.Queue[ActorHandle] = asyncio.Queue()
         self.points: list[MetricPoint] = []
-        self.stop, self.training = asyncio.Event(), False
+        self.request, self.stop, self.training = asyncio.Event(), False, False
         self.reports: asyncio.Queue[TrialReport] = asyncio.Queue()
         self.accepted, self.refusal = asyncio.Event(), ""
 
@@ -96,12 +97,21 @@ class RunActor(ProgressActor):
         return points
 
     async def request_stop(self) -> bool:
-        self.stop.set()
+        self.stop = True
+        self.request.set()
         return self.training
 
-    async def wait_for_stop(self) -> None:
+    async def request_regroup(self) -> bool:
+        if self.training:
+            self.request.set()
+        return self.training
+
+    async def next_request(self) -> bool:
         self.training = True
-        await self.stop.wait()
+        if not self.stop:
+            self.request.clear()  # it was answered; or the group that it was meant for is gone
+        await self.request.wait()
+        return self.stop
 
     async def put_controller(self, controller: ActorHandle) -> None:
         await self.controller.put(controller)
@@ -146,7 +156,8 @@ class Channel(Generic[UpdateT]):
     actor_class: type[ProgressActor] = ProgressActor
 
     def __init__(self) -> None:
-        self.actor: ActorHandle = ray.remote(num_cpus=0)(self.actor_class).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # another node may be lost
+        self.actor: ActorHandle = ray.remote(num_cpus=0, scheduling_strategy=here)(self.actor_class).remote()
 
     def put(self, update: UpdateT) -> None:
         """Replace the latest update; does not wait."""
@@ -178,18 +189,22 @@ class RunChannel(Channel[StepProgress | Stage]):
     def take_points(self) -> list[MetricPoint]:
         return cast("list[MetricPoint]", ray.get(self.actor.take_points.remote()))
 
-    # the driver's request to stop
+    # requests to the workers
 
     def request_stop(self) -> bool:
         """Ask the workers to stop; whether they are training, and will."""
         return bool(ray.get(self.actor.request_stop.remote(), timeout=SECONDS_TO_ANSWER))
 
-    def wait_for_stop(self) -> None:
-        """Returns when a stop is requested."""
-        ray.get(self.actor.wait_for_stop.remote())
+    def request_regroup(self) -> bool:
+        """Ask the workers to end with a checkpoint, to be started again; whether they are training, and will."""
+        return bool(ray.get(self.actor.request_regroup.remote(), timeout=SECONDS_TO_ANSWER))
+
+    def next_request(self) -> bool:
+        """Returns when there is one: True to stop, False to start again."""
+        return bool(ray.get(self.actor.next_request.remote()))
 
     def end_of_training(self) -> None:
-        """From now on a request to stop is not noticed; does not wait."""
+        """From now on requests are not noticed; does not wait."""
         self.actor.end_of_training.remote()
 
     # Ray Train's controller, which ends the workers

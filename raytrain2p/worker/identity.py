@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 
 import ray
 
+from raytrain2p.config import Settings
 from raytrain2p.config.phases import PHASES
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.tracking.create_run import get_or_create_run
@@ -18,6 +19,14 @@ def attach_run(job: TrainJob, group: WorkerGroup) -> Run:
         report_placement(job.trial)
     phase = PHASES[job.phase]
     return group.from_first(lambda: get_or_create_run(job.settings, phase.name, phase.experiment, job.launch_id, job.tags))
+
+
+def precision_setting(settings: Settings, run: Run, group: WorkerGroup) -> str:
+    """As set; where other nodes may take the run over, `auto` is what it began with: in another precision its losses would be others."""
+    setting: str = settings.training.precision
+    if setting == "auto" and settings.launch.is_elastic:
+        return group.from_first(lambda: (run.files.read_config() or {}).get("training", {}).get("precision", setting))
+    return setting
 
 
 def report_placement(trial: TrialContext) -> None:

@@ -20,11 +20,12 @@ from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
 from raytrain2p.worker.callbacks.checkpoint_metrics import CheckpointMetrics
 from raytrain2p.worker.callbacks.nonfinite import NonFinite
 from raytrain2p.worker.callbacks.step_logger import StepLogger
-from raytrain2p.worker.callbacks.stop import StopOnRequest
+from raytrain2p.worker.callbacks.stop import Regroup, StopOnRequest
 from raytrain2p.worker.checkpoint_io import AsyncCheckpointIO
 from raytrain2p.worker.job import TrainJob
 from raytrain2p.worker.loaders import Loaders
 from raytrain2p.worker.ray_reports import RayReports, TrialReports
+from raytrain2p.worker.regroup import RegroupError
 from raytrain2p.worker.resume import ResumePoint
 
 LIGHTNING_PRECISION = {"bf16": "bf16-mixed", "float32": "32-true"}
@@ -105,7 +106,12 @@ def build_callbacks(
     checkpoints = BestAndLastCheckpoints(
         run.checkpoints, checkpoint, steps_per_epoch, metrics, ray_reports.add, trial_reports.add if trial_reports else None
     )
-    return [log, checkpoints, StopOnRequest(job.channel if group.is_first else None, group)]
+    return [log, checkpoints, StopOnRequest(job.channel if group.is_first else None, group, preempted)]
+
+
+def preempted() -> bool:
+    """Whether a node of the worker group is taken away, as all workers see it; a collective."""
+    return ray.train.get_preemption_info() is not None
 
 
 def fit(trainer: pl.Trainer, module: PhaseModule, batches: "DataLoader[Batch]", start: ResumePoint) -> bool:
@@ -113,11 +119,14 @@ def fit(trainer: pl.Trainer, module: PhaseModule, batches: "DataLoader[Batch]", 
 
     Raises:
         DivergedError: losses or weights are not finite.
+        RegroupError: the workers are to start again.
     """
     module.steps_per_epoch = len(batches) // module.training_settings.gradient_accumulation_steps(trainer.world_size)
     path, stopped = str(start.checkpoint) if start.checkpoint else None, False
     try:
         trainer.fit(module, batches, ckpt_path=path, weights_only=path is not None)
+    except Regroup as request:
+        raise RegroupError(request.preempted) from None
     except SIGTERMException:
         stopped = True
     finally:

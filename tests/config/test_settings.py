@@ -184,3 +184,49 @@ def test_phase_1_takes_a_step_in_one_pass() -> None:
 def test_renamed_settings_are_hinted_at(old: str, new: str) -> None:
     (problem,) = problems_of(2, old)
     assert problem.fix.startswith(f"set {new}: ")
+
+
+@pytest.mark.parametrize(
+    ("phase", "workers", "size", "micro", "counts"),
+    [
+        (2, "3", 6, None, [3]),
+        (2, "[1, 4]", 16, None, [1, 2, 4]),
+        (2, "[2, 6]", 12, 2, [2, 3, 6]),
+        (1, "[1, 3]", 12, None, [1, 2, 3]),
+        (2, "[2, 2]", 16, None, [2]),
+    ],
+)
+def test_numbers_of_workers_that_do_not_divide_the_batch_are_never_used(
+    phase: int, workers: str, size: int, micro: int | None, counts: list[int]
+) -> None:
+    micro_batch = "null" if micro is None else str(micro)
+    batch = [f"training.global_batch_size={size}", f"training.micro_batch_size={micro_batch}"]
+    settings = load_settings(phase, None, [f"launch.num_workers={workers}", *batch])
+    assert settings.worker_counts == counts
+    assert (settings.launch.min_workers, settings.launch.max_workers) == (counts[0], counts[-1])
+    assert settings.launch.is_elastic == (len(counts) > 1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "workers", "micro", "what", "fix"),
+    [
+        (2, [3, 6], None, "among 3 and 6 workers", "set launch.num_workers=4"),
+        (2, [1, 6], None, "among 6 workers", "set launch.num_workers=[1, 4]"),
+        (2, [5, 7], None, "among 5 and 7 workers", "numbers of workers that can: 2, 4, 8, 16"),
+        (2, [1, 8], 4, "among 8 workers", "set launch.num_workers=[1, 4]"),
+        (1, [2, 4], 4, "among 2 workers", "set launch.num_workers=4"),
+        (2, [4, 2], None, "required: a number greater than 0, or a range of two such as [1, 4]", ""),
+        (2, [0, 2], None, "required: a number greater than 0, or a range of two such as [1, 4]", ""),
+        (2, [], None, "required: a number greater than 0, or a range of two such as [1, 4]", ""),
+    ],
+)
+def test_a_range_of_workers_that_cannot_be_is_refused_with_the_numbers_that_can(
+    phase: int, workers: list[int], micro: int | None, what: str, fix: str
+) -> None:
+    micro_batch = "null" if micro is None else str(micro)
+    batch = ["training.global_batch_size=16", f"training.micro_batch_size={micro_batch}"]
+    with pytest.raises(InputError) as raised:
+        load_settings(phase, None, [f"launch.num_workers={workers}", *batch])
+    (problem,) = raised.value.problems
+    assert what in problem.what
+    assert fix in problem.fix

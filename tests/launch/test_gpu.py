@@ -217,7 +217,7 @@ def test_collectives_work_over_nccl(nccl: torch.device) -> None:
     """With the size of a larger group, so that none takes the short way of a single worker."""
     group = WorkerGroup(0, 2)
     assert group.from_first(lambda: {"run": "a"}) == {"run": "a"}
-    assert group.flag_of_first(True, nccl)
+    assert group.number_of_first(2, nccl) == 2
     assert group.mean(torch.full((3,), 4.0, device=nccl)).tolist() == [2.0] * 3
     rows = torch.ones(2, 3, device=nccl, requires_grad=True)
     GatherWithGradient.apply(rows).sum().backward()

@@ -19,7 +19,14 @@ PRIVATE = re.compile(r"\bray(\.\w+)*\.(_\w+|torch\.config)\b")  # modules
 # Private methods and attributes that our subclasses override or use, by class
 OVERRIDDEN = {
     TorchTrainer: {"_create_default_callbacks", "_initialize_and_run_controller"},  # launch/trainer.py LeanTrainer
-    ray_private.FixedScalingPolicy: {"after_controller_start", "_maybe_send_resource_request"},  # WithoutAutoscaler, KnownController
+    ray_private.FixedScalingPolicy: {  # launch/elastic.py GroupScaling
+        "after_controller_start",
+        "_get_num_workers_for_resource_request",
+        "_maybe_send_resource_request",
+        "make_decision_for_non_running_worker_group",
+        "make_decision_for_running_worker_group",
+    },
+    ray_private.DefaultFailurePolicy: {"make_decision"},  # launch/elastic.py NodesAreNoFailures
     ray_private.TorchBackend: {"on_start"},  # launch/process_group.py OwnAddressBackend
     ray_private.TrainController: {"run", "get_result", "abort"},  # LeanTrainer; worker/channel.py end_workers
     PopulationBasedTraining: {"_exploit"},  # sweep/pbt.py ResumablePbt

@@ -1,6 +1,7 @@
 """What a launch leaves out: some of Ray Train's helper processes, and training libraries where nothing is trained."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,24 +9,24 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from ray.train import RunConfig, ScalingConfig
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from raytrain2p.config import load_settings
 from raytrain2p.launch import trainer
-from raytrain2p.launch.ray_private import DatasetsCallback, FixedScalingPolicy, PlacementGroupCleanerCallback
-from raytrain2p.launch.trainer import HANG_TIMEOUT, KnownController, LeanTrainer, WithoutAutoscaler, remove_torn_state
+from raytrain2p.launch.elastic import GroupScaling, NodesAreNoFailures
+from raytrain2p.launch.ray_private import DatasetsCallback, PlacementGroupCleanerCallback
+from raytrain2p.launch.trainer import HANG_TIMEOUT, WATCH_INTERVAL, WATCHES_NODES, remove_torn_state
 from raytrain2p.worker.job import TrainJob
 
 
 @pytest.mark.parametrize(
-    ("own_cluster", "ray_stays", "is_trial", "frees_cpus", "policy", "controller"),
+    ("own_cluster", "ray_stays", "is_trial", "frees_cpus", "asks_autoscaler", "controller"),
     [
-        (True, False, False, False, WithoutAutoscaler, "in an actor"),
-        (False, False, False, True, FixedScalingPolicy, "in an actor"),
-        (False, True, False, False, KnownController, "in an actor"),
-        (False, False, True, False, FixedScalingPolicy, "in this process"),
+        (True, False, False, False, False, "in an actor"),
+        (False, False, False, True, True, "in an actor"),
+        (False, True, False, False, True, "in an actor"),
+        (False, False, True, False, True, "in this process"),
     ],
 )
 def test_helper_processes_that_are_not_needed_are_not_started(
@@ -33,7 +34,7 @@ def test_helper_processes_that_are_not_needed_are_not_started(
     ray_stays: bool,
     is_trial: bool,
     frees_cpus: bool,
-    policy: type,
+    asks_autoscaler: bool,
     controller: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -55,29 +56,31 @@ def test_helper_processes_that_are_not_needed_are_not_started(
 
     monkeypatch.setattr(trainer, "TrainController", Controller)
     monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", in_an_actor)
-    options: dict[str, Any] = {
-        "scaling_config": ScalingConfig(num_workers=1),
-        "run_config": RunConfig(name="x", storage_path=str(tmp_path)),
-    }
-    channel: Any = object() if ray_stays else None
-    lean = LeanTrainer(print, **options, is_trial=is_trial, own_cluster=own_cluster, reports_to=channel)
+    lean = trainer.ray_trainer(job_in(tmp_path, is_trial=is_trial), own_cluster, ray_stays)
     helpers = {type(callback) for callback in lean._create_default_callbacks()}
     assert DatasetsCallback not in helpers
     assert (PlacementGroupCleanerCallback in helpers) == frees_cpus
-    lean._initialize_and_run_controller(scaling_policy=FixedScalingPolicy(ScalingConfig(num_workers=1)))
-    given: Any = passed["scaling_policy"]
-    assert given.scaling_config.num_workers == 1
-    assert type(given) is policy
+    assert os.environ[WATCHES_NODES] == ("0" if own_cluster else "1")
+    lean._initialize_and_run_controller(scaling_policy="Ray's", failure_policy="Ray's")
+    scaling: Any = passed["scaling_policy"]
+    assert isinstance(scaling, GroupScaling)
+    assert isinstance(passed["failure_policy"], NodesAreNoFailures)
+    assert (scaling.asks_autoscaler, scaling.is_known, scaling.counts) == (asks_autoscaler, ray_stays, [1])
     assert passed["controller"] == controller
+
+
+def job_in(folder: Path, *overrides: str, is_trial: bool = False) -> TrainJob:
+    settings = load_settings(1, None, [f"output.root={folder}", *overrides])
+    nothing: Any = None
+    return TrainJob(settings, 1, "x", "", 1, nothing, nothing, {}, {}, 0.0, trial=nothing if not is_trial else mock.MagicMock())
 
 
 def test_ray_is_given_the_time_after_which_a_worker_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker group reads it in the controller's process, to which Ray passes it on, or in a trial's."""
     monkeypatch.setenv(HANG_TIMEOUT, "600")
-    settings = load_settings(1, None, ["launch.hang_timeout_s=7", f"output.root={tmp_path}"])
-    nothing: Any = None
-    trainer.ray_trainer(TrainJob(settings, 1, "x", "", 1, nothing, nothing, {}, {}, 0.0), own_cluster=True)
+    trainer.ray_trainer(job_in(tmp_path, "launch.hang_timeout_s=7"), own_cluster=True)
     assert get_env_vars_to_propagate()[HANG_TIMEOUT] == "7"
+    assert {WATCH_INTERVAL, WATCHES_NODES} <= set(get_env_vars_to_propagate())
     group = WorkerGroup(mock.MagicMock(), mock.MagicMock())
     assert group._worker_health_check_timeout_s == 7
 

@@ -28,7 +28,7 @@ def one_of_two(rank: int, folder: str) -> None:
         "gather": group.gather(rank * 10),
         "from_first": group.from_first(make),
         "calls": len(calls),
-        "flag": [group.flag_of_first(rank == 0, CPU), group.flag_of_first(rank == 1, CPU)],
+        "number": [group.number_of_first(rank + 3, CPU), group.number_of_first(5 - rank, CPU)],
         "precision": agree_on_precision("bf16" if rank else "float32", CPU, group),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -52,7 +52,7 @@ def test_two_workers_agree(tmp_path: Path) -> None:
         "mean": [1.5],
         "gather": [0, 10],
         "from_first": {"rank": 0, "nothing": None},
-        "flag": [True, False],
+        "number": [3, 5],
         "precision": "float32",
     }
 
@@ -65,5 +65,5 @@ def test_a_single_worker_needs_no_process_group() -> None:
     assert group.mean(torch.tensor([3.0])).tolist() == [3.0]
     assert group.gather("x") == ["x"]
     assert group.from_first(lambda: "x") == "x"
-    assert [group.flag_of_first(flag, CPU) for flag in (True, False)] == [True, False]
+    assert [group.number_of_first(number, CPU) for number in (2, 0)] == [2, 0]
     assert agree_on_precision("bf16", CPU, group) == "bf16"

@@ -34,11 +34,29 @@ def test_a_report_waits_until_it_is_accepted_and_brings_the_refusal() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_to_start_again_reaches_the_group_that_trains_and_no_later_one() -> None:
+    async def scenario() -> None:
+        actor = RunActor()
+        assert not await actor.request_regroup(), "it does not train yet"
+        waiting = asyncio.create_task(actor.next_request())
+        await asyncio.sleep(0)
+        assert await actor.request_regroup()
+        assert not await waiting
+        again = asyncio.create_task(actor.next_request())
+        await asyncio.sleep(0)
+        assert not again.done()
+        await actor.request_stop()
+        assert await again
+        assert await actor.next_request(), "a stop is for every group"
+
+    asyncio.run(scenario())
+
+
 def test_a_request_to_stop_finds_workers_only_while_they_train() -> None:
     async def scenario() -> None:
         actor = RunActor()
         assert not await actor.request_stop()
-        await actor.wait_for_stop()
+        assert await actor.next_request()
         assert await actor.request_stop()
         await actor.end_of_training()
         assert not await actor.request_stop()

@@ -1,0 +1,60 @@
+"""Workers that become fewer and more with the nodes of the cluster: one run, and the losses of an undisturbed one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.nodes_that_come_and_go import Cluster, LaunchIn, changes, launcher, losses, plot, spread, start_cluster
+
+pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
+PLOT = "RAYTRAIN2P_ELASTIC_PLOT"  # path of docs/elastic.png
+
+
+@pytest.fixture(scope="module")
+def launch_in(tiny_config: Path, untrained_aligner: Path, shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> LaunchIn:
+    return launcher(tiny_config, untrained_aligner, shapes, tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with ExitStack() as nodes:
+        yield start_cluster(tmp_path_factory.mktemp("cluster"), nodes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, launch_in: LaunchIn, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    launch = launch_in(tmp_path_factory.mktemp("undisturbed"))
+    launch.start()
+    assert launch.wait() == 0, launch.log[-3000:]
+    return losses(launch)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_node_is_lost_and_comes_back(
+    strategy: str,
+    cluster: Cluster,
+    undisturbed: dict[int, float],
+    launch_in: LaunchIn,
+    tmp_path: Path,
+) -> None:
+    if not cluster.second:
+        cluster.start_second()
+    launch = launch_in(tmp_path, "launch.num_workers=[1, 2]", f"launch.strategy={strategy}")
+    launch.start()
+    launch.wait_for_steps(250)
+    cluster.lose_second()
+    launch.wait_until(lambda: "1 worker from now on, 2 before" in launch.log, 60)
+    lost_at = len(launch.steps())
+    launch.wait_for_steps(lost_at + 100)
+    cluster.start_second()  # stays for the next test to lose
+    launch.wait_until(lambda: "2 workers from now on, 1 before" in launch.log, 60)
+    assert launch.wait() == 0, launch.log[-3000:]
+    print(launch.log)
+    if PLOT in os.environ and strategy == "ddp":
+        plot(losses(launch), undisturbed, changes(launch.log), Path(os.environ[PLOT]))
+    print(f"largest difference {spread(losses(launch), undisturbed):.1e}")
+    assert spread(losses(launch), undisturbed) < 1e-4
+    assert [run.info.status for run in launch.mlflow_runs()] == ["FINISHED"]
