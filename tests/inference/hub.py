@@ -38,7 +38,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
     def publish(self, repository: str, folder: Path, branch: str = "main") -> str:
         """The files of a folder as a new commit of a branch; returns its hash."""
-        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        files = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
         commit = hashlib.sha1(repr((repository, files)).encode()).hexdigest()
         self.commits[commit], self.branches[f"{repository}@{branch}"] = files, commit
         return commit
@@ -134,7 +134,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @contextmanager
 def running(token: str) -> Iterator[Hub]:
     hub = Hub(token)
-    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread = threading.Thread(target=hub.serve_forever, args=[0.05], daemon=True)
     thread.start()
     try:
         yield hub

@@ -139,6 +139,8 @@ def test_a_sweep_pins_the_models_that_its_trials_share_and_those_that_vary(hub: 
     move(hub, tmp_path / "bert")
     resumed, _ = check_sweep(load_sweep(tmp_path / "config.json"), Console(io.StringIO()), is_new=False)
     assert results.sweep_config(resumed) == results.sweep_config(sweep)
+    older = load_sweep(sweep_config, ["model.encoders.text=someone/bert"])
+    assert check_sweep(older, Console(io.StringIO()), is_new=False)[0] == older, "began with a version without commits"
 
 
 def test_a_node_that_gets_no_model_reports_each_with_the_fix_and_without_the_token(

@@ -170,7 +170,8 @@ def published(hub: Hub, tiny_vit: Path, tmp_path: Path) -> Path:
     """What `someone/vit` has on its branch `main`, and what nobody needs."""
     folder = tmp_path / "published"
     shutil.copytree(tiny_vit, folder)
-    for name in ("README.md", "pytorch_model.bin", "tf_model.h5"):
+    (folder / "onnx").mkdir()
+    for name in ("README.md", "pytorch_model.bin", "tf_model.h5", "onnx/config.json"):
         (folder / name).write_text("not needed")
     hub.publish("someone/vit", folder)
     return folder
