@@ -66,3 +66,28 @@ def test_the_head_is_lost_and_the_job_submitted_again(
     waits = disturbed(job, disturb)
     assert job.starts == 2, job.log
     judged(verdict("the head lost, and the job submitted again", job, undisturbed, 1, waits))
+
+
+def test_the_head_is_lost_and_comes_back_with_its_state(
+    undisturbed: Job, tiny_config: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, judged: Judged
+) -> None:
+    """It keeps it on a disk (Ray's GCS in RocksDB), and neither the job's driver nor a worker is on it: training has no need of it."""
+    nodes = LocalNodes(tmp_path_factory.mktemp("kept"))
+    nodes.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tmp_path / "gcs")}
+    try:
+        nodes.check("up", "1", "--num-cpus=0")
+        nodes.start_mlflow()
+        nodes.check("start", "2", "--num-cpus=1")
+        nodes.check("start", "3", "--num-cpus=1")
+
+        def disturb(stopwatch: Stopwatch) -> None:
+            nodes.check("kill", "1")
+            nodes.check("start", "1")
+
+        job = job_in(tmp_path / "kept", tiny_config, nodes)
+        job.submit_options = ["--entrypoint-resources", '{"node:10.77.0.12": 0.01}']
+        disturbed(job, disturb)
+        assert job.starts == 1, job.log
+        judged(verdict("the head lost and started again with its state, the driver on another node", job, undisturbed, 1, []))
+    finally:
+        nodes.run("down")
