@@ -74,14 +74,12 @@ class Job(Launch):
     """A launch that is submitted as a job, from beside the nodes."""
 
     nodes: LocalNodes = field(kw_only=True)
-    submit_options: Sequence[str] = ()
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.starts += 1
         runtime = json.dumps({"env_vars": self.variables})
-        options = ["--working-dir", ".", "--runtime-env-json", runtime, *self.submit_options]
-        submit = ["ray", "job", "submit", *options, "--", "python", "-m"]
+        submit = ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", runtime, "--", "python", "-m"]
         self.process = self.nodes.start(self.folder / f"log{self.starts}", "exec", "0", *submit, *self.command())
 
     def differences(self) -> list[str]:
