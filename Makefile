@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test checks lint types imports unit chaos test-use test-gpu bench-gpu install install-dev clean
+.PHONY: quickstart test checks lint types imports unit chaos test-use test-cluster test-gpu bench-gpu install install-dev clean
 
 quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
@@ -32,7 +32,7 @@ unit: install-dev
 # What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
 chaos: install-dev
 	mkdir -p build
-	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/test_docs.py tests/launch/test_resume.py tests/launch/test_job.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py tests/launch/test_two_nodes.py
+	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/test_docs.py tests/launch/test_resume.py tests/launch/test_job.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/runs/test_migrate.py
 	RAYTRAIN2P_FUZZ_CASES=300 $(BIN)/python -m pytest tests/test_fuzz.py
 	$(BIN)/python tests/chaos/table.py build/chaos.json docs/chaos.md
@@ -41,6 +41,10 @@ chaos: install-dev
 test-use: install-dev
 	-test -x /usr/bin/chromium || apt-get install --yes chromium
 	RAYTRAIN2P_USE_TESTS=1 $(BIN)/python -m pytest tests/use
+
+# Real Ray nodes, each in namespaces of its own: jobs on them, and what happens when one is lost. Minutes; Linux alone.
+test-cluster: install-dev
+	RAYTRAIN2P_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
 
 # On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
 test-gpu: install-dev

@@ -5,8 +5,9 @@
 #   RAYTRAIN2P_HOME   where jobs keep checkpoints/ and mlflow.db (default: the current directory)
 #
 # Every request needs a token, which is made if there is none: ~/.ray/auth_token, or RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Launches
-# find it; for `ray job submit`, set RAY_AUTH_MODE=token. All listens on loopback alone. To let nodes join, give the head an address
-# of its own, `--node-ip-address=127.0.0.2` for cluster/node.sh: most of Ray then listens on all interfaces. See docs/security.md.
+# find it; for `ray job submit`, set RAY_AUTH_MODE=token. All listens on loopback alone, so no node can join: give the head an address
+# that others reach (`--node-ip-address`), and most of Ray listens on all interfaces (docs/security.md). Several nodes on this machine
+# alone: cluster/local/nodes.sh.
 set -euo pipefail
 export RAYTRAIN2P_HOME="${RAYTRAIN2P_HOME:-$PWD}"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"

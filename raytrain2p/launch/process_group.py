@@ -66,13 +66,21 @@ def host_store(timeout: timedelta) -> tuple[str, int]:
 _store = None  # of rank 0; it ends with its process
 
 
+def network_card(address: str) -> str | None:
+    """The name of the network card of this machine that has the address."""
+    cards = psutil.net_if_addrs().items()
+    return next((name for name, addresses in cards if address in [one.address for one in addresses]), None)
+
+
 def join(backend: str, host: str, port: int, rank: int, size: int, timeout: timedelta) -> None:
     """On each worker: connect to the others."""
     from torch import distributed
 
-    if host.startswith("127."):
-        loopback = next(name for name, addresses in psutil.net_if_addrs().items() if "127.0.0.1" in [one.address for one in addresses])
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    on_loopback = host.startswith("127.")
+    own = "127.0.0.1" if on_loopback else ray.util.get_node_ip_address()
+    if (card := network_card(own)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", card)  # it takes that of the host's name, often 127.0.1.1 or nothing
+        if on_loopback:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", card)
     store = _store if rank == 0 else distributed.TCPStore(host, port, is_master=False, timeout=timeout)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

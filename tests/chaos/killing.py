@@ -146,6 +146,11 @@ class Launch:
         status = self.status()
         return status["pid"] if status is not None and Path(f"/proc/{status['pid']}").exists() else None
 
+    def differences(self) -> list[str]:
+        """What `runs verify` finds under its output root."""
+        options = parse("verify", "verify", add_arguments, [f"output.root={self.folder}/checkpoints"])
+        return [str(one) for one in verify(read_request(options)).differences]
+
 
 def launch_in(folder: Path, tiny_config: Path, workers: int = 1, steps: int = STEPS, **environment: str) -> Launch:
     """400 or more steps of phase 1 with dropout on tiny models: a few seconds, several checkpoints and epochs."""
@@ -318,14 +323,8 @@ def verdict(scenario: str, launch: Launch, undisturbed: Launch, times: int, wait
         same_weights=mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine),
         status=runs[0].info.status,
         seconds_to_next_step=waits,
-        differences=differences(launch),
+        differences=launch.differences(),
     )
-
-
-def differences(launch: Launch) -> list[str]:
-    """What `runs verify` finds under the launch's output root."""
-    options = parse("verify", "verify", add_arguments, [f"output.root={launch.folder}/checkpoints"])
-    return [str(one) for one in verify(read_request(options)).differences]
 
 
 def losses(launch: Launch) -> dict[int, float]:

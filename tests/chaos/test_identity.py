@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.killing import Launch, differences, launch_in, only_long
+from tests.chaos.killing import Launch, launch_in, only_long
 from tests.chaos.mlflow_server import Server
 from tests.launch.launching import run_command
 
@@ -34,7 +34,7 @@ def launch_at_once(folder: Path, tiny_config: Path, ray_head: str, count: int, *
     for launch in launches:
         assert launch.wait() == 0, launch.log
     assert len(launches[0].directories()) == count
-    assert not differences(launches[0])
+    assert not launches[0].differences()
 
 
 @only_long

@@ -1,5 +1,5 @@
 """The head of cluster/head.sh listens on loopback alone, and takes nothing without its token. For a local launch see
-tests/test_third_modality.py, for several nodes test_two_nodes.py.
+tests/test_third_modality.py, for several nodes tests/cluster/test_two_nodes.py.
 """
 
 import os

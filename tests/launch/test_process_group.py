@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain2p.launch.process_group import host_store, join
+from raytrain2p.launch.process_group import host_store, join, network_card
 from tests.launch.sockets import listeners
 
 TIMEOUT = timedelta(seconds=60)
@@ -26,6 +26,12 @@ def worker(rank: int, address: Any, found: Any) -> None:
     torch.distributed.all_reduce(total)
     found.put((total.item(), listeners(os.getpid())))
     torch.distributed.barrier()
+
+
+def test_the_network_card_of_an_address_is_found() -> None:
+    """tests/cluster shows that Gloo takes it: on those nodes, the host's name has no address."""
+    found = {address: network_card(address) for address in ("127.0.0.1", "203.0.113.1")}  # the second is nobody's
+    assert found == {"127.0.0.1": "lo", "203.0.113.1": None}
 
 
 @pytest.mark.timeout(180)

@@ -1,0 +1,105 @@
+"""A node or the network between nodes fails while a job trains on them: one run, every step once, the weights of an undisturbed run."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.conftest import Judged
+from tests.chaos.killing import Stopwatch, keep_up, verdict
+from tests.cluster.local_nodes import Job, LocalNodes, job_in
+
+pytestmark = pytest.mark.timeout(600)
+CUT_SECONDS = 60
+
+
+def disturbed(job: Job, disturb: Callable[[Stopwatch], None]) -> list[float]:
+    """Train, and after some steps disturb the nodes. Returns the seconds to the next step."""
+    job.start()
+    job.wait_for_steps(60)
+    stopwatch = Stopwatch(job)
+    disturb(stopwatch)
+    keep_up(job, stopwatch, lambda: False)
+    return stopwatch.measured
+
+
+def test_a_node_is_lost_and_started_again(nodes: LocalNodes, undisturbed: Job, tiny_config: Path, tmp_path: Path, judged: Judged) -> None:
+    def disturb(stopwatch: Stopwatch) -> None:
+        nodes.check("kill", "2")
+        stopwatch.start(time.time())
+        nodes.check("start", "2")
+
+    job = job_in(tmp_path / "lost", tiny_config, nodes)
+    waits = disturbed(job, disturb)
+    assert job.starts == 1, job.log
+    judged(verdict("a node lost, and started again", job, undisturbed, 1, waits))
+
+
+def test_the_network_is_cut_for_a_minute(nodes: LocalNodes, undisturbed: Job, tiny_config: Path, tmp_path: Path, judged: Judged) -> None:
+    def disturb(stopwatch: Stopwatch) -> None:
+        nodes.check("cut", "2")
+        stopwatch.start(time.time())
+        time.sleep(CUT_SECONDS)
+        nodes.check("join", "2")
+        if nodes.run("exec", "2", "true").returncode:
+            nodes.check("start", "2")
+
+    job = job_in(tmp_path / "cut", tiny_config, nodes)
+    waits = disturbed(job, disturb)
+    judged(verdict("a node's network cut for 60 s", job, undisturbed, 1, waits))
+
+
+def test_the_head_is_lost_and_the_job_submitted_again(
+    nodes: LocalNodes, undisturbed: Job, tiny_config: Path, tmp_path: Path, judged: Judged
+) -> None:
+    """With its launch ID. The head's state is gone with it, so the other node joins the new one."""
+
+    def disturb(stopwatch: Stopwatch) -> None:
+        nodes.check("kill", "1")
+        stopwatch.start(time.time())
+        nodes.check("kill", "2")
+        nodes.check("start", "1")
+        nodes.check("start", "2")
+
+    job = job_in(tmp_path / "head", tiny_config, nodes)
+    waits = disturbed(job, disturb)
+    assert job.starts == 2, job.log
+    judged(verdict("the head lost, and the job submitted again", job, undisturbed, 1, waits))
+
+
+@dataclass
+class OnSecondNode(Job):
+    """A launch whose driver is a command on node 2, in the place of a job."""
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.starts += 1
+        variables = [f"{name}={value}" for name, value in self.variables.items()]
+        self.process = self.nodes.start(self.folder / "log1", "exec", "2", "env", *variables, "python", "-m", *self.command())
+
+
+def test_the_head_is_lost_and_comes_back_with_its_state(
+    undisturbed: Job, tiny_config: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, judged: Judged
+) -> None:
+    """It keeps it on a disk (Ray's GCS in RocksDB), and neither the driver nor a worker is on it: training does not wait for it."""
+    nodes = LocalNodes(tmp_path_factory.mktemp("kept"))
+    nodes.environment |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(tmp_path / "gcs")}
+    try:
+        nodes.check("up", "1", "--num-cpus=0")
+        nodes.start_mlflow()
+        nodes.check("start", "2", "--num-cpus=1")
+        nodes.check("start", "3", "--num-cpus=1")
+        job = OnSecondNode(**vars(job_in(tmp_path / "kept", tiny_config, nodes)))
+        job.start()
+        job.wait_for_steps(60)
+        nodes.check("kill", "1")
+        killed_at, before = time.time(), len(job.steps())
+        job.wait_for_steps(before + 1)
+        waited = time.time() - killed_at
+        nodes.check("start", "1")
+        assert job.wait() == 0, job.log[-5000:]
+        judged(verdict("the head lost, and started again with its state; the driver on another node", job, undisturbed, 1, [waited]))
+    finally:
+        nodes.run("down")
