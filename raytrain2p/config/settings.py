@@ -459,7 +459,7 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
         problems.append(Problem(f"checkpoint.monitor={monitor}", what, "set data.val, or checkpoint.monitor=train_loss"))
     size, micro, workers = flat["training.global_batch_size"], flat["training.micro_batch_size"], flat["launch.num_workers"]
     ends = workers if isinstance(workers, list) else [workers]
-    if all(type(number) is int and 0 < number <= MOST for number in (size, *ends, 1 if micro is None else micro)):
+    if ends and all(type(number) is int and 0 < number <= MOST for number in (size, *ends, 1 if micro is None else micro)):
         find = _batch_problems if ends is not workers else _range_problems
         problems += find(size, micro, workers, accumulates)
         problems += _placement_problems(flat, ends)
