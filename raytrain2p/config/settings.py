@@ -462,8 +462,7 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
     if ends and all(type(number) is int and 0 < number <= MOST for number in (size, *ends, 1 if micro is None else micro)):
         find = _batch_problems if ends is not workers else _range_problems
         problems += find(size, micro, workers, accumulates)
-        problems += _placement_problems(flat, ends)
-    return problems
+    return problems + _placement_problems(flat, [number for number in ends if type(number) is int])
 
 
 def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Problem]:
@@ -478,11 +477,11 @@ def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Proble
     if use_gpu is False and kind is not None:
         what = "names a GPU, and launch.use_gpu is false"
         problems.append(Problem(f"launch.accelerator_type={kind}", what, "set launch.use_gpu=true, or launch.accelerator_type=null"))
-    if use_gpu is not False and type(share) is float and share < 1 and ends[-1] > 1:
+    if use_gpu is not False and type(share) is float and share < 1 and ends and ends[-1] > 1:
         what = f"{ends[-1]} workers of one run would share a GPU, which NCCL refuses"
         fix = "set launch.gpus_per_worker=1, launch.num_workers=1 or launch.use_gpu=false"
         problems.append(Problem(f"launch.gpus_per_worker={share:g} with launch.num_workers={flat['launch.num_workers']}", what, fix))
-    if ends[0] < ends[-1] and str(strategy := flat["launch.placement_strategy"]).startswith("STRICT"):
+    if len(ends) == 2 and ends[0] < ends[1] and str(strategy := flat["launch.placement_strategy"]).startswith("STRICT"):
         fix = "take PACK or SPREAD, or a fixed launch.num_workers"
         problems.append(Problem(f"launch.placement_strategy={strategy} with launch.num_workers={ends}", "is for a fixed number", fix))
     return problems

@@ -80,7 +80,7 @@ def launch_after(
         raise AssertionError("the finished run is trained again")
 
     monkeypatch.setattr(driver, "connected", connected)
-    monkeypatch.setattr(driver, "encode", train)
+    monkeypatch.setattr(driver, "check_nodes", train)
     return driver.launch(settings, 1, launch_id, True, Console())
 
 
