@@ -21,6 +21,7 @@ from raytrain2p.launch.capacity import Capacity, demand, resolved
 from raytrain2p.launch.cluster import before_connecting, connected
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.places import place_problem, place_problems
+from raytrain2p.launch.process_group import check_cuda, host_without_cuda
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.models.artifacts import recorded_digest
@@ -314,6 +315,8 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
             console.say(line)
         if job.store.missing(job.items):
             say_if_waiting(cpus * workers, gpus * workers, console)
+            if gpus:
+                check_cuda([ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(host_without_cuda).remote())])
             with console.progress_bar(f"encoding {job.modality}") as progress:
                 build = partial(job.spec.build, "cuda" if gpus else "cpu")
                 computed = job.store.complete(job.items, build, workers, cpus, gpus, progress)
