@@ -23,6 +23,7 @@ from raytrain2p.launch.models import fetch_models, pin_models
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.nodes import check_nodes
 from raytrain2p.launch.places import place_problem, place_problems
+from raytrain2p.launch.process_group import check_cuda, host_without_cuda
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
@@ -322,6 +323,8 @@ def encode(inputs: PhaseInputs, settings: Settings, most_cpus: float, console: C
             console.say(line)
         if job.store.missing(job.items):
             say_if_waiting(cpus * workers, gpus * workers, console)
+            if gpus:
+                check_cuda([ray.get(ray.remote(num_cpus=0, num_gpus=gpus)(host_without_cuda).remote())])
             with console.progress_bar(f"encoding {job.modality}") as progress:
                 build = partial(job.spec.build, "cuda" if gpus else "cpu")
                 computed = job.store.complete(job.items, build, workers, cpus, gpus, progress)

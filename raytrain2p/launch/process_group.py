@@ -6,6 +6,7 @@ address, no other machine reaches the workers.
 
 import os
 import socket
+from collections.abc import Iterable
 from datetime import timedelta
 
 import psutil
@@ -34,9 +35,8 @@ class OwnAddressBackend(TorchBackend):
     def on_start(self, worker_group: WorkerGroup, backend_config: TorchConfig) -> None:
         worker_group.execute(set_torch_environment)
         gpus = worker_group.get_resources_per_worker().get("GPU", 0)
-        if gpus and (without := sorted({host for host in worker_group.execute(host_without_cuda) if host is not None})):
-            what = f"PyTorch finds no GPU on {', '.join(without)}, where Ray has reserved one"
-            raise InputError(Problem("launch.use_gpu=true", what, "install a CUDA build of PyTorch there, or set launch.use_gpu=false"))
+        if gpus:
+            check_cuda(worker_group.execute(host_without_cuda))
         timeout = timedelta(seconds=backend_config.timeout_s)
         host, port = worker_group.execute_single(0, host_store, timeout)
         backend = "nccl" if gpus else "gloo"
@@ -45,10 +45,24 @@ class OwnAddressBackend(TorchBackend):
 
 
 def host_without_cuda() -> str | None:
-    """On each worker: the name of its node, if PyTorch finds no GPU there."""
+    """In a process that has a GPU: the name of its node, if PyTorch finds none there."""
     import torch
 
     return None if torch.cuda.is_available() else socket.gethostname()
+
+
+def check_cuda(found: Iterable[str | None]) -> None:
+    """Check that PyTorch finds the GPUs that Ray has reserved.
+
+    Args:
+        found: by `host_without_cuda`.
+
+    Raises:
+        InputError: on some nodes it does not.
+    """
+    if without := sorted({host for host in found if host is not None}):
+        what = f"PyTorch finds no GPU on {', '.join(without)}, where Ray has reserved one"
+        raise InputError(Problem("launch.use_gpu=true", what, "install a CUDA build of PyTorch there, or set launch.use_gpu=false"))
 
 
 def host_store(timeout: timedelta) -> tuple[str, int]:

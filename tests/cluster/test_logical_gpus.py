@@ -70,6 +70,13 @@ def test_trials_share_gpus(gpu_head: str, sweep_config: Path, tmp_path: Path, re
     assert any(bundles == [{"CPU": 1.0, "GPU": 0.25}] for _, bundles in placements())
 
 
+def test_encoding_names_a_node_without_cuda_too(gpu_head: str, tiny_config: Path, tmp_path: Path) -> None:
+    done = run_command(tmp_path, "raytrain2p.train", "--phase=1", f"--config={tiny_config}/phase1.yaml", RAY_ADDRESS=gpu_head)
+    assert done.code == 2
+    assert "PyTorch finds no GPU on" in done.err
+    assert "Traceback" not in done.err
+
+
 def encode_device(texts: Sequence[Any]) -> list[torch.Tensor]:
     """The GPU that Ray gave to this process, for each text."""
     (device,) = ray.get_runtime_context().get_accelerator_ids()["GPU"]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from raytrain2p.launch.process_group import host_store, join, network_card
+from raytrain2p.config import InputError
+from raytrain2p.launch.process_group import check_cuda, host_store, join, network_card
 from tests.launch.sockets import listeners
 
 TIMEOUT = timedelta(seconds=60)
@@ -48,3 +49,9 @@ def test_two_workers_add_up_and_listen_on_loopback_alone() -> None:
     sockets = {one for _, some in results for one in some}
     assert len(sockets) >= 3, "the store, and a Gloo listener of each"
     assert [one for one in sockets if not one.on_loopback] == []
+
+
+def test_nodes_where_pytorch_finds_no_gpu_are_named_once() -> None:
+    check_cuda([None, None])
+    with pytest.raises(InputError, match="PyTorch finds no GPU on a, b, where Ray has reserved one"):
+        check_cuda(["b", None, "a", "b"])

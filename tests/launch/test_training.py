@@ -220,4 +220,5 @@ def test_a_warm_start_begins_where_the_trained_run_ended(run: Run, tiny_config: 
     assert f"model.init: {tuned.outcome['artifact']}" in warm.err
     assert warm.outcome["metrics"]["val/loss"] == pytest.approx(tuned.outcome["metrics"]["val/loss"], rel=1e-6)
     config = json.loads(Path(warm.outcome["directory"], "config.json").read_text())
+    assert (config["launch"]["use_gpu"], config["launch"]["max_failures"]) == (False, 3), "what auto and null stood for on this cluster"
     assert (config["model"]["init"], config["model"]["aligner"]) == (tuned.outcome["artifact"], None)

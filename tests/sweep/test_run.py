@@ -105,6 +105,8 @@ def test_a_sweep_whose_driver_is_killed_half_way_ends_as_if_nothing_had_been(tmp
     directory = Path(outcome["directory"])
     assert directory.name.startswith(parent.info.run_id + "_")
     assert {path.name for path in directory.iterdir()} >= {"trials.csv", "best.json", "config.json", "README.md", "plots", "trials"}
+    launch = json.loads((directory / "config.json").read_text())["launch"]
+    assert (launch["use_gpu"], launch["max_failures"]) == (False, 0), "resolved once, for all trials"
     best = json.loads((directory / "best.json").read_text())
     assert best["objective"] == min(float(line["objective"]) for line in table(folder))
     assert f"python -m raytrain2p.train --phase 2 --aligner {best['run_id'][:8]}" in done.err, "the summary says how to use it"
