@@ -14,7 +14,7 @@ import psutil
 from matplotlib.figure import Figure
 
 from tests.chaos.killing import Launch
-from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, WORKER_PORTS, command_environment, head, ray_node
+from tests.launch.launching import DASHBOARD_PORT, PORT, WORKER_PORTS, command_environment, head, ray_node, second_node
 
 HEAD_PORT = PORT + 200
 STEPS = 900
@@ -30,11 +30,11 @@ class Cluster:
     started: int = 0
     second: int = 0  # its process ID; 0: there is none
 
-    def start_second(self, cpus: int = 1) -> None:
+    def start_second(self) -> None:
         self.started += 1
         folder = self.folder / f"node{self.started}"
         folder.mkdir()
-        command = ["bash", str(ROOT / "cluster" / "node.sh"), ADDRESS, f"--num-cpus={cpus}", "--object-store-memory=100000000"]
+        command = second_node(ADDRESS, "--num-cpus=1", "--object-store-memory=100000000")
         self.second = self.nodes.enter_context(ray_node(folder, command))
 
     def lose_second(self) -> None:
