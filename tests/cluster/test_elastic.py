@@ -44,11 +44,11 @@ def test_a_node_is_lost_and_comes_back(
         cluster.start_second()
     launch = launch_in(tmp_path, "launch.num_workers=[1, 2]", f"launch.strategy={strategy}")
     launch.start()
-    launch.wait_for_steps(250)
+    launch.wait_for_steps(150)
     cluster.lose_second()
     launch.wait_until(lambda: "1 worker from now on, 2 before" in launch.log, 60)
     lost_at = len(launch.steps())
-    launch.wait_for_steps(lost_at + 100)
+    launch.wait_for_steps(lost_at + 50)
     cluster.start_second()  # stays for the next test to lose
     launch.wait_until(lambda: "2 workers from now on, 1 before" in launch.log, 60)
     assert launch.wait() == 0, launch.log[-3000:]

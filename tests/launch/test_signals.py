@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raytrain2p.interrupts import StoppedError, stoppable
+from raytrain2p.launch import signals as signals_module
 from raytrain2p.launch.signals import StopSignals, fit_until_stopped
 
 
@@ -60,3 +61,21 @@ def test_a_signal_promises_a_checkpoint_only_if_the_workers_train_and_the_next_o
     assert time.monotonic() - began < 10
     assert stopped.value.exit_code == 143
     assert bool(lines) == promised
+
+
+def test_a_node_that_is_taken_away_ends_a_launch_as_sigterm_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers are asked once, and end with a checkpoint."""
+    monkeypatch.setattr(signals_module, "SECONDS_BETWEEN_LOOKS", 0.01)
+    over, asked, looks = threading.Event(), list[None](), iter([False, False, *[True] * 1000])
+
+    class Workers:
+        def request_stop(self) -> bool:
+            asked.append(None)
+            over.set()
+            return True
+
+    lines = list[str]()
+    channel: Any = Workers()
+    assert fit_until_stopped(over.wait, channel, lines.append, lambda: next(looks)) == signal.SIGTERM
+    assert lines[0] == "the node of this launch is taken away"
+    assert len(asked) == 1
