@@ -71,6 +71,15 @@ def head(port: int = PORT, dashboard_port: int = DASHBOARD_PORT, worker_ports: i
     return ["bash", str(ROOT / "cluster" / "head.sh"), *options, *more]
 
 
+def second_node(head: str, *options: str) -> list[str]:
+    """The command that starts a node at 127.0.0.3, and joins it to a head that has an address of its own. Both have one host name and
+    one folder of the session: for what needs more, see tests/cluster/local_nodes.py.
+    """
+    variables = ["RAY_AUTH_MODE=token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1"]  # launches set 0, with which Ray joins no other node
+    start = ["ray", "start", "--block", f"--address={head}", "--node-ip-address=127.0.0.3"]
+    return ["env", *variables, *start, "--dashboard-agent-listen-port=0", "--disable-usage-stats", *options]
+
+
 @contextmanager
 def port_in_use(port: int) -> Iterator[None]:
     """Within, the port of 127.0.0.1 is in use, by this process or by another one."""
