@@ -45,8 +45,8 @@ def with_commit(setting: str, name: str, console: Console, began: str | None = N
         name = began
         if not before[1]:
             return name  # a run of an earlier version
-    with console.status(f"{setting}: {name} of the hub"), suppress(InputError):
-        name = pinned(name, setting)
+    with console.progress_bar(f"{setting}: {name}, MB") as progress, suppress(InputError):
+        name = pinned(name, setting, progress)
     console.say(f"{setting}: {name}")
     return name
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -27,6 +27,7 @@ SENTENCEPIECE = "*.model"
 EARLIER = ("config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja")  # what fingerprints once covered, in order
 FROM_HUB = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+Progress = Callable[[int, int], None]
 _COPIES: ContextVar[Mapping[str, Path]] = ContextVar("_COPIES", default=MappingProxyType({}))
 
 
@@ -44,13 +45,14 @@ def copies_of_models(places: Mapping[str, Path]) -> Iterator[None]:
         _COPIES.reset(token)
 
 
-def model_directory(name: str, setting: str = "model") -> Path:
+def model_directory(name: str, setting: str = "model", progress: Progress | None = None) -> Path:
     """A directory that `from_pretrained` takes.
 
     Args:
         name: a packaged name, an existing local directory, or a hub ID, perhaps with `@` and a branch, tag or commit; looked up in that
             order. The hub is asked about a commit only until its files are here, and about all else each time.
         setting: the dotted path that `name` came from, for the message.
+        progress: called with (done, total) in megabytes while a hub model is downloaded.
 
     Raises:
         InputError: it is none of the three, or cannot be downloaded.
@@ -60,7 +62,7 @@ def model_directory(name: str, setting: str = "model") -> Path:
             return packaged_directory(name)
         except OSError as error:
             raise InputError(cache_problem(error)) from None
-    directory = local_directory(name) or _from_hub(name, setting)
+    directory = local_directory(name) or _from_hub(name, setting, progress)
     if not (directory / "config.json").is_file():
         raise InputError(Problem(f"{setting}={name}", "the directory has no config.json", "give a directory written by save_pretrained()"))
     _refuse_foreign_code(directory, f"{setting}={name}")
@@ -81,13 +83,16 @@ def hub_id(name: str) -> tuple[str, str] | None:
     return repository, revision
 
 
-def pinned(name: str, setting: str = "model") -> str:
+def pinned(name: str, setting: str = "model", progress: Progress | None = None) -> str:
     """The name of a hub model with the commit that its branch or tag is at now. Its files are here then. Other names stay.
+
+    Args:
+        setting, progress: as of `model_directory`.
 
     Raises:
         InputError: as of `model_directory`.
     """
-    of_hub, directory = hub_id(name), model_directory(name, setting)
+    of_hub, directory = hub_id(name), model_directory(name, setting, progress)
     return name if of_hub is None else f"{of_hub[0]}@{directory.name}"  # a snapshot's directory has the name of its commit
 
 
@@ -110,7 +115,7 @@ def _refuse_foreign_code(directory: Path, where: str) -> None:
             raise InputError(Problem(where, what, "take a model that this version of transformers has itself"))
 
 
-def _from_hub(name: str, setting: str) -> Path:
+def _from_hub(name: str, setting: str, progress: Progress | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -118,11 +123,13 @@ def _from_hub(name: str, setting: str) -> Path:
     if at and (repository in PACKAGED_MODELS or local_directory(repository) is not None):
         what = f"names the revision {revision}, and models of the hub alone have revisions"
         raise InputError(Problem(f"{setting}={name}", what, f"set {setting}={repository}"))
-    only = {"ignore_patterns": "*/*"}  # folders have the same weights in other forms
+    options: dict[str, Any] = {"ignore_patterns": "*/*"}  # folders have the same weights in other forms
+    if progress is not None:
+        options["tqdm_class"] = _bar_of(progress)
     try:
-        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*FROM_HUB], **only))
+        path = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*FROM_HUB], **options))
         if not any(path.glob("*.safetensors")):
-            path = Path(snapshot_download(repository, revision=path.name, allow_patterns=[*FROM_HUB, "*.bin"], **only))
+            path = Path(snapshot_download(repository, revision=path.name, allow_patterns=[*FROM_HUB, "*.bin"], **options))
     except (OSError, ValueError, HFValidationError) as error:
         reason = one_line(error, 400) or type(error).__name__
         raise InputError(
@@ -133,6 +140,23 @@ def _from_hub(name: str, setting: str) -> Path:
             )
         ) from None
     return path
+
+
+def _bar_of(progress: Progress) -> type:
+    """A class of bars for huggingface_hub, which shows nothing and passes on the megabytes that are written."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})
+            self.done, self.counts_bytes = 0, options.get("unit") == "B"
+
+        def update(self, count: float | None = 1) -> None:
+            self.done += int(count or 0)
+            if self.counts_bytes and (total := int(self.total or 0) // 10**6):
+                progress(self.done // 10**6, total)
+
+    return Bar
 
 
 def load_pretrained(kind: Any, directory: Path, where: str, **options: Any) -> tuple[Any, list[str]]:

@@ -199,6 +199,17 @@ def test_what_is_needed_of_a_hub_model_is_fetched_once_and_then_nothing_is_asked
     assert hub.requests == []
 
 
+def test_a_download_shows_its_megabytes(hub: Hub, published: Path) -> None:
+    (published / "spiece.model").write_bytes(os.urandom(3 * 10**6))
+    hub.publish("someone/vit", published)
+    seen = list[tuple[int, int]]()
+    name = pinned("someone/vit", "model", lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (3, 3)
+    seen.clear()
+    pinned(name, "model", lambda done, total: seen.append((done, total)))
+    assert not seen
+
+
 def test_files_that_an_interrupted_download_left_out_are_fetched(hub: Hub, published: Path) -> None:
     name = pinned("someone/vit")
     weights = model_directory(name) / "model.safetensors"
