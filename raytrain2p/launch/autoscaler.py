@@ -168,11 +168,16 @@ def wait_for_nodes(wanted: LaunchSettings, capacity: Capacity, seconds: int, nee
 @contextmanager
 def requested(wanted: LaunchSettings) -> Iterator[None]:
     """Within, the autoscaler is asked for the resources of a group of workers; the requests of others stay as they are."""
+    with HeldRequest(f"raytrain2p-{socket.gethostname()}-{os.getpid()}", *request_for(wanted)):
+        yield
+
+
+def request_for(wanted: LaunchSettings) -> tuple[ScalingConfig, int]:
+    """What is asked for, and how many times."""
     bundle, count = worker_resources(wanted), wanted.max_workers
     if wanted.placement_strategy == "STRICT_PACK":  # on one node
         bundle, count = {name: count * amount for name, amount in bundle.items()}, 1
-    with HeldRequest(f"raytrain2p-{socket.gethostname()}-{os.getpid()}", ScalingConfig(resources_per_worker=bundle), count):
-        yield
+    return ScalingConfig(use_gpu=wanted.gpus > 0, resources_per_worker=bundle), count
 
 
 @contextmanager

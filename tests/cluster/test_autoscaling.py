@@ -34,6 +34,7 @@ def configuration(version: int) -> dict[str, Any]:
     lists = "initialization_commands setup_commands head_setup_commands worker_setup_commands head_start_ray_commands "
     lists += "worker_start_ray_commands cluster_synced_files rsync_exclude rsync_filter"
     provider: dict[str, Any] = {"type": "fake_multinode", "gcs_address": f"127.0.0.1:{PORT}"}
+    provider |= dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True)
     if version == 2:
         provider |= {"launch_multiple": True, "head_node_id": HEAD_ID}
     return {

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr as kuberay_config
+from ray.train._internal.autoscaling_coordinator_client import build_train_resource_request as bundles
 
 from raytrain2p.config import InputError
 from raytrain2p.config.settings import LaunchSettings
-from raytrain2p.launch.autoscaler import check_possible, limits_of, node_with, read_limits, seconds_to_wait
+from raytrain2p.launch.autoscaler import check_possible, limits_of, node_with, read_limits, request_for, seconds_to_wait
 from raytrain2p.launch.capacity import Capacity, Limits, Node
 
 HEAD = Node(2, 0, is_head=True)
@@ -49,6 +50,15 @@ def test_a_node_is_read_off_rays_resources() -> None:
 
 def test_an_autoscaler_that_is_elsewhere_has_limits_that_cannot_be_read() -> None:
     assert read_limits("192.0.2.1:1") is None
+
+
+def test_what_is_asked_for_is_what_the_workers_take_and_for_one_node_all_of_it() -> None:
+    launch = LaunchSettings(num_workers=2, use_gpu=True, accelerator_type="L4", cpus_per_worker=4)
+    worker = {"CPU": 4.0, "GPU": 1.0, "accelerator_type:L4": 0.001}
+    assert bundles(*request_for(launch)) == ([worker, worker], None)
+    whole = {name: 2 * amount for name, amount in worker.items()}
+    assert bundles(*request_for(launch.model_copy(update={"placement_strategy": "STRICT_PACK"}))) == ([whole], None)
+    assert bundles(*request_for(LaunchSettings(use_gpu=False, cpus_per_worker=3))) == ([{"CPU": 3.0}], None)
 
 
 @pytest.mark.parametrize(
