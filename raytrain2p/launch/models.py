@@ -1,5 +1,6 @@
 """The pretrained models of a launch: hub models are pinned to a commit in the driver, and each node has all models before it needs them."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -47,7 +48,7 @@ def with_commit(setting: str, name: str, console: Console, began: str | None = N
             return name  # a run of an earlier version
     with console.progress_bar(f"{setting}: {name}, MB") as progress, suppress(InputError):
         name = pinned(name, setting, progress)
-    console.say(f"{setting}: {name}")
+        console.say(f"{setting}: {name}")
     return name
 
 
@@ -98,8 +99,6 @@ def hub_environment() -> dict[str, str]:
 @ray.remote(num_cpus=0, max_retries=0)
 def problems_on_node(names: list[str], environment: dict[str, str]) -> list[Problem]:
     """What hinders this node from having these models. Ray would wrap an exception in layers of its own."""
-    import os
-
     os.environ.update(environment)
     problems = list[Problem]()
     for name in names:
