@@ -17,7 +17,8 @@ from tests.chaos.killing import Launch
 from tests.launch.launching import DASHBOARD_PORT, PORT, WORKER_PORTS, command_environment, head, ray_node, second_node
 
 HEAD_PORT = PORT + 200
-STEPS = 900
+STEPS = 400
+SECONDS = 300.0  # for whatever a test waits for
 ADDRESS = f"127.0.0.2:{HEAD_PORT}"
 
 
@@ -82,7 +83,7 @@ def launch_on(config: Path, aligner: Path, records: Path, folder: Path, *overrid
         "training.learning_rate": 1e-4,
         "training.global_batch_size": 16,
         "training.log_every": 5,
-        "checkpoint.every_steps": 100,
+        "checkpoint.every_steps": 50,
         "data.val": "null",
         "data.test": "{}",
         "launch.grow_after_s": 5,
@@ -96,6 +97,15 @@ LaunchIn = Callable[..., Launch]  # of a folder and settings
 
 def launcher(config: Path, aligner: Path, shapes: Path, folder: Path) -> LaunchIn:
     return partial(launch_on, config, aligner, many_records(shapes, folder / "records.jsonl"))
+
+
+def undisturbed_losses(launch_in: LaunchIn, folder: Path) -> dict[int, float]:
+    """Of one worker. Launched once, for all that is compared with it."""
+    launch = launch_in(folder / "undisturbed")
+    if not launch.directories():
+        launch.start()
+        assert launch.wait() == 0, launch.log[-3000:]
+    return losses(launch)
 
 
 def losses(launch: Launch) -> dict[int, float]:
