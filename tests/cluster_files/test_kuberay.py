@@ -1,7 +1,11 @@
 """cluster/kuberay: each resource is one that Kubernetes and KubeRay accept, and does what cluster/README.md promises."""
 
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlflow.cli
@@ -147,3 +151,31 @@ def test_mlflow_s_server_takes_its_arguments() -> None:
     context = mlflow.cli.server.make_context("server", container["args"][2:])
     assert context.params["artifacts_destination"].startswith("s3://")
     assert "mlflow:5000" in context.params["allowed_hosts"].split(",")
+
+
+SCENE = """
+import subprocess, sys, threading, time
+from pathlib import Path
+
+folder, code = Path(sys.argv[1]), sys.argv[2]
+slow = "import signal, sys, time; from pathlib import Path; end = lambda *_: (time.sleep(0.5), Path(sys.argv[2]).touch(), sys.exit(143)); "
+slow += "signal.signal(signal.SIGTERM, end); Path(sys.argv[2] + '.ready').touch(); time.sleep(60)"
+started = [subprocess.Popen([sys.executable, "-c", slow, name, str(folder / name)]) for name in ("raytrain2p.train", "other.program")]
+while len(list(folder.glob("*.ready"))) < 2:
+    time.sleep(0.02)
+threading.Thread(target=started[0].wait).start()  # as Ray does
+subprocess.run([sys.executable, "-c", code], check=True)
+print((folder / "raytrain2p.train").exists(), started[1].poll())
+started[1].kill()
+"""
+
+
+def test_the_head_s_pod_ends_only_when_its_drivers_have_stopped(tmp_path: Path) -> None:
+    isolated = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]  # it sees no driver but its own
+    if shutil.which("unshare") is None or subprocess.run([*isolated, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs `unshare --pid`, and so root, to have processes of its own")
+    head = dict(pods(only("raycluster.yaml", "RayCluster")))["ray-head"]
+    code = head["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
+    command = [*isolated, sys.executable, "-c", SCENE, str(tmp_path), code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.split() == ["True", "None"], done.stderr
