@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from raytrain2p.config.scratch import cache_directory, local_path
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import NAMES_A_MODEL, OutputSettings, Settings, SettingsGroup, Source, TrackingSettings
 
@@ -41,7 +42,7 @@ def absolute_paths(settings: Settings) -> Settings:
     base = base_directory()
 
     def resolve(text: str) -> str:
-        return text if "://" in text else str(base / Path(text).expanduser())
+        return local_path(text) if "://" in text else str(base / Path(text).expanduser())
 
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
@@ -105,10 +106,3 @@ def _absolute_models(group: Group) -> Group:
         elif NAMES_A_MODEL in type(group).model_fields[key].metadata and is_kind(Path(value).expanduser(), Path.is_dir):
             changed[key] = str(Path(value).expanduser().absolute())
     return group.model_copy(update=changed)
-
-
-def cache_directory() -> Path:
-    """The directory of models and features, shared by all runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
-    if explicit := os.environ.get("RAYTRAIN2P_CACHE"):
-        return Path(explicit).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrain2p"
