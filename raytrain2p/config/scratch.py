@@ -9,6 +9,7 @@ from pathlib import Path
 
 SCHEMES = ("s3", "gs", "az")
 URL = re.compile(rf"({'|'.join(SCHEMES)})://([\w.=+@-]+(?:/[\w.=+@-]+)*)/*")
+SCRATCH = "RAYTRAIN2P_SCRATCH"  # the variable that names another place
 EXAMPLE = "s3://BUCKET/PREFIX"
 
 
@@ -21,7 +22,7 @@ def cache_directory() -> Path:
 
 def scratch_directory() -> Path:
     """`$RAYTRAIN2P_SCRATCH`, else a folder of the cache. It may be removed whenever nothing runs."""
-    if explicit := os.environ.get("RAYTRAIN2P_SCRATCH"):
+    if explicit := os.environ.get(SCRATCH):
         return Path(explicit).expanduser().absolute()
     return cache_directory() / "scratch"
 

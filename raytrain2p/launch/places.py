@@ -8,6 +8,7 @@ from raytrain2p.config import Problem, Settings
 from raytrain2p.config.paths import is_kind
 from raytrain2p.phases.inputs import EncoderJob
 from raytrain2p.tracking.mlflow_store import local_path
+from raytrain2p.tracking.run_objects import check_root
 
 
 def place_problem(setting: str, path: str | Path) -> Problem | None:
@@ -40,4 +41,4 @@ def place_problems(settings: Settings, is_new: bool, jobs: Iterable[EncoderJob] 
     if is_new and uri.startswith("sqlite:") and (database := local_path(uri)) is not None:
         places["directory of tracking.uri"] = database.parent
     found = [place_problem(setting, path) for setting, path in places.items()]
-    return [problem for problem in found if problem is not None]
+    return [problem for problem in found if problem is not None] + check_root(settings.output.root)

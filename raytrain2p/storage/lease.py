@@ -86,6 +86,13 @@ class Lease:
                 f"{self.what} was taken over by {self.lost}, while this process ({self._name(self.row)}) was held up; it stops"
             )
 
+    def is_renewed(self, silence: float) -> bool:
+        """Whether a process has it, and has renewed it in that many seconds, if this machine's clock is right. For people alone."""
+        if (found := self.store.read(self.key)) is None or (row := _row(found[0])).get("released") or is_dead(row):
+            return False
+        modified = next((one.modified for one in self.store.list(self.key.rpartition("/")[0] + "/") if one.key == self.key), 0.0)
+        return time.time() - modified < silence
+
     def _acquire(self, patience: float, waiting: Callable[[str], None]) -> str | None:
         deadline, watched, since, asked = time.monotonic() + patience, Version(None), 0.0, False
         while True:

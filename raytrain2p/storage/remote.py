@@ -9,6 +9,7 @@ Functions here take any path, and do nothing for one that is not in scratch.
 
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,11 @@ from raytrain2p.storage.locks import Lock
 from raytrain2p.storage.objects import ABSENT, AT_THE_START, PATIENCE, ChangedError, Object, ObjectStore, Version
 
 STATE, LOCK = ".objects.json", ".objects.lock"
-NOT_OBJECTS = (STATE, LOCK, ".lock", ".pruned")  # of a directory in scratch
+WRITER = ".lock"  # of a run's directory, held by the process that writes to it
+NOT_OBJECTS = (STATE, LOCK, WRITER)
 LAUNCHES = ".launches"
 AT_ONCE = 16  # requests
+SECONDS_BETWEEN, SHARE = 10.0, 0.05  # of uploads of metrics between checkpoints: at least that apart, and at most that share of the time
 SECONDS_TO_PULL = 600.0  # for which another process of this machine may fetch the same directory
 LARGEST_COPY = 5 * 10**9  # bytes that S3 copies in one request
 WITH_CONDITION = 16 * 2**20  # bytes: larger files are sent in parts, which cannot be written with a condition
@@ -66,7 +69,7 @@ class Directory:
         self.path, self.lease, self.patience = path, lease, patience
         made, self.prefix = store_of(path, patience)
         self.store = store or made
-        self.one_at_a_time = threading.RLock()
+        self.one_at_a_time, self.next_push = threading.RLock(), 0.0
 
     def pull(self, content: Callable[[str], bool] = lambda name: True, ours: bool = False, listed: Sequence[Object] | None = None) -> None:
         """Make the directory as the objects are.
@@ -80,6 +83,8 @@ class Directory:
         Raises:
             StorageError: the storage has been away for too long, or the disk is full.
         """
+        if not ours and Lock(self.path / WRITER).is_held():
+            return  # a process of this machine writes here: what it has is newer
         listed = self.store.list(f"{self.prefix}/") if listed is None else listed
         there = {one.key.removeprefix(f"{self.prefix}/"): one for one in listed}
         self.path.mkdir(parents=True, exist_ok=True)
@@ -122,6 +127,18 @@ class Directory:
                 for name in gone:
                     del known[name]
             self._write_known(known)
+
+    def push_soon(self, name: str) -> None:
+        """Upload a growing file, unless that was just done, the storage is away, or an upload is under way."""
+        if time.monotonic() < self.next_push or not self.one_at_a_time.acquire(blocking=False):
+            return
+        try:
+            began, quick = time.monotonic(), Directory(self.path, self.lease, 0.0)
+            with suppress(StorageError):
+                quick.push([name])
+            self.next_push = time.monotonic() + max(SECONDS_BETWEEN, (time.monotonic() - began) / SHARE)
+        finally:
+            self.one_at_a_time.release()
 
     def pushed(self, name: str) -> int:
         """Bytes of a file that have been uploaded."""
@@ -232,22 +249,26 @@ def is_stand_in(path: Path) -> bool:
     return False
 
 
-def fetch(path: Path, ours: bool = False) -> None:
-    """Fetch one object of a run's directory, unless the file is that object already.
+def fetch(path: Path, patience: float = AT_THE_START) -> None:
+    """Fetch one object, unless the file is that object already. Where there is none, there is no file after that.
 
-    Args:
-        path: in scratch, `ROOT/PHASE/RUN/...`.
+    Raises:
+        StorageError: the storage is away, or refuses it.
     """
     if not is_remote(path):
         return
-    folder = run_folder(path)
+    if (folder := run_folder(path)) is None:
+        store, key = store_of(path, patience)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.download(key, path)
+        return
     name = path.relative_to(folder).as_posix()
-    Directory(folder).pull(lambda one: one == name or (not is_stand_in(folder / one) and (folder / one).exists()))
+    Directory(folder, patience=patience).pull(lambda one: one == name or ((folder / one).exists() and not is_stand_in(folder / one)))
 
 
-def run_folder(path: Path) -> Path:
-    """The directory of the run that a path lies in: its name begins with a run ID."""
-    return next((one for one in path.parents if len(one.name) > 32 and one.name[32] == "_"), path.parent)
+def run_folder(path: Path) -> Path | None:
+    """The directory of the run that a path lies in, or is: its name begins with a run ID."""
+    return next((one for one in (path, *path.parents) if len(one.name) > 32 and one.name[32] == "_"), None)
 
 
 def pull_root(root: str, content: Callable[[str], bool], patience: float = AT_THE_START) -> None:
@@ -270,14 +291,20 @@ def pull_root(root: str, content: Callable[[str], bool], patience: float = AT_TH
     (Path(root) / LAUNCHES).mkdir(parents=True, exist_ok=True)
     here = {path.relative_to(root).as_posix() for path in Path(root).glob("*/*/") if (path / STATE).is_file()}
 
-    def pull(name: str) -> None:
+    def pull_one(name: str) -> None:
         folder = Path(root) / name
         Directory(folder, patience=patience, store=store).pull(content, listed=groups[name])
-        if not groups[name] and not any(path.is_file() for path in folder.rglob("*") if path.name not in NOT_OBJECTS):
+        if not groups[name] and name != LAUNCHES and not any(path.is_file() for path in folder.rglob("*") if path.name not in NOT_OBJECTS):
             remove(folder)  # of a run that was deleted
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(pull, sorted({*groups, *here})))
+        list(pool.map(pull_one, sorted({LAUNCHES, *groups, *here})))
+
+
+def pull(folder: Path) -> None:
+    """Make a run's directory as its objects are, which no other process writes."""
+    if is_remote(folder):
+        Directory(folder).pull(ours=True)
 
 
 def push_file(path: Path) -> None:

@@ -54,9 +54,7 @@ def s3_server(folder: Path, port: int = 0) -> Iterator[S3Server]:
     log = folder / "s3.log"
     command = [sys.executable, "-m", "tests.storage.s3_server", str(port)]
     with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, cwd=Path(__file__).parents[2], env=os.environ | {"PYTHONUNBUFFERED": "1"}
-        )
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=Path(__file__).parents[2])
     try:
         deadline = time.monotonic() + 30
         while "listens at " not in (said := log.read_text()):
