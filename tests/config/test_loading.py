@@ -347,11 +347,11 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_absolute_paths_uris_and_the_embedded_set_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYTRAIN2P_HOME", "/elsewhere")
-    overrides = [f"output.root={tmp_path}/out", f"tracking.uri=sqlite:///{tmp_path}/m.db", "data.feature_store=s3://bucket/features"]
+    overrides = [f"output.root={tmp_path}/out", f"tracking.uri=sqlite:///{tmp_path}/m.db", "data.feature_store=/features"]
     settings = load_settings(2, None, overrides)
     assert settings.output.root == f"{tmp_path}/out"
     assert settings.tracking.uri == f"sqlite:///{tmp_path}/m.db"
-    assert settings.data.feature_store == "s3://bucket/features"
+    assert settings.data.feature_store == "/features"
     assert paths(settings.data.train) == ["emoji:train"]
     assert load_settings(2, None, ["tracking.uri=http://server:5000"]).tracking.uri == "http://server:5000"
 
