@@ -103,9 +103,8 @@ def test_a_launch_whose_host_is_lost_is_resumed_on_a_fresh_one_and_ends_as_an_un
     done = command(workdir, "host-1", *train(tiny_config, 1, undisturbed, *MANY))
     assert done.code == 0
     s3_process.fault(slow=0.3)  # so that uploads are under way when the host is lost
-    launch = start_command(
-        workdir, workdir / "lost.log", *train(tiny_config, 1, lost, *MANY, "--launch-id", "lost"), **on("host-6", workdir)
-    )
+    words = train(tiny_config, 1, lost, *MANY, "--launch-id", "lost")
+    launch = start_command(workdir, workdir / "lost.log", *words, **on("host-6", workdir))
     deadline = time.monotonic() + 120
     while not any(point["step"] >= 10 for point in points(lost)):
         assert launch.poll() is None, (workdir / "lost.log").read_text()
@@ -114,7 +113,7 @@ def test_a_launch_whose_host_is_lost_is_resumed_on_a_fresh_one_and_ends_as_an_un
     kill_all(launch.pid)
     launch.wait()
     s3_process.fault(status=503, seconds=5)  # and the storage is overloaded when the resume begins
-    resumed = command(workdir, "host-7", *train(tiny_config, 1, lost, *MANY, "--launch-id", "lost"))
+    resumed = command(workdir, "host-7", *words)
     assert resumed.code == 0
     assert "resuming alignment run" in resumed.err
     assert losses(lost) == losses(undisturbed)
