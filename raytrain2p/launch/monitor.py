@@ -263,7 +263,9 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
-    if any(name in type(first).__name__ for name in EXPECTED) or isinstance(first.__cause__, (StorageError, InputError)):
+    if any(name in type(first).__name__ for name in EXPECTED) or any(
+        isinstance(one, (StorageError, InputError)) for one in (first, first.__cause__)
+    ):
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)

@@ -19,7 +19,7 @@ from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.objects import ABSENT, ChangedError, ObjectStore, Version
 
 SECONDS = 30.0  # after which a lease that is not renewed may be taken over
-POLL = 1.0
+POLL = 0.5  # seconds
 
 
 class LostLeaseError(StorageError):
@@ -46,7 +46,8 @@ class Lease:
 
     @contextmanager
     def held(self, patience: float, waiting: Callable[[str], None] = lambda holder: None) -> Iterator[str | None]:
-        """Try for that many seconds. Yields None if this process has the lease, else the holder, such as `pid 4711 on node3`.
+        """Try for that many seconds, in which the server may be away. Yields None if this process has the lease, else the holder, such as
+        `pid 4711 on node3`.
 
         Args:
             waiting: called once with the holder, if there is one.
@@ -96,7 +97,12 @@ class Lease:
     def _acquire(self, patience: float, waiting: Callable[[str], None]) -> str | None:
         deadline, watched, since, asked = time.monotonic() + patience, Version(None), 0.0, False
         while True:
-            found = self.store.read(self.key)
+            try:
+                found = self.store.read(self.key)
+            except StorageError:
+                if time.monotonic() > deadline:
+                    raise
+                continue
             if found is None:
                 expected: Version | str = ABSENT
             else:

@@ -263,7 +263,13 @@ def fetch(path: Path, patience: float = AT_THE_START) -> None:
         store.download(key, path)
         return
     name = path.relative_to(folder).as_posix()
-    Directory(folder, patience=patience).pull(lambda one: one == name or ((folder / one).exists() and not is_stand_in(folder / one)))
+
+    def content(one: str) -> bool:
+        """The object, small files, and what is here already."""
+        is_here = (folder / one).exists() and not is_stand_in(folder / one)
+        return one == name or is_here or not one.endswith((".ckpt", ".pt", ".png"))
+
+    Directory(folder, patience=patience).pull(content)
 
 
 def run_folder(path: Path) -> Path | None:

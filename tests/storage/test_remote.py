@@ -117,13 +117,13 @@ def test_a_lease_of_a_dead_process_of_this_machine_is_taken_over_at_once(root: s
 def test_a_lease_of_another_machine_is_taken_over_once_it_was_watched_unchanged_and_its_owner_finds_out(root: str) -> None:
     """However wrong the clocks are: none is compared."""
     store = ObjectStore(public(root), 5)
-    held_up = Lease(store, "lease", "run 1234", seconds=2)
+    held_up = Lease(store, "lease", "run 1234", seconds=1)
     held_up.row["process"] = ["another boot", "", "1", "1"]
     assert held_up._acquire(0, lambda holder: None) is None  # and is never renewed: as a process that is stopped
     began = time.monotonic()
-    with Lease(store, "lease", "run 1234", seconds=2).held(10) as holder:
+    with Lease(store, "lease", "run 1234", seconds=1).held(10) as holder:
         assert holder is None
-        assert 2 < time.monotonic() - began < 6
+        assert 1 < time.monotonic() - began < 6
         with pytest.raises(LostLeaseError, match="run 1234 was taken over by pid"):
             held_up.check(0)
         with pytest.raises(LostLeaseError):
@@ -132,9 +132,9 @@ def test_a_lease_of_another_machine_is_taken_over_once_it_was_watched_unchanged_
 
 def test_a_lease_that_is_renewed_is_not_taken_over(root: str) -> None:
     store = ObjectStore(public(root), 5)
-    lease = Lease(store, "lease", "launch x", seconds=1.5)
+    lease = Lease(store, "lease", "launch x", seconds=0.6)
     lease.row["process"] = ["another boot", "", "1", "1"]
-    with lease.held(0), Lease(store, "lease", "launch x").held(4) as holder:
+    with lease.held(0), Lease(store, "lease", "launch x").held(1.5) as holder:
         assert holder is not None
 
 
@@ -266,9 +266,9 @@ def test_the_owner_replaces_what_a_deposed_writer_wrote_after_all(root: str) -> 
 
 def test_a_server_that_is_overloaded_or_refuses_connections_for_some_seconds_is_tried_again(root: str, s3: S3Server) -> None:
     directory = Directory(run_in(root, **{"run.json": "{}"}), patience=30)
-    for fault in ({"status": 503, "seconds": 1.5}, {"refuse": 1.5}):
+    for fault in ({"status": 503, "seconds": 0.8}, {"refuse": 0.8}):
         s3.fault(**fault)
-        time.sleep(0.3)
+        time.sleep(0.2)
         (directory.path / "run.json").write_text(str(fault))
         directory.push()
         assert directory.store.read(f"{directory.prefix}/run.json")[0].decode() == str(fault)  # type: ignore[index]
