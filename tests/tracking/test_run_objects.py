@@ -16,6 +16,7 @@ from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.config.scratch import local_path, public
 from raytrain2p.storage import lease as leases
 from raytrain2p.storage.objects import ObjectStore
+from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking import create_run, run_objects
 from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.find import find_artifact, find_run
@@ -193,3 +194,25 @@ def test_an_artifact_is_fetched_by_its_url_and_as_the_latest(
         assert find_artifact(local_path(url), ALIGNMENT, wanted, "model.aligner").read_text() == "tensors"
     with pytest.raises(InputError, match="is neither a file nor"):
         find_artifact(local_path(url), ALIGNMENT, f"{url}/nothing.pt", "model.aligner")
+
+
+def test_another_node_fetches_the_checkpoint_that_rank_0_has_now(
+    url: str, database: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = settings_in(url, database)
+    with writer_of(settings) as (run, writer):
+        for step in (2, 4):
+            save(run, writer, step)
+            with monkeypatch.context() as node:
+                on_host("node-2", node, tmp_path)
+                there = Path(local_path(public_of(run, url))) / "lightning_checkpoints" / "last.ckpt"
+                fetch(there)
+                assert there.read_text() == f"step {step}"
+                assert '"raytrain2p.root"' in (there.parents[1] / "run.json").read_text()
+        before = run.files.last_checkpoint.stat()
+        fetch(run.files.last_checkpoint)  # on rank 0's own node: it is there
+        assert run.files.last_checkpoint.stat() == before
+
+
+def public_of(run: Run, url: str) -> str:
+    return f"{url}/alignment/{run.path.name}"
