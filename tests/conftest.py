@@ -20,7 +20,13 @@ from transformers import (
     ViTModel,
 )
 
-pytest_plugins = ["tests.inference.models", "tests.launch.launching", "tests.tracking.store_fixtures", "tests.disks"]
+pytest_plugins = [
+    "tests.inference.models",
+    "tests.launch.launching",
+    "tests.tracking.store_fixtures",
+    "tests.disks",
+    "tests.storage.s3_server",
+]
 
 # Files with many launches. One test process begins with the longest, the other with quick tests; the others come last.
 FIRST, LAST = "test_docs.py", ("launch/test_job.py", "launch/test_training.py", "chaos/test_kills.py")

@@ -1,8 +1,9 @@
 """Typed settings and their checks. Imports nothing else of the package."""
 
 from raytrain2p.config.loading import load_settings
-from raytrain2p.config.paths import base_directory, cache_directory
+from raytrain2p.config.paths import base_directory
 from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.scratch import cache_directory
 from raytrain2p.config.settings import AlignmentSettings, InstructionSettings, Settings, flatten, flatten_tree
 
 __all__ = [

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import importlib.util
 import re
 import types
 import typing
@@ -19,6 +20,7 @@ from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.paths import absolute_paths, packaged_config, relative_outputs
 from raytrain2p.config.problems import Findings, InputError, Problem
 from raytrain2p.config.program import GIVEN
+from raytrain2p.config.scratch import EXAMPLE, SCHEMES, is_url, local_path
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings, Settings, Source, cross_field_problems, flatten_tree
 
@@ -174,14 +176,29 @@ def settings_of(phase: int, tree: dict[str, Any], path: Path, overrides: Sequenc
     kind = SETTINGS_OF_PHASE[phase]
     settings = checked(kind, tree, path, overrides, lambda: _cross_field_problems(kind, tree))
     with Findings() as findings:
-        if "://" in (root := settings.output.root):
-            findings.add(Problem(f"output.root={root}", "is not a directory", "give one on storage that all nodes share"))
+        findings.extend(root_problems(settings.output.root))
+        if (store := settings.data.feature_store) is not None and is_url(store):
+            what = "is not a directory: features are read from a file system"
+            findings.add(Problem(f"data.feature_store={store}", what, "give one on storage that all nodes share, or leave it out"))
         if not STORE.match(uri := settings.tracking.uri):
             fix = "write for example sqlite:///mlflow.db, or http://HOST:PORT of `mlflow server`"
             findings.add(Problem(f"tracking.uri={masked(uri)}", "is not a URI of an MLflow store", fix))
         findings.extend(relative_outputs(settings))
     findings.raise_any()
     return absolute_paths(settings)
+
+
+def root_problems(root: str, setting: str = "output.root") -> list[Problem]:
+    """Problems of an output root that is a URL."""
+    if not is_url(root):
+        return []
+    if local_path(root) == root:
+        schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
+        fix = f"give a directory that all nodes share, or one such as {EXAMPLE}; {schemes} are known"
+        return [Problem(f"{setting}={root}", "is neither a directory nor a URL of an object storage", fix)]
+    if importlib.util.find_spec("obstore") is None:
+        return [Problem(f"{setting}={root}", "needs the package obstore", "pip install 'raytrain2p[object-storage]'")]
+    return []
 
 
 def checked(kind: type[Kind], tree: dict[str, Any], path: Path, overrides: Sequence[str], more: Callable[[], list[Problem]] = list) -> Kind:

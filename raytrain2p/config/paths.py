@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 from raytrain2p.config.problems import InputError, Problem
+from raytrain2p.config.scratch import cache_directory, local_path
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import NAMES_A_MODEL, OutputSettings, Settings, SettingsGroup, Source, TrackingSettings
 
@@ -113,7 +114,7 @@ def absolute_paths(settings: Settings) -> Settings:
     base = base_directory()
 
     def resolve(text: str) -> str:
-        return text if "://" in text else str(base / Path(text).expanduser())
+        return local_path(text) if "://" in text else str(base / Path(text).expanduser())
 
     data = settings.data
     store = data.feature_store or os.environ.get("RAYTRAIN2P_FEATURES") or str(cache_directory() / "features")
@@ -183,10 +184,3 @@ def _absolute_model(name: str) -> str:
     """A local directory becomes absolute; hub IDs and packaged names stay."""
     path = Path(name).expanduser()
     return str(path.absolute()) if is_kind(path, Path.is_dir) else name
-
-
-def cache_directory() -> Path:
-    """The directory of models and features, shared by all runs: `$RAYTRAIN2P_CACHE`, else the user's cache directory."""
-    if explicit := os.environ.get("RAYTRAIN2P_CACHE"):
-        return Path(explicit).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "raytrain2p"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, quote_plus
 
+from raytrain2p.config.scratch import public
+
 MASK = "***"
 
 _PORT = r"(?!\d+(?:[/?#\s\"',)\]]|$))"
@@ -38,7 +40,8 @@ PASSWORD_VALUE = re.compile(".{6,}")  # shorter ones are words, such as `true`
 
 
 def masked(text: str) -> str:
-    """The text with `***` in place of each password in a URI, each value of a token, and each credential of the environment.
+    """The text as others may read it: with `***` in place of each password in a URI, each value of a token, and each credential of the
+    environment; and with the URL of an object in place of its path in scratch.
 
     >>> masked("postgresql://me:hunter2@db/mlflow")
     'postgresql://me:***@db/mlflow'
@@ -53,7 +56,7 @@ def masker() -> Callable[[str], str]:
     def mask(text: str) -> str:
         for secret in secrets:
             text = text.replace(secret, MASK)
-        return _masked_by_form(text)
+        return public(_masked_by_form(text))
 
     return mask
 

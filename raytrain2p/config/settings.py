@@ -261,7 +261,9 @@ class OutputSettings(SettingsGroup):
     """Where run directories go."""
 
     root: Text = setting(
-        "checkpoints", "run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps", _OF_ALL_TRIALS.but(resume=FIXED)
+        "checkpoints",
+        "run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps; s3://BUCKET/PREFIX, gs:// or az:// for single runs",
+        _OF_ALL_TRIALS.but(resume=FIXED),
     )
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from raytrain2p.config import Findings, InputError, Problem, base_directory
+from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.data.checks import check_media
@@ -17,6 +17,7 @@ from raytrain2p.models.pretrained import context_length, model_directory
 from raytrain2p.tracking.find import find_artifact
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_objects import root_of
 
 LANGUAGE_MODEL = "model.language_model"
 
@@ -35,7 +36,7 @@ def find_model(run: WhichModel, root: str | Path, setting: str = "run") -> Path:
         InputError: there is none, or several fit.
     """
     wanted = run.path if isinstance(run, Run | RunDirectory) else run
-    return find_artifact(str(base_directory() / Path(root).expanduser()), INSTRUCTION, str(wanted), setting)
+    return find_artifact(root_of(str(root)), INSTRUCTION, str(wanted), setting)
 
 
 class ModelFile:

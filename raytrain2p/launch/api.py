@@ -106,9 +106,11 @@ def resumed(
     """
     from raytrain2p.tracking.find import check_in_place, find_run
     from raytrain2p.tracking.mlflow_store import check_password
+    from raytrain2p.tracking.run_objects import open_root
 
     if launch_id is not None:
         raise InputError(Problem("--resume with --launch-id", "each of them names the run to resume", "give one of them"))
+    open_root(settings.output.root)
     run = find_run(settings.output.root, [PHASES[phase].name], wanted, "--resume")
     run.files.check()
     if config is None and run.files.read_config() is not None:

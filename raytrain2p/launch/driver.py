@@ -3,8 +3,8 @@
 import re
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -36,6 +36,7 @@ from raytrain2p.tracking.find import check_original, find_artifact, has_failed, 
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import LAUNCH_ID, Run, launch_lock, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_objects import only_driver, open_root
 from raytrain2p.worker.job import Outcome
 
 LATEST = "latest"
@@ -84,7 +85,7 @@ def _launch(
     with connected(settings.launch, verbose) as capacity:
         check_possible(settings.launch, capacity)
         check_store(settings, phase, capacity, run, launch_id)
-        with only_launch(settings, launch_id):
+        with only_launch(settings, launch_id, console.say):
             before, run = run, run_to_resume(asked, launch_id, phase)  # again: another process may have made it, or trained it, meanwhile
             if run != before:
                 settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
@@ -136,6 +137,9 @@ def check(
         InputError: every problem at once.
     """
     findings = Findings()
+    with findings:
+        open_root(settings.output.root)
+    findings.raise_any()
     settings = pin_models(resolve_artifacts(settings, findings, console, run), run, console)
     with findings:
         settings = with_launch(settings, before_connecting(settings.launch, findings))
@@ -268,6 +272,7 @@ def run_to_resume(settings: Settings, launch_id: str, phase: int) -> Run | None:
     """
     if place_problem("output.root", settings.output.root):
         return None  # `check` reports it
+    open_root(settings.output.root)
     run = recorded_run(settings.output.root, launch_id)
     if run is not None and run.phase != PHASES[phase].name:
         what = f"belongs to {run.phase} run {run.run_id}; required is one of phase {phase}"
@@ -294,15 +299,19 @@ def check_store(settings: Settings, phase: int, capacity: Capacity, run: Run | N
 
 
 @contextmanager
-def only_launch(settings: Settings, launch_id: str) -> Iterator[None]:
+def only_launch(settings: Settings, launch_id: str, say: Callable[[str], None]) -> Iterator[None]:
     """Within, no other process can start this launch.
+
+    Args:
+        say: is given a line, if a process on another machine may be alive, which takes a while to find out.
 
     Raises:
         InputError: another one has.
     """
     lock = launch_lock(settings.output.root, launch_id)
     lock.path.parent.mkdir(parents=True, exist_ok=True)
-    with lock.held(1.0) as holder:
+    with ExitStack() as stack:
+        holder = stack.enter_context(lock.held(1.0)) or stack.enter_context(only_driver(settings.output.root, launch_id, say))
         if holder is not None:
             raise InputError(Problem(f"--launch-id {launch_id}", f"is under way: {holder}", "wait for its end, or take another name"))
         yield

@@ -17,6 +17,7 @@ from ray.train import PreemptionError
 
 from raytrain2p.config import InputError, Settings
 from raytrain2p.config.console import Console
+from raytrain2p.config.scratch import SCRATCH, is_remote, scratch_directory
 from raytrain2p.config.secrets import masked, one_line
 from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.elastic import is_drained, regroup_of
@@ -26,8 +27,11 @@ from raytrain2p.launch.trainer import ray_trainer
 from raytrain2p.phases.inputs import InputDigests, Split
 from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
+from raytrain2p.storage.objects import AT_THE_START, PATIENCE, environment
+from raytrain2p.storage.remote import Directory
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import Run, disk_gone, recorded_run
+from raytrain2p.tracking.run_objects import fetch_launch, own_objects
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import RunChannel
@@ -93,7 +97,9 @@ def naming_run(root: str, launch_id: str) -> Iterator[None]:
     try:
         yield
     except (StoppedError, TrainingFailedError) as error:
-        with suppress(InputError, OSError):  # its record is damaged, or its disk gone
+        with suppress(InputError, OSError, StorageError):  # its record is damaged, or its disk gone
+            fetch_launch(root, launch_id)
+        with suppress(InputError, OSError):
             error.run = recorded_run(root, launch_id)
         raise
 
@@ -133,7 +139,7 @@ def train(
         data=splits.data,
         channel=channel,
         facts=asdict(splits.digests) | {"use": splits.use},
-        environment=passed_environment(),
+        environment=passed_environment() | storage_environment(settings.output.root),
         launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
         tags=trial.tags if trial else source_tags("raytrain2p.train"),
@@ -175,6 +181,10 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
         StoppedError: they ended before the last step, because of `signal`.
         TrainingFailedError: they ended because training them any further is in vain.
     """
+    try:
+        fetch_launch(job.settings.output.root, job.launch_id, PATIENCE)
+    except StorageError as error:
+        raise TrainingFailedError(f"{error}; the workers have ended, and what they uploaded is there") from None
     run = recorded_run(job.settings.output.root, job.launch_id)
     assert run is not None
     status = run.files.read_status()
@@ -193,6 +203,11 @@ def passed_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name == "HF_TOKEN"}
 
 
+def storage_environment(root: str) -> dict[str, str]:
+    """Variables that an object storage needs, likewise; and the place of its files on each node, the same as here."""
+    return environment() | {SCRATCH: str(scratch_directory())} if is_remote(root) else {}
+
+
 def typed_command(module: str, leave_out: str | None = None) -> str:
     """The command line of this process, without credentials: Ray keeps it with the job.
 
@@ -207,6 +222,20 @@ def typed_command(module: str, leave_out: str | None = None) -> str:
 
 def record_end(job: TrainJob, status: str, console: Console) -> None:
     """Record how the run ended, if there is a run and its worker has not recorded the same."""
+    uri, root = job.settings.tracking.uri, job.settings.output.root
+    try:
+        with own_objects(root, job.launch_id, AT_THE_START):
+            _record_end(job, status, console)
+            if is_remote(root) and (run := recorded_run(root, job.launch_id)) is not None:
+                Directory(run.path, patience=AT_THE_START).push()
+    except (StorageError, RuntimeError) as error:
+        if not is_remote(root):
+            raise
+        console.say(f"its status cannot be recorded in the object storage: {error}")
+        end_unrecorded(uri, root, job.launch_id, status)
+
+
+def _record_end(job: TrainJob, status: str, console: Console) -> None:
     uri = job.settings.tracking.uri
     try:
         run = recorded_run(job.settings.output.root, job.launch_id)
@@ -238,7 +267,9 @@ def cause_of(error: Exception, gone: StorageError | None) -> str:
     """
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else getattr(error, "controller_failure", None) or error
-    if any(name in type(first).__name__ for name in EXPECTED) or isinstance(first.__cause__, (StorageError, InputError)):
+    if any(name in type(first).__name__ for name in EXPECTED) or any(
+        isinstance(one, (StorageError, InputError)) for one in (first, first.__cause__)
+    ):
         return masked(str(first.__cause__ or first))
     if gone is not None:
         return str(gone)

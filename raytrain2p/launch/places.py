@@ -10,6 +10,7 @@ from raytrain2p.config import Problem, Settings
 from raytrain2p.config.paths import is_kind
 from raytrain2p.phases.inputs import EncoderJob
 from raytrain2p.tracking.mlflow_store import local_path
+from raytrain2p.tracking.run_objects import check_root
 
 
 def existing(path: Path) -> Path:
@@ -84,4 +85,4 @@ def place_problems(settings: Settings, is_new: bool, jobs: Sequence[EncoderJob] 
     found = {setting: place_problem(setting, path) for setting, path in places.items()}
     if missing and found["data.feature_store"] is None:
         found["data.feature_store"] = space_problem(store, jobs)
-    return [problem for problem in found.values() if problem is not None]
+    return [problem for problem in found.values() if problem is not None] + check_root(settings.output.root)

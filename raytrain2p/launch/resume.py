@@ -6,12 +6,15 @@ from pydantic import ValidationError
 
 from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
 from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at
+from raytrain2p.config.scratch import public
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, described, planned_steps
+from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking.checkpoints import last_checkpoint, step_of
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.mlflow_store import store_exists
 from raytrain2p.tracking.run import PRUNED_CHECKPOINTS, PRUNED_TAG, Run
+from raytrain2p.tracking.run_objects import reporting_storage
 from raytrain2p.tracking.run_writer import TRAIN_INPUT, input_changes
 from raytrain2p.worker.job import Outcome
 
@@ -80,6 +83,9 @@ def changed_inputs(run: Run, settings: Settings, digests: InputDigests) -> list[
 def ends_before_checkpoint(run: Run, settings: Settings, records: int) -> list[Problem]:
     """A problem if training is to end before the step that the run has reached."""
     last, planned = last_checkpoint(run.checkpoints), planned_steps(settings.training, records)
+    if last is not None:
+        with reporting_storage(str(last)):
+            fetch(last)
     if last is None or (step := step_of(last)) is None or planned >= step:
         return []
     training = settings.training
@@ -102,6 +108,6 @@ def finished_outcome(run: Run, settings: Settings, records: int) -> Outcome | No
     planned, trained = (planned_steps(one.training, records) for one in (settings, before))
     if planned > trained:
         return None
-    here = {key: value.replace(outcome["directory"], run.directory) for key, value in outcome.items() if isinstance(value, str)}
+    here = {key: value.replace(outcome["directory"], public(run.directory)) for key, value in outcome.items() if isinstance(value, str)}
     known = {field.name for field in fields(Outcome)}
     return Outcome(**{name: value for name, value in (outcome | here).items() if name in known})

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from raytrain2p.config.console import Console, cell
 from raytrain2p.config.phases import PHASES
+from raytrain2p.config.scratch import local_path
 from raytrain2p.config.secrets import masked
 from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.progress import decimal
@@ -40,7 +41,7 @@ def print_summary(outcome: Outcome, phase: int, uri: str, console: Console, base
 
 def run_in(directory: str, uri: str) -> Run:
     """The run of a directory, with the store that is used now: its database may have been moved."""
-    return replace(read_run(Path(directory)), tracking_uri=masked(uri))
+    return replace(read_run(Path(local_path(directory))), tracking_uri=masked(uri))
 
 
 def next_lines(commands: Iterable[str]) -> list[str]:

@@ -11,7 +11,9 @@ from raytrain2p.runs.output import human_bytes, print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.runs.summary import test_metrics
 from raytrain2p.storage.errors import StorageError
+from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking.find import find_model_run
+from raytrain2p.tracking.run_objects import reporting_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +54,8 @@ def run(request: Request) -> int:
     quiet_transformers()
     check_target(target, marker)
     model = found.files.artifact(INSTRUCTION)
+    with reporting_storage(str(model)):
+        fetch(model)
     artifact = load_artifact(model, INSTRUCTION)
     card = model_card(found, artifact, test_metrics(found), options.llava, options.adapter)
     marker |= {"model": artifact["digest"]}

@@ -4,6 +4,7 @@ import argparse
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.phases import PHASES, SWEEPS
+from raytrain2p.config.scratch import public
 from raytrain2p.runs.output import print_json
 from raytrain2p.runs.request import Request
 from raytrain2p.tracking.damage import DamagedFileError
@@ -41,5 +42,5 @@ def run(request: Request) -> int:
     if options.json:
         print_json({"path": path})
     else:
-        print(path)
+        print(public(path))
     return 0

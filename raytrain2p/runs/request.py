@@ -7,8 +7,13 @@ from dataclasses import dataclass
 
 from raytrain2p.config import InputError, Problem, Settings, load_settings
 from raytrain2p.config.cli import Parser
+from raytrain2p.config.scratch import is_remote, public
 from raytrain2p.tracking.find import find_runs
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_objects import open_root
+
+READING = ("list", "show", "latest", "find", "tree", "compare", "verify", "export")  # verbs that only read runs
+WRITING = ("log", "repair")  # but for these options
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,13 @@ def read_request(options: argparse.Namespace) -> Request:
     """
     overrides = [word for word in options.words if "=" in word.partition("/")[0]]  # else in a path, as in /old/lr=0.1
     settings = load_settings(1, None, overrides)
+    if is_remote(settings.output.root):
+        writes = next((f"{options.verb} --{option}" for option in WRITING if getattr(options, option, False)), None)
+        if options.verb not in READING or writes:
+            what = f"is an object storage, where `{writes or options.verb}` does not work"
+            fix = f"these do: {', '.join(READING)}; or copy the runs to a directory, and give that one"
+            raise InputError(Problem(f"output.root={public(settings.output.root)}", what, fix))
+        open_root(settings.output.root, everything=options.verb == "verify" and not options.fast)
     uri = settings.tracking.uri if any(override.startswith("tracking.uri=") for override in overrides) else None
     return Request([word for word in options.words if word not in overrides], settings, uri, options)
 

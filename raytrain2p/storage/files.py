@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from raytrain2p.config.scratch import public
+
 # What file systems answer that cannot sync a directory: network and FUSE mounts among them.
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES)
 # What a path answers at which there is no file that this process may read. Other errors are the disk's.
@@ -35,11 +37,11 @@ def write_file(path: Path, content: str | bytes) -> None:
     """Replace a file by new content, atomically.
 
     Its directory is made if need be, but none above it: where a run's directory is gone, its disk was taken away, and what
-    is made in its place would lie on another one.
+    is made in its place would lie on another one. Text has URLs in place of paths in scratch.
     """
     path.parent.mkdir(exist_ok=True)
     with replaced(path) as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.write(public(content).encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,10 +14,12 @@ from mlflow.entities import ViewType
 
 from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.phases import SWEEPS
+from raytrain2p.config.scratch import is_remote, local_path, public
 from raytrain2p.config.secrets import masked
 from raytrain2p.storage.errors import StorageError, is_reachable
 from raytrain2p.storage.files import write_json
 from raytrain2p.storage.locks import Lock
+from raytrain2p.storage.remote import next_number, pull, push_file
 from raytrain2p.tracking.damage import read_as
 from raytrain2p.tracking.mlflow_errors import Kind, store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, experiment_name, runs_with_tag
@@ -54,8 +56,8 @@ def check_not_elsewhere(tags: Mapping[str, str], run_id: str, phase: str, root: 
     """
     theirs = tags.get(ROOT_TAG, root)
     here = run_path(root, phase, run_id, tags.get(TIMESTAMP_TAG, ""))
-    moved = is_reachable(Path(here)) and not is_reachable(Path(tags.get(DIRECTORY_TAG, "")))
-    if Path(theirs).resolve() != Path(root).resolve() and not moved:
+    moved = is_reachable(Path(here)) and not is_reachable(Path(local_path(tags.get(DIRECTORY_TAG, ""))))
+    if Path(local_path(theirs)).resolve() != Path(root).resolve() and not moved:
         what = f"belongs to run {run_id[:8]} of output.root={theirs}, and this is output.root={root}"
         raise InputError(Problem(f"--launch-id {launch_id}", what, "take another launch ID, or set output.root to the first one"))
 
@@ -72,7 +74,7 @@ def check_launch_is_free(settings: Settings, phase: str, launch_id: str) -> None
             if tags.get(PRUNED_TAG) == PRUNED_DIRECTORY:
                 continue
             check_not_elsewhere(tags, run_id, phase, settings.output.root, launch_id)
-            if COMMAND_TAG in tags and not is_reachable(Path(tags.get(DIRECTORY_TAG, ""))):
+            if COMMAND_TAG in tags and not is_reachable(Path(local_path(tags.get(DIRECTORY_TAG, "")))):
                 what = f"belongs to run {run_id[:8]}, whose directory {tags.get(DIRECTORY_TAG)} is not here"
                 raise InputError(Problem(f"--launch-id {launch_id}", what, "mount its disk again, or take another launch ID"))
 
@@ -117,20 +119,28 @@ def _create_run(settings: Settings, phase: str, default_experiment: str, launch_
     if intent is None:
         intent = {"launch_id": launch_id, "timestamp": datetime.now().strftime("%Y%m%d_%H%M%S"), "since": time.time()}
         write_json(record, intent)
+        push_file(record)
     experiment = experiment_name(settings, default_experiment)
     run_id, timestamp, is_described = _retried(lambda: _find_or_make(uri, experiment, phase, intent, root, tags))
     directory = run_path(root, phase, run_id, timestamp)
+    pull(Path(directory))
     if is_described and not is_reachable(Path(directory)):
         raise _directory_gone(run_id, directory, launch_id)
     run = Run(run_id, directory, experiment, timestamp, launch_id, phase, masked(uri))
-    _retried(lambda: client_of(uri).set_tag(run_id, DIRECTORY_TAG, directory))
+    _retried(lambda: client_of(uri).set_tag(run_id, DIRECTORY_TAG, public(directory)))
     (run.files.trials if phase == SWEEPS else run.checkpoints).mkdir(parents=True, exist_ok=True)
     with Lock(record.with_name(".sequence.lock")).held(SECONDS_TO_CREATE):  # without it, two runs may have one number
         known = run.files.sequence()
-        sequence = int(known) if 0 < known < math.inf else next_sequence(root, record.with_name(".sequence"))
+        sequence = int(known) if 0 < known < math.inf else _next_sequence(root, record.with_name(".sequence"))
         run.files.write_record(asdict(run) | {"tags": tags, "sequence": sequence})
+    push_file(run.files.record)
     write_json(record, asdict(run))
+    push_file(record)
     return run
+
+
+def _next_sequence(root: str, kept: Path) -> int:
+    return next_number(root, 0) if is_remote(root) else next_sequence(root, kept)
 
 
 def _directory_gone(run_id: str, directory: str, launch_id: str) -> StorageError:
@@ -167,7 +177,7 @@ def _find_or_make(
     found = client.get_experiment_by_name(experiment)
     assert found is not None, "prepare_store() runs in the driver, before any worker"
     name = f"{phase}_{intent['timestamp']}"
-    tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: root} | more_tags
+    tags = {LAUNCH_TAG: intent["launch_id"], TIMESTAMP_TAG: intent["timestamp"], ROOT_TAG: public(root)} | more_tags
 
     def search(query: str) -> list[MlflowRun]:
         return list(client.search_runs([found.experiment_id], query, ViewType.ALL))

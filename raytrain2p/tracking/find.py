@@ -12,14 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raytrain2p.config import InputError, Problem, base_directory
+from raytrain2p.config import InputError, Problem
 from raytrain2p.config.cli import report as print_line
 from raytrain2p.config.paths import COPY, copy_of_working_dir
 from raytrain2p.config.phases import INSTRUCTION, PHASES, SWEEPS, Phase
+from raytrain2p.config.scratch import is_remote, is_url, local_path
 from raytrain2p.config.settings import OutputSettings
+from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking.damage import DamagedFileError, damaged
 from raytrain2p.tracking.run import LAUNCH_ID, RUN_FOLDERS, SWEEP_TAG, Run, launch_lock, original_of, recorded_run
 from raytrain2p.tracking.run_directory import RUN_DIRECTORY, RUN_ID_LENGTH, RunDirectory
+from raytrain2p.tracking.run_objects import fetch_named, is_leased, reporting_storage, root_of
 
 SILENCE = 120.0  # seconds after which a run on another machine counts as dead, where locks do not reach across machines
 
@@ -81,7 +84,7 @@ def find(run: Any = "latest", *, phase: int | None = None, root: str | Path | No
     if phase not in (None, *PHASES):
         raise InputError(Problem(f"phase={phase!r}", "is not a phase", "give phase=1 or phase=2, or leave it out"))
     phases = RUN_FOLDERS if phase is None else [PHASES[phase].name]
-    under = str(base_directory() / Path(root or OutputSettings().root).expanduser())
+    under = root_of(str(root or OutputSettings().root), "root")
     return find_run(under, phases, name_of(run), "run", warnings.warn).files
 
 
@@ -112,7 +115,7 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report
         InputError: no run fits, or several do, or the one that fits is damaged.
     """
     phases = tuple(phases)
-    path = Path(wanted).expanduser()
+    path = Path(local_path(wanted)).expanduser()
     named = path.absolute() if is_run_directory(path) else None
     run = read_run(named) if named else _one(run_directories(root, phases), wanted, root, setting, report)
     if run.phase not in phases:
@@ -166,6 +169,8 @@ def is_alive(run: Run, root: str) -> bool:
             with suppress(DamagedFileError):  # no sweep works with that
                 if launch_lock(root, read_run(directory).launch_id).is_held():
                     return True
+    if is_remote(root):
+        return is_leased(root, run.launch_id, SILENCE)
     elsewhere = run.files.read_status()["host"] not in ("", socket.gethostname())
     return elsewhere and lock.path.is_file() and time.time() - lock.path.stat().st_mtime < SILENCE
 
@@ -230,11 +235,11 @@ def find_artifact(
     fits: Callable[[Path], bool] = lambda path: True,
     report: Callable[[str], None] = print_line,
 ) -> Path:
-    """The path of an artifact.
+    """The path of an artifact, which is fetched if it is an object.
 
     Args:
         root: `output.root`.
-        wanted: a path of a file or of a run directory, a run ID, the start of one, a launch ID, or `latest` (the newest that has an
+        wanted: a path or URL of a file or of a run directory, a run ID, the start of one, a launch ID, or `latest` (the newest that has an
             artifact and is not a trial of a sweep).
         setting: where `wanted` came from, for messages.
         fits: which ones `latest` prefers. If none fits, it is the newest of all: the caller finds out why it does not fit.
@@ -243,7 +248,21 @@ def find_artifact(
     Raises:
         InputError: no artifact fits, or several do.
     """
-    path = Path(wanted).expanduser()
+    with reporting_storage(f"{setting}={wanted}"):
+        if is_url(wanted):
+            fetch_named(Path(local_path(wanted)))
+
+        def fits_once_fetched(path: Path) -> bool:
+            fetch(path)
+            return fits(path)
+
+        path = _artifact(root, phase, wanted, setting, fits_once_fetched, report)
+        fetch(path)
+    return path
+
+
+def _artifact(root: str, phase: Phase, wanted: str, setting: str, fits: Callable[[Path], bool], report: Callable[[str], None]) -> Path:
+    path = Path(local_path(wanted)).expanduser()
     if path.is_file():
         return path.absolute()
     if (inside := RunDirectory(path).artifact(phase)).is_file():

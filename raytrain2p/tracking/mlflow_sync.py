@@ -22,8 +22,10 @@ from typing_extensions import TypedDict
 
 from raytrain2p.config import flatten_tree
 from raytrain2p.config.phases import PHASES_BY_NAME
+from raytrain2p.config.scratch import is_remote, public
 from raytrain2p.storage.errors import StorageError, is_reachable, reporting_disk_errors
 from raytrain2p.storage.files import write_json
+from raytrain2p.storage.remote import Directory
 from raytrain2p.tracking.damage import DamagedFileError, damaged, read_as
 from raytrain2p.tracking.metrics_file import point_of
 from raytrain2p.tracking.mlflow_errors import Kind, StoreProblem, is_unknown_request, store_problem
@@ -86,10 +88,13 @@ class MlflowSync:
     `model`, the end of the run whose logged model MLflow has.
 
     `damage` collects lines for the user about damaged files in the directory, which did not hinder sending.
+
+    Args:
+        objects: of a run in an object storage. Points are sent once they are there, so that a resume on another machine has them, too.
     """
 
-    def __init__(self, run: Run, uri: str) -> None:
-        self.run, self.files, self.uri = run, run.files, uri
+    def __init__(self, run: Run, uri: str, objects: Directory | None = None) -> None:
+        self.run, self.files, self.uri, self.objects = run, run.files, uri, objects
         self.state_path, self.metrics_file = self.files.sync_state, self.files.metrics
         self.damage: list[str] = []
         self.state = self._nothing_sent()
@@ -147,6 +152,8 @@ class MlflowSync:
         with reporting_run_disk_errors(self.state_path):
             if not is_reachable(self.run.path):
                 raise FileNotFoundError(self.run.path)
+        if self.objects is not None:
+            self.objects.push_soon(self.metrics_file.name)
         if (lost := -self.left()) > 0:
             self.damage.append(f"{self.metrics_file} has lost {lost:,} bytes that were sent: MLflow has points that are not here any more")
             self._note(sent=0, sending=self._size())
@@ -186,7 +193,8 @@ class MlflowSync:
     def _size(self) -> int:
         if self.metrics_file.is_dir():
             raise damaged(self.metrics_file, "is a directory")
-        return self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
+        size = self.metrics_file.stat().st_size if self.metrics_file.is_file() else 0
+        return min(size, self.objects.pushed(self.metrics_file.name)) if self.objects is not None else size
 
     def _lines_left(self) -> bool:
         """Whether a complete line is not sent, or sent lines are gone. An incomplete last line does not count."""
@@ -236,12 +244,12 @@ class MlflowSync:
         """Send one batch. Returns whether there may be another."""
         if self.left() <= 0:
             return False
-        start = int(self.state["sent"])
+        start, size = int(self.state["sent"]), self._size()
         lines: list[bytes] = []
         with self.metrics_file.open("rb") as stream:
             stream.seek(start)
             for line in stream:
-                if not line.endswith(b"\n") or len(lines) == POINTS_PER_BATCH:
+                if not line.endswith(b"\n") or len(lines) == POINTS_PER_BATCH or (self.objects and stream.tell() > size):
                     break
                 lines.append(line)
         if not lines:
@@ -336,12 +344,13 @@ class MlflowSync:
 
     def artifacts(self) -> Iterator[tuple[Path, str | None, list[int]]]:
         """The files that MLflow is to have: each with its folder among the run's artifacts, and its size and time."""
-        status = self.files.read_status()["status"]
+        status, since = self.files.read_status()["status"], self.files.read_status()["at"]
         for path, folder in [(self.files.config, "config"), *(self.files.mlflow_artifacts() if status != "RUNNING" else [])]:
             for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
                 if not file.is_file():
                     continue
-                now = [file.stat().st_size, file.stat().st_mtime_ns]
+                # A file that was fetched has another time: that of the run's end stands for it
+                now = [file.stat().st_size, round(1000 * since) if is_remote(file) else file.stat().st_mtime_ns]
                 inner = file.parent.relative_to(path).as_posix() if file != path else "."
                 yield file, folder if inner == "." else f"{folder}/{inner}", now
 
@@ -371,7 +380,7 @@ class MlflowSync:
 
 def params_of(config: dict[str, Any]) -> dict[str, str]:
     """Every setting as MLflow takes it."""
-    return {key: str(value)[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
+    return {key: public(str(value))[:PARAM_LENGTH] for key, value in flatten_tree(config).items()}
 
 
 def tags_of(recorded: dict[str, Any], config: dict[str, Any], logged: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:

@@ -8,8 +8,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.config.paths import cache_directory
 from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.config.scratch import cache_directory
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.tracking.mlflow_runs import one_line_errors
 from raytrain2p.tracking.mlflow_store import client_of

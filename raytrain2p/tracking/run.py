@@ -14,6 +14,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from raytrain2p.config.phases import PHASES_BY_NAME, SWEEPS
+from raytrain2p.config.scratch import local_path, public
 from raytrain2p.storage.errors import StorageError, is_reachable
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.damage import check_shape, read_as
@@ -40,7 +41,7 @@ class Run:
     """
 
     run_id: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-    directory: Annotated[str, Field(pattern=r"^/[^\x00]*$")]
+    directory: Annotated[str, Field(pattern=r"^(/|\w+://)[^\x00]*$")]
     experiment: Annotated[str, Field(min_length=1)]
     timestamp: Annotated[str, Field(pattern=r"^\d{8}_\d{6}$")]
     launch_id: Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]{0,199}$")]
@@ -153,7 +154,7 @@ def run_path(root: str, phase: str, run_id: str, timestamp: str) -> str:
 
 def original_of(run: Run) -> Path | None:
     """The directory that a run was copied from, if it is still there: that one is the run. None for the run itself, moved or not."""
-    recorded = Path((run.files.read_record() or {}).get("directory", run.directory))
+    recorded = Path(local_path((run.files.read_record() or {}).get("directory", run.directory)))
     if not RunDirectory(recorded).record.is_file() or recorded.resolve() == run.path.resolve():
         return None
     return recorded
@@ -162,8 +163,8 @@ def original_of(run: Run) -> Path | None:
 def record_move(run: Run) -> bool:
     """Record where a moved run is now, in its directory, from where MLflow gets it. Returns whether it was moved."""
     record = run.files.read_record()
-    if record is None or Path(record["directory"]).resolve() == run.path.resolve():
+    if record is None or Path(local_path(record["directory"])).resolve() == run.path.resolve():
         return False
     run.files.write_record(record | {"directory": run.directory})
-    run.add_tags({DIRECTORY_TAG: run.directory, ROOT_TAG: str(run.path.parent.parent)})
+    run.add_tags({DIRECTORY_TAG: public(run.directory), ROOT_TAG: public(str(run.path.parent.parent))})
     return True

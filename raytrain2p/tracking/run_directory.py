@@ -240,6 +240,12 @@ Note: the name of this directory begins with the MLflow run ID, followed by the 
         write_json(self.status, row | ({"reason": reason} if reason else {}))
 
 
+def is_record(name: str) -> bool:
+    """Whether a file of a run, by its name in the directory, is a record: small, and needed to list and to find the run."""
+    inner = name.startswith("trials/")
+    return (inner or "/" not in name) and name.endswith((".json", ".jsonl", ".md", ".txt", ".csv"))
+
+
 def row_of(path: Path, line: bytes) -> Any:
     """A row of changes.jsonl.
 

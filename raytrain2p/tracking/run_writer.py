@@ -11,9 +11,12 @@ from typing import Any
 from raytrain2p.config import Settings
 from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.phases import PHASES_BY_NAME
+from raytrain2p.config.scratch import is_remote, public
 from raytrain2p.config.secrets import masked, without_passwords
-from raytrain2p.storage.errors import reporting_disk_errors
+from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
+from raytrain2p.storage.lease import Lease
+from raytrain2p.storage.remote import Directory
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, write_summary
 from raytrain2p.tracking.mlflow_errors import store_problem
 from raytrain2p.tracking.mlflow_store import STORE_ERRORS, client_of, running_runs
@@ -35,10 +38,11 @@ class RunWriter:
 
     Args:
         mlflow_sync: sends the directory to MLflow meanwhile.
+        objects: of a run in an object storage.
     """
 
-    def __init__(self, run: Run, mlflow_sync: MlflowSyncThread) -> None:
-        self.run, self.mlflow_sync = run, mlflow_sync
+    def __init__(self, run: Run, mlflow_sync: MlflowSyncThread, objects: Directory | None = None) -> None:
+        self.run, self.mlflow_sync, self.objects = run, mlflow_sync, objects
         self.metrics_file = MetricsFile(run.files.metrics)
 
     def resume_from(self, step: int) -> None:
@@ -58,18 +62,34 @@ class RunWriter:
         now = time.time()
         self.write([MetricPoint(name, float(value), step, now) for name, value in metrics.items()])
 
+    def upload(self) -> None:
+        """Upload what is new in the directory, if the run is in an object storage; replaced checkpoints are deleted there after that.
+
+        Raises:
+            StorageError: the storage has been away for too long, or another process has taken over.
+        """
+        if self.objects is not None:
+            self.objects.push()
+
     def finish(self, status: str, reason: str = "") -> bool:
         """Record how the run ended, and send the rest. Returns whether MLflow has everything."""
         write_summary(self.run.files.metrics, self.run.files.metrics_summary)
         self.run.files.write_status(status, reason)
-        return self.mlflow_sync.close(SECONDS_TO_SEND)
+        self.upload()
+        has_all = self.mlflow_sync.close(SECONDS_TO_SEND)
+        with suppress(StorageError):  # all but how much MLflow has is there
+            self.upload()
+        return has_all
 
 
 @contextmanager
-def open_run_writer(run: Run, uri: str, describe: dict[str, Any], report: Callable[[str], None]) -> Iterator[RunWriter]:
+def open_run_writer(
+    run: Run, uri: str, describe: dict[str, Any], report: Callable[[str], None], lease: Lease | None = None
+) -> Iterator[RunWriter]:
     """Within, this process alone writes to the run directory, and the run is RUNNING in MLflow.
 
     Args:
+        lease: of the run, if it is in an object storage, see `own_objects`.
         uri: of the tracking store, with its password.
         describe: arguments of `describe_run`.
         report: called with a line for the user.
@@ -85,7 +105,10 @@ def open_run_writer(run: Run, uri: str, describe: dict[str, Any], report: Callab
             run.files.write_status("RUNNING")
         for line in changes:
             report(f"changed since the run began: {line}")
-        writer = RunWriter(run, MlflowSyncThread(MlflowSync(run, uri), report))
+        objects = Directory(run.path, lease) if lease is not None else None
+        if objects is not None:
+            objects.push()  # before MLflow has anything of it
+        writer = RunWriter(run, MlflowSyncThread(MlflowSync(run, uri, objects), report), objects)
         if lines := writer.metrics_file.damaged_lines:
             report(f"{run.files.metrics} has damaged lines, which are left out: {len(lines)}")
         try:
@@ -147,8 +170,8 @@ def describe_run(
     first = files.tags().get(COMMAND_TAG, masked(command))
     made = page(run, first) if page else _readme(run, first, facts.get("use"))
     write_file(files.readme, made + _resumes(history))
-    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: run.directory, TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
-    tags |= {ROOT_TAG: str(run.path.parent.parent)} | version_tags() | _history_tags(history)  # the root may have been moved
+    tags = {LAUNCH_TAG: run.launch_id, DIRECTORY_TAG: public(run.directory), TIMESTAMP_TAG: run.timestamp, COMMAND_TAG: first}
+    tags |= {ROOT_TAG: public(str(run.path.parent.parent))} | version_tags() | _history_tags(history)  # the root may have been moved
     kept = {"sequence": files.sequence(), "tags": files.tags() | tags, "removed_tags": record.get("removed_tags", [])}
     files.write_record(asdict(run) | facts | kept | {"described": time.time(), "launched": launched})
     lines = [f"{key}: {old} -> {new}" for key, (old, new) in changes.items()]
@@ -265,7 +288,7 @@ def end_unrecorded(uri: str, root: str, launch_id: str, status: str) -> None:
     with suppress(*STORE_ERRORS):
         client = client_of(uri)
         for found in running_runs(client, LAUNCH_TAG, launch_id):
-            if found.data.tags.get(ROOT_TAG, root) == root:
+            if found.data.tags.get(ROOT_TAG, public(root)) == public(root):
                 client.set_terminated(found.info.run_id, status)
 
 
@@ -289,7 +312,7 @@ Trained with
 
 {code_block(typed)}
 
-Use it, in {code_span(str(base))}:
+Use it{"" if is_remote(base) else f", in {code_span(str(base))}"}:
 
 {code_block(use_command(run, base, use))}
 

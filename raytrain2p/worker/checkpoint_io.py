@@ -1,5 +1,6 @@
 """How Lightning's checkpoints are written: by a thread, while training continues."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ class AsyncCheckpointIO(CheckpointIO):
 
     `save_checkpoint(..., storage_options="best-epoch=03-...ckpt")` also makes the checkpoint the best one: the same file under
     a second name, written once.
+
+    Args:
+        written: called by the thread after each write, as to upload it: the next write waits for that, training does not.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, written: Callable[[], None] = lambda: None) -> None:
+        self.written = written
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self.pending: Future[None] | None = None
 
@@ -28,7 +33,11 @@ class AsyncCheckpointIO(CheckpointIO):
             StorageError: the last checkpoint could not be written.
         """
         self.wait()
-        self.pending = self.thread.submit(write_checkpoint, _copied(checkpoint), Path(path), storage_options)
+        self.pending = self.thread.submit(self._write, _copied(checkpoint), Path(path), storage_options)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, best: str | None) -> None:
+        write_checkpoint(checkpoint, path, best)
+        self.written()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.

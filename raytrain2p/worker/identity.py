@@ -7,6 +7,7 @@ import ray
 from raytrain2p.config import Settings
 from raytrain2p.config.phases import PHASES
 from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.storage.lease import Lease
 from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter, open_run_writer, resolved_config
@@ -38,12 +39,17 @@ def report_placement(trial: TrialContext) -> None:
         trial.channel.put_placement(trial.number, group.id.hex())
 
 
-def open_writer(job: TrainJob, run: Run, precision: str) -> AbstractContextManager[RunWriter]:
-    """The context in which rank 0 writes to the run."""
+def open_writer(job: TrainJob, run: Run, precision: str, lease: Lease | None) -> AbstractContextManager[RunWriter]:
+    """The context in which rank 0 writes to the run.
+
+    Args:
+        lease: of the run, if it is in an object storage.
+    """
     config = resolved_config(job.settings, {"training.precision": precision, "launch.cpus_per_worker": job.threads})
     return open_run_writer(
         run,
         job.settings.tracking.uri,
         {"config": config, "command": job.command, "facts": job.facts, "launched": job.launched},
         job.channel.say,
+        lease,
     )

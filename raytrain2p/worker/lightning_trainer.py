@@ -60,7 +60,7 @@ def build_trainer(
         accelerator="gpu" if settings.launch.gpus else "cpu",
         devices="auto",
         strategy=build_strategy(settings, group),
-        plugins=[RayLightningEnvironment(), AsyncCheckpointIO()],
+        plugins=[RayLightningEnvironment(), AsyncCheckpointIO(writer.upload if writer else lambda: None)],
         precision=LIGHTNING_PRECISION[precision],
         max_steps=steps,
         max_epochs=-1,

@@ -10,6 +10,7 @@ from pathlib import Path
 import ray.train
 import ray.train.collective
 
+from raytrain2p.config.scratch import is_remote
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.storage.errors import is_reachable, storage_error
 from raytrain2p.tracking.checkpoints import CheckpointScore
@@ -58,7 +59,7 @@ class RayReports:
 
     def _report(self, metrics: dict[str, float], score: CheckpointScore) -> None:
         reported = metrics | {score.metric: self._value(score), "step": score.step, "epoch": score.epoch}
-        if not self.group.is_first:
+        if not self.group.is_first or is_remote(self.run.path):  # Ray keeps its own records on the driver's node then
             ray.train.report(reported)
             return
         folder = Path(tempfile.mkdtemp())

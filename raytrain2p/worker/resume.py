@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from raytrain2p.config import InstructionSettings, Settings
 from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.storage.objects import PATIENCE
+from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking.checkpoints import resumable_checkpoint, step_of
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
@@ -43,11 +46,20 @@ def find_resume_point(run: Run, channel: RunChannel) -> ResumePoint:
     return ResumePoint(path, step)
 
 
+def fetch_artifacts(settings: Settings) -> None:
+    """Fetch what training begins with, if it is an object: the driver may have fetched it to another node."""
+    named = (settings.model.init, settings.model.aligner if isinstance(settings, InstructionSettings) else None)
+    for path in named:
+        if path is not None:
+            fetch(Path(path), PATIENCE)
+
+
 def check_shared(path: Path) -> None:
-    """What rank 0 found must be visible here.
+    """What rank 0 found must be visible here. An object is fetched.
 
     Raises:
         FileNotFoundError: it is not.
     """
+    fetch(path, PATIENCE)
     if not path.is_file():
         raise FileNotFoundError(f"rank 0 found {path}, which this node does not have: output.root must be on shared storage")

@@ -14,13 +14,14 @@ from raytrain2p.models.precision import agree_on_precision
 from raytrain2p.phases.init import load_init
 from raytrain2p.phases.inputs import TRAIN, planned_steps
 from raytrain2p.phases.registry import phase_functions
+from raytrain2p.tracking.run_objects import own_objects
 from raytrain2p.worker.finalize import checkpoint_to_export, evaluate, export, failed_if_diverged, finish, restored
 from raytrain2p.worker.identity import attach_run, open_writer, precision_setting
 from raytrain2p.worker.job import TrainJob
 from raytrain2p.worker.lightning_trainer import build_trainer, fit
 from raytrain2p.worker.loaders import build_loaders
 from raytrain2p.worker.regroup import leaving_together
-from raytrain2p.worker.resume import agree_on_resume_point
+from raytrain2p.worker.resume import agree_on_resume_point, fetch_artifacts
 from raytrain2p.worker.system_metrics import records_system_metrics, system_metrics
 
 
@@ -31,14 +32,16 @@ def train(job: TrainJob) -> None:
     settings, phase, group, channel = job.settings, phase_functions(job.phase), WorkerGroup.current(), job.channel
     pl.seed_everything(settings.seed, verbose=False)
 
-    run = attach_run(job, group)
-    precision = agree_on_precision(precision_setting(settings, run, group), ray.train.torch.get_device(), group)
     with ExitStack() as stack:
         stack.enter_context(leaving_together(group))
-        writer = stack.enter_context(open_writer(job, run, precision)) if group.is_first else None
+        lease = stack.enter_context(own_objects(settings.output.root, job.launch_id)) if group.is_first else None
+        run = attach_run(job, group)
+        precision = agree_on_precision(precision_setting(settings, run, group), ray.train.torch.get_device(), group)
+        writer = stack.enter_context(open_writer(job, run, precision, lease)) if group.is_first else None
         stack.enter_context(failed_if_diverged(writer))
         start = agree_on_resume_point(run, group, writer, channel)
 
+        fetch_artifacts(settings)
         data = ray.get(job.data)
         steps = planned_steps(settings.training, len(data[TRAIN]))
         module = phase.build(settings, steps, precision)

@@ -357,13 +357,30 @@ def test_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_absolute_paths_uris_and_the_embedded_set_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAYTRAIN2P_HOME", "/elsewhere")
-    overrides = [f"output.root={tmp_path}/out", f"tracking.uri=sqlite:///{tmp_path}/m.db", "data.feature_store=s3://bucket/features"]
+    overrides = [f"output.root={tmp_path}/out", f"tracking.uri=sqlite:///{tmp_path}/m.db", "data.feature_store=/features"]
     settings = load_settings(2, None, overrides)
     assert settings.output.root == f"{tmp_path}/out"
     assert settings.tracking.uri == f"sqlite:///{tmp_path}/m.db"
-    assert settings.data.feature_store == "s3://bucket/features"
+    assert settings.data.feature_store == "/features"
     assert paths(settings.data.train) == ["emoji:train"]
     assert load_settings(2, None, ["tracking.uri=http://server:5000"]).tracking.uri == "http://server:5000"
+
+
+def test_an_object_storage_is_a_path_in_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("RAYTRAIN2P_SCRATCH", str(tmp_path))
+    for url, path in (("s3://bucket", "s3/bucket"), ("s3://bucket/a/b/", "s3/bucket/a/b"), ("gs://bucket/a", "gs/bucket/a")):
+        assert load_settings(1, None, [f"output.root={url}"]).output.root == str(tmp_path / path)
+
+
+def test_urls_that_are_no_object_storage_and_a_feature_store_in_one_are_refused_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError) as raised:
+        load_settings(1, None, ["output.root=ftp://host/a", "data.feature_store=s3://bucket/features"])
+    assert [problem.where for problem in raised.value.problems] == ["output.root=ftp://host/a", "data.feature_store=s3://bucket/features"]
+    assert "s3://BUCKET/PREFIX" in str(raised.value)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"needs the package obstore\s+fix: pip install 'raytrain2p\[object-storage\]'"):
+        load_settings(1, None, ["output.root=s3://bucket/a"])
 
 
 def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

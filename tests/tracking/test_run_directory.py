@@ -11,7 +11,8 @@ from raytrain2p.config.phases import INSTRUCTION, PHASES
 from raytrain2p.tracking.run_directory import BEST, LAST, Entry, RunDirectory, best_checkpoint_name
 
 PACKAGE = Path(raytrain2p.__file__).parent
-ALLOWED = ("tracking/run_directory.py", "config/phases.py")  # phases.py: the names of artifacts
+# phases.py: the names of artifacts; remote.py: the order in which a run's files are uploaded
+ALLOWED = ("tracking/run_directory.py", "config/phases.py", "storage/remote.py")
 MODEL_FILES = "models/"  # a transformers directory has a config.json of its own
 
 

@@ -345,6 +345,23 @@ def test_what_is_saved_is_what_there_was_at_the_moment_of_saving(tmp_path: Path)
     assert found["groups"] == [{"state": (torch.zeros(1), "text", 4)}]
 
 
+def test_training_continues_while_a_checkpoint_is_uploaded_and_the_next_save_waits_for_that(tmp_path: Path) -> None:
+    uploaded, go_on = list[float](), threading.Event()
+
+    def upload() -> None:
+        assert go_on.wait(10)
+        uploaded.append(load(tmp_path / LAST)["weight"])
+
+    files = AsyncCheckpointIO(upload)
+    files.save_checkpoint({"weight": 1.0}, tmp_path / LAST)
+    assert uploaded == []
+    threading.Timer(0.2, go_on.set).start()
+    files.save_checkpoint({"weight": 2.0}, tmp_path / LAST)
+    assert uploaded == [1.0]
+    files.teardown()
+    assert uploaded == [1.0, 2.0]
+
+
 def test_the_directory_is_made_with_the_first_checkpoint(tmp_path: Path) -> None:
     fit(tmp_path / "checkpoints", by_epoch(1.0), 1)
     assert names(tmp_path / "checkpoints") == ["best-epoch=00-train_loss=1.0000.ckpt", "last.ckpt"]
