@@ -25,6 +25,7 @@ from tests.launch.launching import DASHBOARD_PORT, PORT, WORKER_PORTS, head, ray
 
 pytestmark = pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="takes minutes: part of `make test-cluster`")
 L4 = {"CPU": 2, "GPU": 2, "accelerator_type:L4": 1}
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HEAD_ID = "f" * 51 + "00000"  # by which Ray's provider for tests knows the head
 V2 = {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
 
@@ -37,6 +38,7 @@ def configuration(version: int) -> dict[str, Any]:
     provider |= dict.fromkeys(("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check"), True)
     if version == 2:
         provider |= {"launch_multiple": True, "head_node_id": HEAD_ID}
+        provider |= {"type": "external", "module": PROVIDER}  # for its own type Ray wants a file that is not in its wheel
     return {
         "cluster_name": "test",
         "max_workers": 2,

@@ -47,34 +47,49 @@ def placements() -> list[tuple[str, list[dict[str, float]]]]:
     return [(group["strategy"], list(group["bundles"].values())) for group in ray.util.placement_group_table().values()]
 
 
-def test_the_workers_of_a_launch_take_what_was_said_and_a_node_without_cuda_is_named(
-    gpu_head: str, tiny_config: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "data.features=online", "launch.cpus_per_worker=null"]
-    arguments += ["launch.num_workers=2", "launch.placement_strategy=SPREAD", "launch.accelerator_type=H100"]
-    done = run_command(tmp_path, "raytrain2p.train", *arguments, RAY_ADDRESS=gpu_head)
-    assert done.code == 1
-    assert "starting 2 workers with 2 CPUs and a GPU (H100) each (launch.use_gpu=auto: the cluster has 8 GPUs)" in done.err
-    assert "PyTorch finds no GPU on" in done.err
-    assert "Traceback" not in done.err
-    request.getfixturevalue("gpu_cluster")
-    assert ("SPREAD", [{"CPU": 2.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 2) in placements()
-
-
-def test_trials_share_gpus(gpu_head: str, sweep_config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    arguments = [f"--config={sweep_config}", "launch.gpus_per_worker=0.25", "data.features=online"]
-    arguments += ["sweep.num_trials=1", "sweep.max_failures=0"]
-    done = run_command(tmp_path, "raytrain2p.tune", *arguments, RAY_ADDRESS=gpu_head)
-    assert ": 16 trials at once" in done.err, "32 by the GPUs, and a CPU each"
-    request.getfixturevalue("gpu_cluster")
-    assert any(bundles == [{"CPU": 1.0, "GPU": 0.25}] for _, bundles in placements())
-
-
-def test_encoding_names_a_node_without_cuda_too(gpu_head: str, tiny_config: Path, tmp_path: Path) -> None:
+def test_encoding_names_a_node_without_cuda(gpu_head: str, tiny_config: Path, tmp_path: Path) -> None:
     done = run_command(tmp_path, "raytrain2p.train", "--phase=1", f"--config={tiny_config}/phase1.yaml", RAY_ADDRESS=gpu_head)
     assert done.code == 2
     assert "PyTorch finds no GPU on" in done.err
     assert "Traceback" not in done.err
+
+
+def test_workers_take_what_is_said_and_a_node_without_cuda_is_named(
+    gpu_head: str, tiny_config: Path, sweep_config: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """A launch on the CPUs encodes; the same launch then takes GPUs for more steps, and so does a sweep."""
+    arguments = ["--phase=1", f"--config={tiny_config}/phase1.yaml", "--launch-id=moves"]
+    on_cpus = run_command(tmp_path, "raytrain2p.train", *arguments, "launch.use_gpu=false", "--json", RAY_ADDRESS=gpu_head)
+    assert on_cpus.outcome["steps"] == 6
+    arguments += ["training.max_steps=12", "launch.cpus_per_worker=null", "launch.num_workers=2"]
+    arguments += ["launch.placement_strategy=SPREAD", "launch.accelerator_type=H100"]
+    done = run_command(tmp_path, "raytrain2p.train", *arguments, RAY_ADDRESS=gpu_head)
+    assert done.code == 1, done.err
+    assert "starting 2 workers with 2 CPUs and a GPU (H100) each (launch.use_gpu=auto: the cluster has 8 GPUs)" in done.err
+    assert "PyTorch finds no GPU on" in done.err
+    assert "Traceback" not in done.err
+
+    arguments = [f"--config={sweep_config}", "launch.gpus_per_worker=0.25", "sweep.num_trials=1", "sweep.max_failures=0"]
+    done = run_command(tmp_path, "raytrain2p.tune", *arguments, RAY_ADDRESS=gpu_head)
+    assert ": 16 trials at once" in done.err, "32 by the GPUs, and a CPU each"
+
+    request.getfixturevalue("gpu_cluster")
+    taken = placements()
+    assert ("SPREAD", [{"CPU": 2.0, "GPU": 1.0, "accelerator_type:H100": 0.001}] * 2) in taken, taken
+    assert any(bundles == [{"CPU": 1.0, "GPU": 0.25}] for _, bundles in taken), taken
+
+
+def test_waiting_for_gpus_is_said(gpu_cluster: None) -> None:
+    class Other:
+        def ready(self) -> bool:
+            return True
+
+    other, log = ray.remote(num_gpus=7, num_cpus=0)(Other).remote(), io.StringIO()
+    assert ray.get(other.ready.remote())
+    say_if_waiting(2, 1, Console(log))
+    assert log.getvalue() == ""
+    say_if_waiting(2, 2, Console(log))
+    assert log.getvalue() == "waiting for GPUs: 1 of 2 are free, others of this cluster use the rest\n"
 
 
 def encode_device(texts: Sequence[Any]) -> list[torch.Tensor]:
@@ -90,16 +105,3 @@ def test_each_encoder_process_has_a_gpu_of_its_own(gpu_cluster: None, tmp_path: 
     assert store.complete(items, lambda: encode_device, workers=2, cpus=1, gpus=1) == len(items)
     values, _ = store.table(list(items)).gather(range(len(items)))
     assert len(np.unique(values)) == 2
-
-
-def test_waiting_for_gpus_is_said(gpu_cluster: None) -> None:
-    class Other:
-        def ready(self) -> bool:
-            return True
-
-    other, log = ray.remote(num_gpus=7, num_cpus=0)(Other).remote(), io.StringIO()
-    assert ray.get(other.ready.remote())
-    say_if_waiting(2, 1, Console(log))
-    assert log.getvalue() == ""
-    say_if_waiting(2, 2, Console(log))
-    assert log.getvalue() == "waiting for GPUs: 1 of 2 are free, others of this cluster use the rest\n"
