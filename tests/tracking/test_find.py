@@ -362,3 +362,16 @@ def test_a_program_finds_a_run_by_whatever_it_has_of_it(tmp_path: Path, monkeypa
     newer.files.record.write_bytes(b"")
     with pytest.warns(UserWarning, match="is empty"):
         assert raytrain2p.find() == older.files
+
+
+def test_in_a_submitted_job_a_run_of_its_working_directory_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lies in a copy that Ray deletes. And a file that was not sent with the job is to be named by its absolute path."""
+    copy, root = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_1", str(tmp_path / "checkpoints")
+    noted_run(copy / "checkpoints", FIRST, "20260101_120000")
+    monkeypatch.chdir(copy)
+    wanted = f"checkpoints/phase2/{FIRST}_20260101_120000"
+    run = find_run(root, ["phase2"], wanted, "--resume")
+    with pytest.raises(InputError, match=r"is in Ray's copy of the job's working directory(.|\n)*give its run ID"):
+        check_in_place(run, root, f"--resume {wanted}")
+    with pytest.raises(InputError, match=r"an absolute path \(a relative one is in Ray's copy"):
+        find_artifact(root, ALIGNMENT, "checkpoints/alignment/x/aligner.pt", "model.aligner")
