@@ -80,10 +80,10 @@ def check_nodes(inputs: Sequence[PhaseInputs], console: Console, seconds: float 
         raise InputError(problems)
 
 
-def other_nodes() -> list[Node]:
-    """Nodes with CPUs, but that of this process. Workers, encoders and the trials of a sweep may run there."""
+def other_nodes(resource: str = "CPU") -> list[Node]:
+    """Nodes that have some of a resource, but that of this process. Where there are CPUs, workers, encoders and trials may run."""
     here = ray.get_runtime_context().get_node_id()
-    others = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] != here and one["Resources"].get("CPU")]
+    others = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] != here and one["Resources"].get(resource)]
     nodes = [Node(one["NodeID"], f"{one['NodeManagerHostname']} ({one['NodeManagerAddress']})") for one in others]
     return sorted(nodes, key=lambda node: node.name)
 
