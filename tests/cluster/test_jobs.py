@@ -47,7 +47,8 @@ class Head:
 
     def jobs(self) -> dict[str | None, JobDetails]:
         """By submission ID; those of a driver that no job started have none."""
-        return {job.submission_id: job for job in JobSubmissionClient(f"http://127.0.0.1:{self.dashboard}").list_jobs()}
+        token = {"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}  # Ray has read RAY_AUTH_MODE when it was imported
+        return {job.submission_id: job for job in JobSubmissionClient(f"http://127.0.0.1:{self.dashboard}", headers=token).list_jobs()}
 
     def wait(self, submission_id: str, over: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
@@ -82,7 +83,6 @@ def first_head(sessions: str, tmp_path_factory: pytest.TempPathFactory, tiny_con
     for phase in ("phase1.yaml", "phase2.yaml"):
         (working / phase).write_text((tiny_config / phase).read_text())
     variables = {"RAY_JOB_STOP_WAIT_TIME_S": "3", "RAYTRAIN2P_FEATURES": str(folder / "features"), "OMP_NUM_THREADS": "1"}
-    os.environ["RAY_AUTH_MODE"] = "token"  # of the client of jobs
     with ray_node(folder, head(PORT, DASHBOARD_PORT, WORKER_PORTS, f"--temp-dir={sessions}"), **variables):
         yield Head(working, DASHBOARD_PORT, folder / "home")
 
