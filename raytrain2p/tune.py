@@ -8,7 +8,6 @@ from dataclasses import asdict
 from raytrain2p.config import base_directory
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
-from raytrain2p.sweep.api import resumed
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import SweepSettings
 
@@ -47,6 +46,8 @@ def tune(options: argparse.Namespace) -> int:
     """
     sweep, run = load_sweep(options.config, options.overrides), None
     if options.resume is not None:
+        from raytrain2p.sweep.resume import resumed
+
         sweep, run = resumed(sweep, options.resume, options.config, options.overrides)
 
     from raytrain2p.launch.progress import Console

@@ -1,4 +1,4 @@
-"""Prints the versions of all that raytrain2p[serve] needs, as installed here:
+"""Prints the versions of all that raytrain2p[serve,object-storage] needs, as installed here:
 python cluster/image/pin.py > cluster/image/requirements.txt
 """
 
@@ -22,6 +22,6 @@ def add(name: str, extras: frozenset[str], found: dict[tuple[str, frozenset[str]
 
 if __name__ == "__main__":
     packages: dict[tuple[str, frozenset[str]], str] = {}
-    add("raytrain2p", frozenset({"serve"}), packages)
+    add("raytrain2p", frozenset({"serve", "object-storage"}), packages)
     for line in sorted({f"{name}=={version}" for (name, _), version in packages.items() if name != "raytrain2p"}):
         print(line)

@@ -33,7 +33,7 @@ from raytrain2p.launch.capacity import (
 )
 from raytrain2p.launch.ray_private import AUTOSCALER_STATUS, HeldRequest, KubernetesConfig, internal_kv_get, is_autoscaler_v2
 
-HEAD = "node:__internal_head__"  # a resource of the cluster's first node
+HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in total
 SECONDS_TO_WAIT = 1800  # for nodes of an autoscaler: a GPU node of a cloud takes 5 to 15 minutes
 SECONDS_TO_READ_LIMITS = 60.0
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")

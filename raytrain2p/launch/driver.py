@@ -98,7 +98,7 @@ def _launch(
                 settings = with_resources(settings, capacity)
                 if problems := check_store_is_shared(settings.tracking.uri, capacity.machines):  # the nodes may be new
                     raise InputError(problems)
-                check_nodes([inputs], console)
+                check_nodes([inputs], settings.launch, console)
                 fetch_models(inputs.model_names, settings.launch, console)
                 with muted_stderr(verbose):
                     encode(inputs, settings, capacity.most_cpus, console)

@@ -108,7 +108,7 @@ class GroupScaling(FixedScalingPolicy):
 
     def _room_soon(self) -> int:
         """Room for workers; without a group that ends now, others may be about to free some."""
-        deadline = time.monotonic() + (0.0 if self.held else SECONDS_TO_FREE)
+        deadline = time.monotonic() + (0.0 if self.held or len(self.counts) == 1 else SECONDS_TO_FREE)
         while (room := room_for_workers(self.needed, self.held)) < self.counts[-1] and time.monotonic() < deadline:
             time.sleep(0.5)
         return room

@@ -13,6 +13,8 @@ from raytrain2p.config.console import Console
 from raytrain2p.config.paths import with_models
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import LaunchSettings
+from raytrain2p.launch.monitor import hub_environment
+from raytrain2p.launch.nodes import other_nodes
 from raytrain2p.models.packaged import PACKAGED_MODELS
 from raytrain2p.models.pretrained import COMMIT, hub_id, local_directory, model_directory, pinned
 from raytrain2p.tracking.run import Run
@@ -58,16 +60,14 @@ def fetch_models(names: Iterable[str], launch: LaunchSettings, console: Console)
     Raises:
         InputError: every node that cannot get a model.
     """
-    wanted, here = [name for name in dict.fromkeys(names) if local_directory(name) is None], ray.get_runtime_context().get_node_id()
-    resource = "GPU" if launch.use_gpu is True else "CPU"
-    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != here and node["Resources"].get(resource)]
+    wanted, others = [name for name in dict.fromkeys(names) if local_directory(name) is None], other_nodes(launch)
     if not wanted or not others:
         return
     environment = hub_environment()
     tasks = {
-        problems_on_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+        problems_on_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
             wanted, environment
-        ): f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        ): node.name
         for node in others
     }
     problems, waiting = list[Problem](), list(tasks)
@@ -86,13 +86,6 @@ def fetch_models(names: Iterable[str], launch: LaunchSettings, console: Console)
     if problems:
         raise InputError(problems)
     console.say(f"models: {', '.join(wanted)} on {count}")
-
-
-def hub_environment() -> dict[str, str]:
-    """The hub's token, also one that `hf auth login` has stored here: Ray's runtime environment would be logged."""
-    from huggingface_hub import get_token
-
-    return {"HF_TOKEN": token} if (token := get_token()) else {}
 
 
 @ray.remote(num_cpus=0, max_retries=0)

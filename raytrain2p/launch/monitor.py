@@ -139,7 +139,7 @@ def train(
         data=splits.data,
         channel=channel,
         facts=asdict(splits.digests) | {"use": splits.use},
-        environment=passed_environment() | storage_environment(settings.output.root),
+        environment=passed_environment() | storage_environment(settings),
         launched=trial.launched if trial else time.time(),
         trial=trial.context if trial else None,
         tags=trial.tags if trial else source_tags("raytrain2p.train"),
@@ -200,12 +200,20 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
 def passed_environment() -> dict[str, str]:
     """Variables that MLflow and the model hub need. They may hold credentials, so workers do not get them by Ray's runtime environment,
     which it logs."""
-    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_") or name == "HF_TOKEN"}
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")} | hub_environment()
 
 
-def storage_environment(root: str) -> dict[str, str]:
+def hub_environment() -> dict[str, str]:
+    """The hub's token, also one that `hf auth login` has stored here."""
+    from huggingface_hub import get_token
+
+    return {"HF_TOKEN": token} if (token := get_token()) else {}
+
+
+def storage_environment(settings: Settings) -> dict[str, str]:
     """Variables that an object storage needs, likewise; and the place of its files on each node, the same as here."""
-    return environment() | {SCRATCH: str(scratch_directory())} if is_remote(root) else {}
+    paths = (settings.output.root, settings.model.init, getattr(settings.model, "aligner", None))
+    return environment() | {SCRATCH: str(scratch_directory())} if any(path and is_remote(path) for path in paths) else {}
 
 
 def typed_command(module: str, leave_out: str | None = None) -> str:

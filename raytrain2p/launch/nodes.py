@@ -15,8 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.console import Console
+from raytrain2p.config.scratch import is_remote
 from raytrain2p.config.secrets import one_line
-from raytrain2p.config.settings import ALIGNER, INIT, InstructionModelSettings
+from raytrain2p.config.settings import ALIGNER, INIT, InstructionModelSettings, LaunchSettings
 from raytrain2p.data.media import MediaRef
 from raytrain2p.launch import probe
 from raytrain2p.models.pretrained import files_of, local_directory
@@ -61,18 +62,24 @@ class Needed:
         if sizes:
             self.files[where] = sizes
 
+    def add_artifact(self, setting: str, path: str | None) -> None:
+        """An aligner.pt or model.pt. Those in an object storage are fetched by each worker."""
+        if path is not None and not is_remote(path):
+            self.add_files(f"{setting}={path}", [path])
 
-def check_nodes(inputs: Sequence[PhaseInputs], console: Console, seconds: float = SECONDS_TO_ANSWER) -> None:
+
+def check_nodes(inputs: Sequence[PhaseInputs], launch: LaunchSettings, console: Console, seconds: float = SECONDS_TO_ANSWER) -> None:
     """Check that the other nodes can do what workers and encoders do there. With one node there is nothing to check.
 
     Args:
         inputs: of the launch, or of the trials of a sweep.
+        launch: resolved.
         seconds: for which to wait for a node's answer.
 
     Raises:
         InputError: the problems of all nodes.
     """
-    if not (nodes := other_nodes()):
+    if not (nodes := other_nodes(launch)):
         return
     with console.status(f"checking what {len(nodes) + 1} nodes share"):
         problems = node_problems(nodes, needed(inputs), seconds)
@@ -80,8 +87,9 @@ def check_nodes(inputs: Sequence[PhaseInputs], console: Console, seconds: float 
         raise InputError(problems)
 
 
-def other_nodes(resource: str = "CPU") -> list[Node]:
-    """Nodes that have some of a resource, but that of this process. Where there are CPUs, workers, encoders and trials may run."""
+def other_nodes(launch: LaunchSettings) -> list[Node]:
+    """Nodes that may get workers and encoders of a resolved launch, but that of this process."""
+    resource = "GPU" if launch.gpus else "CPU"
     here = ray.get_runtime_context().get_node_id()
     others = [one for one in ray.nodes() if one["Alive"] and one["NodeID"] != here and one["Resources"].get(resource)]
     nodes = [Node(one["NodeID"], f"{one['NodeManagerHostname']} ({one['NodeManagerAddress']})") for one in others]
@@ -96,7 +104,7 @@ def needed(inputs: Sequence[PhaseInputs]) -> Needed:
     media = [item for item in missing.values() if isinstance(item, MediaRef)]
     for one in inputs:
         settings, model = one.settings, one.settings.model
-        if "://" not in settings.output.root:
+        if not is_remote(settings.output.root):
             found.folders[f"output.root={settings.output.root}"] = (Path(settings.output.root), f"{SHARE}; or output.root=s3://...")
         store = f"data.feature_store={settings.data.feature_store}"
         if missing:
@@ -108,8 +116,8 @@ def needed(inputs: Sequence[PhaseInputs]) -> Needed:
             media += one.media_keys
         if isinstance(model, InstructionModelSettings):
             models[f"model.language_model={model.language_model}"] = model.language_model
-            found.add_files(f"{ALIGNER}={model.aligner}", [model.aligner] if model.aligner else [])
-        found.add_files(f"{INIT}={model.init}", [model.init] if model.init else [])
+            found.add_artifact(ALIGNER, model.aligner)
+        found.add_artifact(INIT, model.init)
     for where, name in (models | {job.spec.where: job.spec.name for job in jobs}).items():
         if (directory := local_directory(name)) is not None:
             found.add_files(where, files_of(directory))

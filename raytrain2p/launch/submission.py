@@ -13,6 +13,7 @@ import psutil
 
 from raytrain2p.config import Settings
 from raytrain2p.config.paths import COPY, outputs_line
+from raytrain2p.config.scratch import public
 from raytrain2p.launch.ray_private import JOB_CONFIG, find_bootstrap_address
 
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -99,6 +100,6 @@ def launch_id_of_job(kind: str, settings: Any) -> str | None:
     """
     if (job := submitted_job()) is None:
         return None
-    text = COPY.sub("", json.dumps([job.submission_id, kind, settings], sort_keys=True))
+    text = COPY.sub("", public(json.dumps([job.submission_id, kind, settings], sort_keys=True)))
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.submission_id)[:64].lstrip("-.")
     return f"{name}-{kind}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

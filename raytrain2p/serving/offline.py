@@ -29,7 +29,7 @@ def answer_batches(model: ModelFile, records: Sequence[Record], workers: int, ba
         InputError: the cluster is too small or cannot be used, or a worker cannot load the model.
     """
     quiet()
-    with connected(LaunchSettings(use_gpu=False), verbose=False) as capacity, muted_stderr(verbose=False):
+    with connected(LaunchSettings(), verbose=False) as capacity, muted_stderr(verbose=False):
         gpus = check_workers(workers, capacity)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

@@ -101,7 +101,7 @@ def run_server(
         logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
     os.environ["RAY_ADDRESS"] = "local"  # Serve's addresses and its end are those of a whole cluster
     gpus = torch.cuda.device_count()
-    launch = LaunchSettings(num_workers=replicas, use_gpu=False, object_store_mb=OBJECT_STORE_MB)
+    launch = LaunchSettings(object_store_mb=OBJECT_STORE_MB)
     with stoppable(), connected(launch, verbose) as capacity:
         # The processes that speak HTTP have one. Threads that compete for it wait for each other: half of the answers on 2 busy CPUs
         cpus = max(1, (int(capacity.cpus) - 1) // replicas)

@@ -1,11 +1,10 @@
 """`raytrain2p.sweep(...)`: a sweep as a call. It imports nothing that takes time before it is called."""
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raytrain2p.config import Findings, InputError, Problem
+from raytrain2p.config import Findings
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.program import as_overrides
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
@@ -13,7 +12,6 @@ from raytrain2p.launch.api import CallableModule, GivenSettings, called, command
 
 if TYPE_CHECKING:
     from raytrain2p.sweep.results import SweepOutcome
-    from raytrain2p.sweep.settings import Sweep
     from raytrain2p.tracking.run import Run
     from raytrain2p.tracking.run_directory import RunDirectory
 
@@ -62,6 +60,7 @@ def sweep(
 
     wanted: str | None = None
     if resume is not None:
+        from raytrain2p.sweep.resume import resumed
         from raytrain2p.tracking.find import name_of
 
         wanted = name_of(resume)
@@ -75,37 +74,6 @@ def sweep(
 
     with called(quiet) as console:
         return run_sweep(checked, run, ray_logs, console, accept_changed_inputs, command)
-
-
-def resumed(sweep: "Sweep", wanted: str, config: Any, overrides: Sequence[str]) -> "tuple[Sweep, Run]":
-    """The sweep to resume, and its run.
-
-    Args:
-        sweep: as the settings are now.
-        wanted: the run of the sweep.
-        config: what the user gave in place of the packaged settings, if anything.
-
-    Raises:
-        InputError: there is none, or it cannot be resumed with these settings.
-    """
-    from raytrain2p.config.phases import SWEEPS
-    from raytrain2p.sweep.load import load_sweep
-    from raytrain2p.sweep.results import TrialRecords, check_unchanged
-    from raytrain2p.tracking.find import check_in_place, find_run
-    from raytrain2p.tracking.mlflow_store import check_password
-
-    if config is not None:
-        what = "a sweep is resumed with its own settings"
-        raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
-    run = find_run(sweep.base.output.root, [SWEEPS], wanted, "--resume")
-    run.files.check()
-    TrialRecords(run.path, sweep.base.output.root).trials()
-    if (before := run.files.read_config()) is not None:
-        sweep = load_sweep(run.files.config, [*run.files.moved_settings(), *overrides])
-        check_unchanged(run, sweep, before)
-    check_password(sweep.base.tracking.uri)
-    check_in_place(run, sweep.base.output.root, f"--resume {wanted}")
-    return sweep, run
 
 
 class SweepModule(CallableModule):

@@ -1,5 +1,6 @@
 """A sweep as a recipe: check it, prepare once what its trials share, run the trials."""
 
+import json
 import time
 import uuid
 from collections.abc import Callable
@@ -23,11 +24,11 @@ from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, trials_at_once
 from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
+from raytrain2p.sweep.resume import resumed as resumed_from
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.trial import SweepJob
 from raytrain2p.sweep.tuner import SweepTuner
 from raytrain2p.tracking.create_run import get_or_create_run
-from raytrain2p.tracking.find import check_in_place
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock, recorded_run
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
@@ -65,9 +66,8 @@ def run_sweep(
     root = sweep.base.output.root
     of_job = launch_id_of_job("sweep", sweep_config(sweep))
     launch_id = checked_launch_id(resumed.launch_id if resumed else of_job or f"sweep-{uuid.uuid4().hex[:12]}")
-    if resumed is None and (resumed := recorded_run(root, launch_id)) is not None:  # this job was submitted before
-        resumed.files.check()
-        check_in_place(resumed, root, f"launch {launch_id}")
+    if resumed is None and recorded_run(root, launch_id) is not None:  # this job was submitted before
+        sweep, resumed = resumed_from(sweep, launch_id, None, [f"tracking.uri={json.dumps(sweep.base.tracking.uri)}"])
     for line in lines_of_job(sweep.base):
         console.say(line)
     with naming_run(root, launch_id):
@@ -104,7 +104,7 @@ def _run_sweep(
             if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
                 raise InputError(problems)
             sweep = replace(sweep, base=with_resources(sweep.base, capacity, trial=True))
-            check_nodes(list(inputs_by_key.values()), console)
+            check_nodes(list(inputs_by_key.values()), sweep.base.launch, console)
             splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, capacity, verbose, console, command)

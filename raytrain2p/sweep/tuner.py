@@ -19,6 +19,7 @@ from ray.tune.search import BasicVariantGenerator, Searcher
 from raytrain2p.config.console import Console
 from raytrain2p.config.secrets import one_line
 from raytrain2p.interrupts import StoppedError
+from raytrain2p.launch.autoscaler import HEAD
 from raytrain2p.launch.signals import StopSignals
 from raytrain2p.sweep.callbacks import StopRequest, SweepCallback
 from raytrain2p.sweep.finalize import TrialFinalizer, write_outcome
@@ -33,7 +34,6 @@ from raytrain2p.worker.job import OBJECTIVE
 
 SECONDS_TO_STOP = 30.0
 MOST_AT_ONCE = 64  # fractions of the head's resource have a precision of 1/10,000
-HEAD = "node:__internal_head__"  # a resource of the cluster's first node, 1 in total
 
 
 class SweepTuner:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing_extensions import TypedDict  # pydantic does not take that of typing
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.paths import in_this_copy
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
+from raytrain2p.config.scratch import local_path
 from raytrain2p.storage.files import write_file, write_json
 from raytrain2p.storage.locks import Lock
 from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
@@ -178,11 +179,11 @@ class RunDirectory:
         """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
         those of where it is now; and paths in the copy of a job's working directory are in that of this job."""
         config: dict[str, Any] | None = read_as(self.config, ConfigShape)
-        config = json.loads(in_this_copy(json.dumps(config)))
+        config = _with_texts(json.loads(in_this_copy(json.dumps(config))), local_path)
         before, now = (config or {}).get("output", {}).get("root"), str(self.path.parent.parent)
         if before in (None, now) or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
             return config
-        moved: dict[str, Any] = _moved(config, before, now)
+        moved: dict[str, Any] = _with_texts(config, lambda text: _moved(text, before, now))
         return moved
 
     def moved_settings(self) -> list[str]:
@@ -260,15 +261,18 @@ def row_of(path: Path, line: bytes) -> Any:
     return row
 
 
-def _moved(value: Any, before: str, now: str) -> Any:
-    """Settings in which paths at or under one directory are replaced by those under another."""
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Settings with each text changed."""
     if isinstance(value, dict):
-        return {key: _moved(inner, before, now) for key, inner in value.items()}
+        return {key: _with_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_moved(inner, before, now) for inner in value]
-    if isinstance(value, str) and (value == before or value.startswith(f"{before}/")):
-        return now + value.removeprefix(before)
-    return value
+        return [_with_texts(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _moved(text: str, before: str, now: str) -> str:
+    """A path at or under one directory as the one under another."""
+    return now + text.removeprefix(before) if text == before or text.startswith(f"{before}/") else text
 
 
 def next_sequence(root: str, kept: Path) -> int:

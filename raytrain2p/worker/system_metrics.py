@@ -88,7 +88,9 @@ def reserved_gpus() -> dict[str, Any]:
             identifier: pynvml.nvmlDeviceGetHandleByIndex(int(identifier))
             if identifier.isdecimal()
             else pynvml.nvmlDeviceGetHandleByUUID(identifier)
-            for identifier in os.environ["CUDA_VISIBLE_DEVICES"].split(",")  # Ray Train gives a node's workers those of all of them
+            for identifier in filter(
+                None, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            )  # Ray Train gives a node's workers those of all of them
         }
     except pynvml.NVMLError:
         return {}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.hub import Hub, running
-from tests.launch.launching import DASHBOARD_PORT, PORT, ROOT, Command, head, ray_node, run_command
+from tests.launch.launching import DASHBOARD_PORT, PORT, Command, head, ray_node, run_command, second_node
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("RAYTRAIN2P_CLUSTER_TESTS") != "1", reason="in `make test-cluster`"),
@@ -33,7 +33,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit: Pa
 def folder(tmp_path_factory: pytest.TempPathFactory, hub: Hub) -> Iterator[Path]:
     """Where the launches run; within, a head with one CPU and a node with two have caches in `head` and `node`, and logs in `sessions`."""
     folder = tmp_path_factory.mktemp("hub")
-    node = ["bash", str(ROOT / "cluster" / "node.sh"), ADDRESS, "--num-cpus=2", "--object-store-memory=100000000"]
+    node = second_node(ADDRESS, "--num-cpus=2", "--object-store-memory=100000000")
     with ExitStack() as stack:
         sessions = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray"))  # not pytest's: sockets have short paths
         (folder / "sessions").symlink_to(sessions)

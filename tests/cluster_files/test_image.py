@@ -48,7 +48,7 @@ def test_each_image_runs_as_a_user_that_is_not_root() -> None:
 def test_every_package_is_pinned_at_a_version_that_the_project_allows() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     versions = pinned("requirements.txt")
-    for text in [*project["dependencies"], *project["optional-dependencies"]["serve"]]:
+    for text in [*project["dependencies"], *project["optional-dependencies"]["serve"], *project["optional-dependencies"]["object-storage"]]:
         requirement = Requirement(text)
         version = versions.get(canonicalize_name(requirement.name))
         right = version is not None and requirement.specifier.contains(version, prereleases=True)
