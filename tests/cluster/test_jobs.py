@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.timeout(900),
 ]
 STEPS = 3000
-LONG = [f"training.max_steps={STEPS}", "checkpoint.every_steps=20", "data.test={}"]
+LONG = [f"training.max_steps={STEPS}", "checkpoint.every_steps=300", "data.test={}"]
 
 
 @dataclass(frozen=True)
