@@ -87,5 +87,5 @@ def test_a_node_that_does_not_reach_the_hub_is_named_before_anything_starts(
     done = launch(folder, hub, tiny_config, "model.encoders.image=someone/vit", HF_HUB_OFFLINE="1")
     assert done.code == 2, done.err[-4000:]
     assert f"model=someone/vit@{commit} on node" in done.err
-    assert "(127.0.0.2)" in done.err
+    assert "(127.0.0.3)" in done.err
     assert "set HF_HOME to a directory on storage that all nodes share" in done.err
