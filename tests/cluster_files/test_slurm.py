@@ -24,8 +24,9 @@ case "$1" in
 -c) echo secret ;;
 -) cat > /dev/null ;;
 *)
-    echo "python $*" >> "$CALLS"
     trap 'echo stopped >> "$CALLS"; exit 143' TERM
+    sleep 0.3 # the script sets its own traps meanwhile
+    echo "python $*" >> "$CALLS"
     if [ -n "$RESULT" ]; then exit "$RESULT"; fi
     while :; do sleep 0.05; done
     ;;
