@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from raytrain2p.config import scratch
 from raytrain2p.runs.difference import NOT_CHANGEABLE, SEND_AGAIN, SYNC, Difference, difference
 from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_errors import Kind, store_problem
@@ -42,7 +43,7 @@ def check_record(run: Run, sync: MlflowSync, remote: RemoteRun | None, unfinishe
     if (lost := -sync.left()) > 0:
         what = f"has lost {lost:,} bytes that were sent: MLflow has points that are not here any more"
         yield difference(run, run.files.metrics, what, "restore it from a backup, or run `python -m raytrain2p.runs sync`")
-    moved = record["directory"] != run.directory and Path(record["directory"]).resolve() != run.path.resolve()
+    moved = record["directory"] != run.directory and Path(scratch.local_path(record["directory"])).resolve() != run.path.resolve()
     if moved:
         yield difference(run, run.directory, MOVED, SYNC)
     unsent = [what for what in sync.unsent() if not (what == "points" and lost > 0)]

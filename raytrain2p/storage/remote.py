@@ -1,6 +1,6 @@
 """Directories in scratch that stand for objects: what was written is uploaded, and what another machine wrote is fetched.
 
-The objects are the truth; a directory in scratch is a copy that may be removed whenever nothing runs. `.objects.json` in it records which
+The objects are the truth; a directory in scratch is a copy that may be removed whenever nothing runs. `.objects` in it records which
 version of each object its files are. A file whose time is 0 (1970) is a sparse stand-in of the object's size, which was not fetched yet:
 names and sizes are right, and whoever reads its content calls `fetch` before.
 
@@ -24,7 +24,7 @@ from raytrain2p.storage.lease import Lease
 from raytrain2p.storage.locks import Lock
 from raytrain2p.storage.objects import ABSENT, AT_THE_START, PATIENCE, ChangedError, Object, ObjectStore, Version
 
-STATE, LOCK = ".objects.json", ".objects.lock"
+STATE, LOCK = ".objects", ".objects.lock"
 WRITER = ".lock"  # of a run's directory, held by the process that writes to it
 NOT_OBJECTS = (STATE, LOCK, WRITER)
 LAUNCHES = ".launches"

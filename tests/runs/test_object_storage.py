@@ -43,3 +43,7 @@ def test_a_run_is_listed_shown_and_found_while_it_trains_and_after_it(
     assert verb("latest", "--phase", "1", "--artifact").strip() == f"{row['directory']}/aligner.pt"
     assert json.loads(verb("find", run.run_id[:8], "--json"))[0]["directory"] == row["directory"]
     assert row["directory"] in verb("show", row["directory"])
+    assert main(["verify", f"output.root={url}"]) == 1
+    verified = capsys.readouterr().out
+    assert ".launches" not in verified  # what scratch keeps there is no record
+    assert "has another directory" not in verified
