@@ -15,8 +15,9 @@ from raytrain2p.config.scratch import local_path, public
 from raytrain2p.storage import objects, remote
 from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.lease import Lease, LostLeaseError
+from raytrain2p.storage.locks import Lock
 from raytrain2p.storage.objects import ABSENT, ChangedError, ObjectStore, Version
-from raytrain2p.storage.remote import Directory, check_conditions, fetch, next_number, pull_root
+from raytrain2p.storage.remote import WRITER, Directory, check_conditions, fetch, next_number, pull_root
 from tests.storage.s3_server import BUCKET, S3Server
 
 THIS_PROCESS = "import json; from raytrain2p.storage.lease import this_process; print(json.dumps(this_process()))"
@@ -220,9 +221,13 @@ def test_a_listing_leaves_what_another_process_of_this_machine_is_about_to_uploa
     Directory(folder).push()
     (folder / "run.json").write_text('{"newer": 1}')
     (folder / "status.json").write_text("{}")
-    pull_root(root, lambda name: True)
-    assert (folder / "run.json").read_text() == '{"newer": 1}'
+    with Lock(folder / WRITER).held() as holder:
+        assert holder is None
+        pull_root(root, lambda name: True)
+        assert (folder / "run.json").read_text() == '{"newer": 1}'
     assert (folder / "status.json").is_file()
+    pull_root(root, lambda name: True)  # the process was killed before it uploaded that, and another host has gone on
+    assert (folder / "run.json").read_text() == "{}"
     Directory(folder).pull(ours=True)  # the owner's, after its process was killed: the objects are the truth
     assert (folder / "run.json").read_text() == "{}"
     assert not (folder / "status.json").exists()
