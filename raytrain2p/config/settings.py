@@ -469,7 +469,7 @@ def cross_field_problems(flat: Mapping[str, Any], accumulates: bool) -> list[Pro
 
 def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Problem]:
     """What is asked of GPUs that are not used; GPUs that the workers of one run would share; and a group that changes its size, which is
-    not placed strictly.
+    neither placed strictly nor sharded.
 
     Args:
         ends: the smallest number of workers and the largest, or their number.
@@ -486,6 +486,9 @@ def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Proble
     if len(ends) == 2 and ends[0] < ends[1] and str(strategy := flat["launch.placement_strategy"]).startswith("STRICT"):
         fix = "take PACK or SPREAD, or a fixed launch.num_workers"
         problems.append(Problem(f"launch.placement_strategy={strategy} with launch.num_workers={ends}", "is for a fixed number", fix))
+    if len(ends) == 2 and ends[0] < ends[1] and flat["launch.strategy"] == "fsdp":
+        what = "checkpoints of sharded states are those of one number of workers"
+        problems.append(Problem(f"launch.strategy=fsdp with launch.num_workers={ends}", what, "set launch.strategy=ddp, or a number"))
     return problems
 
 

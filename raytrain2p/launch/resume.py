@@ -43,6 +43,8 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None, 
         older = f"began with settings that this version does not have: {', '.join(unknown)}"
         raise InputError(Problem(f"run {run.run_id[:8]}", older, "begin a new run"))
     fixed = settings_where(type(settings), lambda metadata: metadata.resume == FIXED)
+    if settings.launch.strategy == "fsdp":
+        fixed += ("launch.num_workers",)  # a checkpoint of sharded states is that of one number of workers
     problems = [
         Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {began}", f"set {key}={began}")
         for key in dict.fromkeys([*after, *before])

@@ -208,6 +208,15 @@ def test_numbers_of_workers_that_do_not_divide_the_batch_are_never_used(
 
 
 @pytest.mark.parametrize(
+    "setting", ["launch.strategy=fsdp", "launch.placement_strategy=STRICT_PACK", "launch.placement_strategy=STRICT_SPREAD"]
+)
+def test_a_range_of_workers_is_neither_sharded_nor_placed_strictly(setting: str) -> None:
+    load_settings(2, None, ["launch.num_workers=2", setting])
+    with pytest.raises(InputError, match=rf"{setting} with launch.num_workers=\[1, 2\]"):
+        load_settings(2, None, ["launch.num_workers=[1,2]", setting])
+
+
+@pytest.mark.parametrize(
     ("phase", "workers", "micro", "what", "fix"),
     [
         (2, [3, 6], None, "among 3 and 6 workers", "set launch.num_workers=4"),

@@ -40,6 +40,15 @@ def test_workers_and_passes_may_change(run: Run, overrides: list[str]) -> None:
     check_resumable(run, load_settings(2, None, [*TRAINING, *overrides]), DIGESTS)
 
 
+def test_sharded_states_are_those_of_one_number_of_workers(run: Run) -> None:
+    sharded = (*TRAINING, "launch.strategy=fsdp", "launch.num_workers=1")
+    describe_run(run, resolved_config(load_settings(2, None, sharded), {}), "command", asdict(DIGESTS))
+    check_resumable(run, load_settings(2, None, sharded), DIGESTS)
+    assert "launch.num_workers=2\n    cannot change: run 00000000 began with 1" in refused(
+        run, "launch.strategy=fsdp", "launch.num_workers=2"
+    )
+
+
 def test_a_run_of_an_older_version_is_refused(run: Run) -> None:
     config = json.loads(run.files.config.read_text())
     config["training"] |= {"batch_size": 8, "accumulate": 2}
