@@ -58,8 +58,9 @@ def test_trials_train_on_both_nodes(nodes: LocalNodes, sweep_config: Path, undis
     sweep.start()
     assert sweep.wait() == 0, sweep.log[-5000:]
     assert "2 trials at once" in sweep.log
-    (parent,) = [run for run in sweep.mlflow_runs() if "mlflow.parentRunId" not in run.data.tags]
-    trials = [run for run in sweep.mlflow_runs() if run is not parent]
+    runs = sweep.mlflow_runs()
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = [run for run in runs if run is not parent]
     assert [run.data.tags["mlflow.parentRunId"] for run in trials] == [parent.info.run_id] * 3
     assert {run.info.status for run in trials} == {"FINISHED"}
     statuses = [json.loads(path.read_text()) for path in (sweep.folder / "checkpoints" / "alignment").glob("*/status.json")]
