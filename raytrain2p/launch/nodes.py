@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import cloudpickle
+from ray.cloudpickle import register_pickle_by_value
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raytrain2p.config import InputError, Problem
@@ -23,7 +23,7 @@ from raytrain2p.launch import probe
 from raytrain2p.models.pretrained import files_of, local_directory
 from raytrain2p.phases.inputs import PhaseInputs
 
-cloudpickle.register_pickle_by_value(probe)
+register_pickle_by_value(probe)  # a node may lack this package
 PACKAGES = (probe.PACKAGE, "torch", "transformers", "pytorch-lightning", "peft", "ray")  # their results and files depend on the version
 SECONDS_TO_ANSWER = 120.0  # of a node: it may have to unpack the working directory of a job first
 SECONDS_TO_SEE = 5.0  # what another node wrote
