@@ -1,5 +1,6 @@
 """What all nodes must have, and how it is reported. With real nodes: tests/cluster/test_shared_files.py."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_nodes_need_the_models_the_aligner_and_the_media_that_are_read_there(
     assert str(tiny_llama / "model.safetensors") in found.files[f"model.language_model={tiny_llama}"]
     assert len(found.files["media of the records"]) == 47, "of 48 records one has no image"
     assert set(found.files["media of the records"]) <= {str(path) for path in shapes.iterdir()}
+
+
+def test_an_object_storage_is_no_directory_that_nodes_must_share(
+    tiny_config: Path, untrained_aligner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYTRAIN2P_SCRATCH", str(tmp_path))
+    aligner = tmp_path / "s3/b/p/aligner.pt"
+    aligner.parent.mkdir(parents=True)
+    shutil.copy(untrained_aligner, aligner)
+    overrides = [f"model.aligner={aligner}", f"data.feature_store={tmp_path}/features", "output.root=s3://b/p"]
+    found = needed([read_inputs(load_settings(2, str(tiny_config / "phase2.yaml"), overrides), 2)])
+    assert list(found.folders) == [f"data.feature_store={tmp_path}/features"]
+    assert not any(str(aligner) in where for where in found.files)
 
 
 def test_of_many_files_some_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

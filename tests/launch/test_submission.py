@@ -69,6 +69,11 @@ def test_the_same_job_has_the_same_launch_ids_and_each_launch_in_it_its_own(monk
 
     copies = [f"/tmp/ray/session_{number}/runtime_resources/working_dir_files/_ray_pkg_{number}/records.jsonl" for number in (1, 2)]
     assert of("mine", "phase1", data=copies[0], seed=1) == of("mine", "phase1", seed=1, data=copies[1])
+    ids = set()
+    for host in ("/home/a", "/home/b"):  # its head may be a new host
+        monkeypatch.setenv("RAYTRAIN2P_SCRATCH", host)
+        ids.add(of("mine", "phase1", output=f"{host}/s3/bucket/prefix"))
+    assert len(ids) == 1
     launches = [("mine", "phase1", 1), ("mine", "phase1", 2), ("mine", "phase2", 1), ("mine", "sweep", 1), ("other", "phase1", 1)]
     assert len({of(job, kind, seed=seed) for job, kind, seed in launches}) == len(launches)
     assert of("mine", "phase1", seed=1).startswith("mine-phase1-")

@@ -108,6 +108,16 @@ def test_config_and_record_are_read_as_they_were_written_and_none_where_there_is
     assert files.tags() == {"one": "1"}
 
 
+def test_objects_in_a_config_are_paths_of_this_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As settings have them: a run is resumed with what it began with, in whatever scratch that was."""
+    monkeypatch.setenv("RAYTRAIN2P_SCRATCH", str(tmp_path / "scratch"))
+    files = RunDirectory(tmp_path)
+    files.write_config({"model": {"aligner": f"{tmp_path}/scratch/s3/b/aligner.pt", "language_model": "owner/name"}})
+    assert "s3://b/aligner.pt" in files.config.read_text()
+    monkeypatch.setenv("RAYTRAIN2P_SCRATCH", "/other")
+    assert files.read_config() == {"model": {"aligner": "/other/s3/b/aligner.pt", "language_model": "owner/name"}}
+
+
 def test_a_status_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert RunDirectory(tmp_path).read_status()["status"] == "RUNNING"
     for status in ("RUNNING", "FAILED", "FINISHED"):
