@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -23,7 +24,7 @@ from raytrain2p.launch.ray_private import DatasetsCallback, PlacementGroupCleane
 from raytrain2p.worker.job import TrainJob
 
 HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
-WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor more, of no use on a cluster of the launch's own
+WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor more, of no use where workers have no other node to go to
 WATCH_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 SECONDS_BETWEEN_LOOKS = "2"  # at nodes that are taken away: clouds give 30 seconds or more, for a step and a checkpoint
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -40,7 +41,8 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
     settings, launch, storage = job.settings, job.settings.launch, Path(job.settings.output.root) / ".ray"
     remove_torn_state(storage / job.launch_id)
     os.environ[HANG_TIMEOUT] = str(launch.hang_timeout_s)  # Ray passes these on to its controller
-    os.environ[WATCHES_NODES] = str(int(not own_cluster))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    os.environ[WATCHES_NODES] = str(int(not own_cluster and (launch.is_elastic or nodes > 1)))
     os.environ.setdefault(WATCH_INTERVAL, SECONDS_BETWEEN_LOOKS)
     scaling = ScalingConfig(
         num_workers=(launch.min_workers, launch.max_workers) if launch.is_elastic else launch.max_workers,

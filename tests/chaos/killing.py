@@ -113,7 +113,7 @@ class Launch:
 
     def wait_for_steps(self, steps: int) -> None:
         """Wait until metrics.jsonl has so many steps."""
-        self.wait_until(lambda: len(self.steps()) >= steps, 120)
+        self.wait_until(lambda: len(self.steps()) >= steps, 300)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> None:
         """Wait for the condition, while the command runs."""

@@ -54,6 +54,7 @@ def test_helper_processes_that_are_not_needed_are_not_started(
     def in_an_actor(self: Any, **options: Any) -> None:
         passed.update(options, controller="in an actor")
 
+    monkeypatch.setattr(trainer.ray, "nodes", lambda: [{"Alive": True}] * 2)
     monkeypatch.setattr(trainer, "TrainController", Controller)
     monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", in_an_actor)
     lean = trainer.ray_trainer(job_in(tmp_path, is_trial=is_trial), own_cluster, ray_stays)
@@ -69,6 +70,15 @@ def test_helper_processes_that_are_not_needed_are_not_started(
     assert passed["controller"] == controller
 
 
+@pytest.mark.parametrize(("nodes", "watches"), [(1, "0"), (2, "1")])
+def test_nodes_are_watched_where_workers_have_another_one_to_go_to(
+    nodes: int, watches: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    trainer.ray_trainer(job_in(tmp_path), own_cluster=False)
+    assert os.environ[WATCHES_NODES] == watches
+
+
 def job_in(folder: Path, *overrides: str, is_trial: bool = False) -> TrainJob:
     settings = load_settings(1, None, [f"output.root={folder}", *overrides])
     nothing: Any = None
@@ -78,6 +88,7 @@ def job_in(folder: Path, *overrides: str, is_trial: bool = False) -> TrainJob:
 def test_ray_is_given_the_time_after_which_a_worker_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its worker group reads it in the controller's process, to which Ray passes it on, or in a trial's."""
     monkeypatch.setenv(HANG_TIMEOUT, "600")
+    monkeypatch.setattr(trainer.ray, "nodes", list)
     trainer.ray_trainer(job_in(tmp_path, "launch.hang_timeout_s=7"), own_cluster=True)
     assert get_env_vars_to_propagate()[HANG_TIMEOUT] == "7"
     assert {WATCH_INTERVAL, WATCHES_NODES} <= set(get_env_vars_to_propagate())
