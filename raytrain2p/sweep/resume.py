@@ -24,7 +24,6 @@ def resumed(sweep: Sweep, wanted: str, config: Any, overrides: Sequence[str]) ->
     Raises:
         InputError: there is none, or it cannot be resumed with these settings.
     """
-
     if config is not None:
         what = "a sweep is resumed with its own settings"
         raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
