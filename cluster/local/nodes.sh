@@ -9,13 +9,13 @@
 #   cluster/local/nodes.sh kill NODE                            kill all its processes at once
 #   cluster/local/nodes.sh down                                 end all of it, and every command that it runs
 #
-#   RAYTRAIN2P_NODES   folder of the node's logs (NODE/log, NODE/ray/) (default: /tmp/raytrain2p-nodes-UID)
+#   RAYTRAIN2P_NODES   folder of the node's logs (NODE/log, NODE/ray/) (default: raytrain2p-nodes-UID in $TMPDIR or /tmp)
 #   RAYTRAIN2P_HOME    where jobs keep checkpoints/ and mlflow.db (default: the current directory)
 #
 # Every request needs a token, as with cluster/head.sh. Neither the machine's network nor this one reaches the other.
 set -euo pipefail
 script="$(realpath "${BASH_SOURCE[0]}")"
-state="$(realpath -m "${RAYTRAIN2P_NODES:-/tmp/raytrain2p-nodes-$(id -u)}")"
+state="$(realpath -m "${RAYTRAIN2P_NODES:-${TMPDIR:-/tmp}/raytrain2p-nodes-$(id -u)}")"
 export RAYTRAIN2P_NODES="$state" # inside, the user is 0
 network=10.77.0
 head="$network.11"

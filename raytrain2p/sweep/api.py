@@ -42,7 +42,7 @@ def sweep(
     Raises:
         InputError: bad input, with every problem; nothing was started.
         TrainingFailedError: the disk of the sweep failed.
-        KeyboardInterrupt: after Ctrl-C (or SIGTERM, while trials run); `resume` goes on with it.
+        KeyboardInterrupt: after Ctrl-C (or SIGTERM, while trials run); `resume` resumes it.
     """
     from raytrain2p.sweep.load import load_sweep
     from raytrain2p.sweep.settings import SweepSettings

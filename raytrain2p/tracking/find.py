@@ -116,9 +116,8 @@ def find_run(root: str, phases: Iterable[str], wanted: str, setting: str, report
     """
     phases = tuple(phases)
     path = Path(local_path(wanted)).expanduser()
-    if is_remote(path):
-        with reporting_storage(f"{setting}={wanted}"):
-            fetch_named(path)
+    with reporting_storage(f"{setting}={wanted}"):
+        fetch_named(path)
     named = path.absolute() if is_run_directory(path) else None
     run = read_run(named) if named else _one(run_directories(root, phases), wanted, root, setting, report)
     if run.phase not in phases:

@@ -16,7 +16,7 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic does not take that of typing before Python 3.12
 
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
-from raytrain2p.config.paths import in_this_copy
+from raytrain2p.config.paths import copy_of_working_dir, in_this_copy
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION, PHASES_BY_NAME, SWEEPS, Phase
 from raytrain2p.config.scratch import local_path
 from raytrain2p.storage.files import write_file, write_json
@@ -179,7 +179,7 @@ class RunDirectory:
         """Every setting as nested groups; None if the run ended before it wrote them. If the output root was moved, paths in it are
         those of where it is now; and paths in the copy of a job's working directory are in that of this job."""
         config: dict[str, Any] | None = read_as(self.config, ConfigShape)
-        config = _with_texts(json.loads(in_this_copy(json.dumps(config))), local_path)
+        config = _with_texts(config, local_path if copy_of_working_dir() is None else lambda text: local_path(in_this_copy(text)))
         before, now = (config or {}).get("output", {}).get("root"), str(self.path.parent.parent)
         if before in (None, now) or self.path.parent.name not in (*PHASES_BY_NAME, SWEEPS):
             return config
