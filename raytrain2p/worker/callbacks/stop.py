@@ -62,13 +62,13 @@ class StopOnRequest(pl.Callback):
         stepped = trainer.global_step != self.seen_step
         self.seen_step = trainer.global_step
         if stepped and not ends_epoch(trainer):
-            self._heed_requests(trainer)
+            self._end_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step < trainer.max_steps:
-            self._heed_requests(trainer)
+            self._end_if_requested(trainer)
 
-    def _heed_requests(self, trainer: pl.Trainer) -> None:
+    def _end_if_requested(self, trainer: pl.Trainer) -> None:
         """Raise what rank 0 was asked for, on every worker: one that raised alone would leave the others waiting for it.
 
         Costs what Lightning's own check before each pass costs, which cannot be used: in it, rank 0 raises first.
