@@ -6,11 +6,14 @@ runs the same on CPUs, to try the tests themselves.
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+import pynvml
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,25 +25,28 @@ from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.distributed import GatherWithGradient, WorkerGroup
 from tests.chaos.killing import Launch, kill_rank_zero, last, losses
-from tests.launch.launching import run_command
+from tests.launch.launching import run_command, start_command
+from tests.serving.serving import Server, image_url, with_image
 
 ON_CPU = os.environ.get("RAYTRAIN2P_GPU_TESTS") == "cpu"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available() and not ON_CPU, reason="needs a CUDA GPU")
 gpu_alone = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 USE_GPU = "launch.use_gpu=" + str(not ON_CPU).lower()
+AUTO = "launch.use_gpu=auto"
+HALF = "launch.gpus_per_worker=0.5"
 STEPS = 300
 
 
 BF16, FLOAT32, CPU = "training.precision=auto", "training.precision=float32", "launch.use_gpu=false"
 WITHOUT_DROPOUT = ("model.lora.dropout=0.0", "model.soft_token_dropout=0.0")  # of one seed, a GPU draws other masks than a CPU
 LAUNCHES = {  # phase and settings, by name
-    "undisturbed": (2, USE_GPU, BF16, "tracking.system_metrics=true"),
+    "undisturbed": (2, AUTO, BF16, "tracking.system_metrics=true"),
     "killed": (2, USE_GPU, BF16),
     "stopped": (2, USE_GPU, BF16),
     "from_gpu": (2, USE_GPU, FLOAT32, *WITHOUT_DROPOUT),
     "from_cpu": (2, CPU, FLOAT32, *WITHOUT_DROPOUT),
     "online": (2, USE_GPU, BF16, "data.features=online"),
-    "phase_1": (1, USE_GPU, FLOAT32),
+    "phase_1": (1, USE_GPU, FLOAT32, HALF, "data.feature_workers=2"),
     "phase_1_cpu": (1, CPU, FLOAT32),
     "phase_1_online": (1, USE_GPU, FLOAT32, "data.features=online"),
 }
@@ -142,6 +148,15 @@ def end_background_commands() -> None:
     """Instead of the fixture that ends them after each test: these belong to the module."""
 
 
+def processes_on_gpu() -> set[int]:
+    """Those with a CUDA context."""
+    pynvml.nvmlInit()
+    try:
+        return {one.pid for one in pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))}
+    finally:
+        pynvml.nvmlShutdown()
+
+
 def distance(launch: Launch, other: Launch) -> float:
     """The largest difference of the losses at a step."""
     mine, theirs = losses(launch), losses(other)
@@ -177,11 +192,55 @@ def test_it_trains_in_bf16_on_the_gpu_and_its_checkpoint_and_artifact_load_witho
     assert ON_CPU or {"memory_percent", "utilization_percent"} <= measured
 
 
-def test_a_trained_assistant_answers_on_the_gpu(launches: Launches, shapes: Path) -> None:
-    launch = launches.finished("undisturbed")
-    answers = run_command(launch.folder, "raytrain2p.predict", "--file", str(shapes / "phase2.jsonl"), "--json", RAY_ADDRESS="nowhere")
-    assert answers.code == 0, answers.err
-    assert len([json.loads(line)["answer"] for line in answers.out.splitlines()]) == 48
+def test_auto_takes_the_gpu_and_half_of_it_is_enough(launches: Launches) -> None:
+    assert ON_CPU or " CPUs and a GPU each (launch.use_gpu=auto: the cluster has 1 GPU)" in launches.finished("undisturbed").log
+    assert ON_CPU or " CPU and 0.5 of a GPU each" in launches.finished("phase_1").log
+
+
+def test_a_trained_assistant_answers_on_the_gpu_by_each_command(launches: Launches, shapes: Path, tmp_path: Path) -> None:
+    """The GPU may round to another answer than the CPU where two tokens are as likely; asked alike, it gives the same ones."""
+    (directory,) = launches.finished("undisturbed").directories()
+    records = str(shapes / "phase2.jsonl")
+
+    def predict(*more: str, **variables: str) -> list[str]:
+        command = ["raytrain2p.predict", "--run", str(directory), "--file", records, "--json", *more]
+        answers = run_command(tmp_path, *command, **variables)
+        assert answers.code == 0, answers.err
+        return [json.loads(line)["answer"] for line in answers.out.splitlines()]
+
+    alone = predict(RAY_ADDRESS="nowhere")
+    assert len(alone) == 48
+    on_cpu = predict(RAY_ADDRESS="nowhere", CUDA_VISIBLE_DEVICES="")
+    assert sum(mine != theirs for mine, theirs in zip(alone, on_cpu, strict=True)) <= 5
+    assert predict("--workers", "1", RAY_ADDRESS="local") == alone
+
+    log, rows = tmp_path / "serve.log", map(json.loads, Path(records).read_text().splitlines())
+    questions = [(row, answer) for row, answer in zip(rows, alone, strict=True) if "image" in row][:6]
+    serving = start_command(tmp_path, log, "raytrain2p.serve", str(directory), "--port", "0", "--max-tokens", "32", RAY_ADDRESS="local")
+    try:
+        while (address := re.search(r"at http://127\.0\.0\.1:(\d+)", log.read_text())) is None:
+            assert serving.poll() is None, log.read_text()
+            time.sleep(0.1)
+        server = Server(int(address[1]))
+        for row, answer in questions:
+            image_first = with_image(row["instruction"], image_url((shapes / row["image"]).read_bytes()))[::-1]
+            assert server.ask(image_first).text == answer
+        assert ON_CPU or processes_on_gpu() & {child.pid for child in psutil.Process(serving.pid).children(recursive=True)}
+    finally:
+        serving.send_signal(signal.SIGTERM)
+    assert serving.wait(60) == 0, log.read_text()
+
+
+def test_two_trials_of_a_sweep_share_the_gpu(sweep_config: Path, tmp_path: Path) -> None:
+    arguments = ["--config", str(sweep_config), "--json", AUTO, HALF, "training.max_steps=400"]
+    swept = run_command(tmp_path, "raytrain2p.tune", *arguments, RAY_ADDRESS="local")
+    assert swept.code == 0, swept.err
+    runs = sorted(tmp_path.glob("checkpoints/alignment/*/metrics.jsonl"))
+    times = [[json.loads(line)["time"] for line in path.read_text().splitlines()] for path in runs]
+    assert len(times) == 4
+    spans = sorted((min(one), max(one)) for one in times)
+    assert spans[1][0] < spans[0][1], "two at the same time"
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) == 2
 
 
 def test_a_run_moves_from_the_gpu_to_the_cpu_and_back(launches: Launches) -> None:
