@@ -11,7 +11,7 @@ from raytrain2p.config import base_directory, load_settings
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code, say
 from raytrain2p.config.phases import PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
-from raytrain2p.launch.api import TrainModule, resumed
+from raytrain2p.launch.api import TrainModule, fetched, resumed
 
 DRY_RUN = "--dry-run"
 
@@ -56,7 +56,7 @@ def train(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad input; nothing was started.
     """
-    settings = load_settings(options.phase, options.config, options.overrides)
+    settings = load_settings(options.phase, fetched(options.config), options.overrides)
     if options.resume is not None:
         settings, options.launch_id = resumed(settings, options.phase, options.resume, options.launch_id, options.config, options.overrides)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from raytrain2p.config import base_directory
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code
 from raytrain2p.interrupts import StoppedError, stoppable
+from raytrain2p.launch.api import fetched
 from raytrain2p.sweep.load import load_sweep
 from raytrain2p.sweep.settings import SweepSettings
 
@@ -44,7 +45,7 @@ def tune(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad input; nothing was started.
     """
-    sweep, run = load_sweep(options.config, options.overrides), None
+    sweep, run = load_sweep(fetched(options.config), options.overrides), None
     if options.resume is not None:
         from raytrain2p.sweep.resume import resumed
 
@@ -63,7 +64,7 @@ def tune(options: argparse.Namespace) -> int:
         console.say(stopped_line(stopped, "tune"))
         return stopped.exit_code
     except SweepFailedError as failed:
-        console.say(f"raytrain2p: the sweep failed; once its disk is fixed, resume with --resume latest\n{failed}")
+        console.say(f"raytrain2p: the sweep failed; once the cause is gone, resume with --resume latest\n{failed}")
         return FAILED
     console.say(sweep_summary(outcome, sweep, base_directory()))
     if options.json:

@@ -262,7 +262,7 @@ class OutputSettings(SettingsGroup):
 
     root: Text = setting(
         "checkpoints",
-        "run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps; s3://BUCKET/PREFIX, gs:// or az:// for single runs",
+        "run directories are made under ROOT/alignment, ROOT/phase2 and ROOT/sweeps; or s3://BUCKET/PREFIX, gs:// or az://",
         _OF_ALL_TRIALS.but(resume=FIXED),
     )
 

@@ -14,9 +14,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raytrain2p.config import Findings, InputError, Problem, Settings, load_settings
+from raytrain2p.config.loading import root_problems
 from raytrain2p.config.metadata import known_keys
 from raytrain2p.config.phases import PHASES
 from raytrain2p.config.program import as_overrides, as_tree, written
+from raytrain2p.config.scratch import is_remote, local_path
 from raytrain2p.config.secrets import masked
 from raytrain2p.config.settings import SETTINGS_OF_PHASE, RunSettings
 from raytrain2p.interrupts import StoppedError
@@ -144,11 +146,28 @@ def config_of(settings: GivenSettings) -> str | Path | dict[str, Any] | None:
         InputError: they are of another type.
     """
     if settings is None or isinstance(settings, (str, Path)):
-        return settings
+        return fetched(settings)
     if isinstance(settings, (RunSettings, Mapping)):
         return as_tree(settings)
     what = f"is a {type(settings).__name__}; required is the path of a YAML file, a dictionary, or checked settings"
     raise InputError(Problem("settings", what))
+
+
+def fetched(config: str | Path | None) -> str | Path | None:
+    """A file of settings as a user gave it; one in an object storage is fetched.
+
+    Raises:
+        InputError: the storage does not answer, or refuses it.
+    """
+    if config is None or not is_remote(path := local_path(str(config))):
+        return config
+    from raytrain2p.tracking.run_objects import fetch_named, reporting_storage
+
+    if problems := root_problems(str(config), "--config"):
+        raise InputError(problems)
+    with reporting_storage(f"--config {config}"):
+        fetch_named(Path(path))
+    return path
 
 
 def command_line(verb: str, words: Sequence[str]) -> str:

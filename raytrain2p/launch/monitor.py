@@ -28,10 +28,9 @@ from raytrain2p.phases.inputs import InputDigests, Split
 from raytrain2p.storage.errors import StorageError, is_disk_failure, is_reachable
 from raytrain2p.storage.files import read_json
 from raytrain2p.storage.objects import AT_THE_START, PATIENCE, environment
-from raytrain2p.storage.remote import Directory
 from raytrain2p.tracking.mlflow_sync import MlflowSync
 from raytrain2p.tracking.run import Run, disk_gone, recorded_run
-from raytrain2p.tracking.run_objects import fetch_launch, own_objects
+from raytrain2p.tracking.run_objects import fetch_launch
 from raytrain2p.tracking.run_writer import end_run, end_unrecorded
 from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import RunChannel
@@ -182,7 +181,7 @@ def outcome_of(job: TrainJob, console: Console, signal: int | None) -> Outcome:
         TrainingFailedError: they ended because training them any further is in vain.
     """
     try:
-        fetch_launch(job.settings.output.root, job.launch_id, PATIENCE)
+        fetch_launch(job.settings.output.root, job.launch_id, patience=PATIENCE)
     except StorageError as error:
         raise TrainingFailedError(f"{error}; the workers have ended, and what they uploaded is there") from None
     run = recorded_run(job.settings.output.root, job.launch_id)
@@ -232,10 +231,8 @@ def record_end(job: TrainJob, status: str, console: Console) -> None:
     """Record how the run ended, if there is a run and its worker has not recorded the same."""
     uri, root = job.settings.tracking.uri, job.settings.output.root
     try:
-        with own_objects(root, job.launch_id, AT_THE_START):
-            _record_end(job, status, console)
-            if is_remote(root) and (run := recorded_run(root, job.launch_id)) is not None:
-                Directory(run.path, patience=AT_THE_START).push()
+        fetch_launch(root, job.launch_id)
+        _record_end(job, status, console)
     except (StorageError, RuntimeError) as error:
         if not is_remote(root):
             raise
@@ -254,7 +251,7 @@ def _record_end(job: TrainJob, status: str, console: Console) -> None:
         return
     if run.files.read_status()["status"] == status and MlflowSync(run, uri).complete():
         return
-    if not end_run(run, uri, status, console.say):
+    if not end_run(run, uri, status, console.say, patience=AT_THE_START):
         console.say(f"run {run.run_id[:8]} is {status}, but not yet in MLflow; later: python -m raytrain2p.runs sync {run.run_id[:8]}")
     elif run.files.read_status()["status"] == "RUNNING":
         console.say(f"its status cannot be written to its disk; once it can: python -m raytrain2p.runs reconcile {run.run_id[:8]}")

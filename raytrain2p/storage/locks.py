@@ -36,6 +36,13 @@ class Lock:
                 os.write(stream.fileno(), f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
             yield None
 
+    @contextmanager
+    def shared(self) -> Iterator[bool]:
+        """Within, no process has the lock, and one that wants it waits. Yields False, and does nothing, if a process has it. The directory
+        must exist."""
+        with self.path.open("a+") as stream:
+            yield _locked(stream.fileno(), fcntl.LOCK_SH)
+
     def touch(self) -> None:
         """Update the file's time: a heartbeat for machines that locks do not reach."""
         os.utime(self.path)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -85,10 +85,13 @@ class Directory:
         """
         if not ours and Lock(self.path / WRITER).is_held():
             return  # a process of this machine writes here: what it has is newer
-        listed = self.store.list(f"{self.prefix}/") if listed is None else listed
-        there = {one.key.removeprefix(f"{self.prefix}/"): one for one in listed}
         self.path.mkdir(parents=True, exist_ok=True)
-        with Lock(self.path / LOCK).held(SECONDS_TO_PULL), self.one_at_a_time:
+        writer = nullcontext(True) if ours else Lock(self.path / WRITER).shared()
+        with self.one_at_a_time, Lock(self.path / LOCK).held(SECONDS_TO_PULL), writer as is_free:
+            if not is_free:
+                return  # one that has just begun
+            listed = self.store.list(f"{self.prefix}/") if listed is None else listed
+            there = {one.key.removeprefix(f"{self.prefix}/"): one for one in listed}
             known = self._known()
             for name in [*known, *(self._files() if ours else ())]:
                 if name not in there and (ours or self._is_as_known(name, known)):
@@ -114,7 +117,7 @@ class Directory:
             LostLeaseError: another process has taken over.
             StorageError: the storage has been away for too long, or refuses it.
         """
-        with self.one_at_a_time:
+        with self.one_at_a_time, Lock(self.path / LOCK).held(SECONDS_TO_PULL):
             known = self._known()
             chosen = self._files() if names is None else list(names)
             sent: dict[tuple[int, int], str] = {}  # inode and time of large files: the best checkpoint is the last one's second name
@@ -299,8 +302,9 @@ def pull_root(root: str, content: Callable[[str], bool], patience: float = AT_TH
 
     def pull_one(name: str) -> None:
         folder = Path(root) / name
-        Directory(folder, patience=patience, store=store).pull(content, listed=groups[name])
-        if not groups[name] and name != LAUNCHES and not any(path.is_file() for path in folder.rglob("*") if path.name not in NOT_OBJECTS):
+        listed = groups[name] if name != LAUNCHES else []  # processes of this machine may have added to them meanwhile
+        Directory(folder, patience=patience, store=store).pull(content, listed=listed or None)
+        if not listed and name != LAUNCHES and not any(path.is_file() for path in folder.rglob("*") if path.name not in NOT_OBJECTS):
             remove(folder)  # of a run that was deleted
 
     with ThreadPoolExecutor(AT_ONCE) as pool:

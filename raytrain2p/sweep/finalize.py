@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from raytrain2p.config.console import Console
+from raytrain2p.config.scratch import is_remote, public
 from raytrain2p.config.secrets import one_line
+from raytrain2p.storage.objects import PATIENCE
+from raytrain2p.storage.remote import AT_ONCE
 from raytrain2p.sweep.callbacks import StopRequest, remove_workers
 from raytrain2p.sweep.plots import draw_sweep
 from raytrain2p.sweep.results import (
@@ -19,7 +22,8 @@ from raytrain2p.sweep.results import (
     write_results,
 )
 from raytrain2p.sweep.trial import SweepJob, trial_launch_id
-from raytrain2p.tracking.run import EARLY_TAG, recorded_run
+from raytrain2p.tracking.run import EARLY_TAG, Run, recorded_run
+from raytrain2p.tracking.run_objects import fetch_launch
 from raytrain2p.tracking.run_writer import RunWriter, end_run, send_rest
 from raytrain2p.worker.job import OBJECTIVE
 
@@ -33,7 +37,8 @@ class TrialFinalizer:
     def __init__(self, job: SweepJob, records: TrialRecords, stop: StopRequest, console: Console) -> None:
         self.job, self.records, self.stop, self.console = job, records, stop, console
         self.uri, self.root = job.sweep.base.tracking.uri, job.sweep.base.output.root
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="finalize")  # Tune's thread must not wait for MLflow
+        self.at_once = AT_ONCE if is_remote(self.root) else 1  # the lease of a worker that ended on another node is waited for
+        self.executor = ThreadPoolExecutor(self.at_once, thread_name_prefix="finalize")  # Tune's thread must not wait for MLflow
 
     def settle_known(self) -> None:
         """Finish what an earlier driver left: trials tagged as stopped early whose runs were not ended."""
@@ -48,30 +53,43 @@ class TrialFinalizer:
     def trial_given_up(self, number: int, reason: str) -> None:
         """Tune does not try a trial again. Its process has reported that, unless it was killed or had no run yet."""
         self.records.give_up(number, reason)
-        run = recorded_run(self.root, trial_launch_id(self.job.launch_id, number))
+        launch_id = trial_launch_id(self.job.launch_id, number)
+        fetch_launch(self.root, launch_id, patience=PATIENCE)
+        run = recorded_run(self.root, launch_id)
         if run is None or run.files.read_status()["status"] == "RUNNING":
             self.console.say(f"trial {number}: failed: {reason}")
             if run is not None:
-                self.executor.submit(end_run, run, self.uri, "FAILED")
+                self.executor.submit(self._end, number, run, "FAILED")
 
     def settle(self, number: int, state: str) -> None:
         """Record how a trial ended, unless it did so itself."""
         result = self.records.result(self.records.trial(number))
         if result.run is None or result.state in OVER:
             return
+        tags = None
         if state == EARLY:
             reason = result.reason or f"{self.stop.reason or self.job.sweep.options.scheduler} at step {result.steps}"
-            result.run.add_tags({EARLY_TAG: reason})
-        end_run(result.run, self.uri, {EARLY: "FINISHED", KILLED: "KILLED"}[state])
+            tags = {EARLY_TAG: reason}
+        self._end(number, result.run, {EARLY: "FINISHED", KILLED: "KILLED"}[state], tags)
+
+    def _end(self, number: int, run: Run, status: str, tags: dict[str, str] | None = None) -> None:
+        try:
+            end_run(run, self.uri, status, tags=tags)
+        except RuntimeError as error:  # of an object storage
+            self.console.say(f"trial {number} could not be recorded as {status}: {one_line(error)}")
 
     def settle_all(self, signalled: bool) -> None:
         """Record the end of every trial that has a run, once Tune is done."""
-        for result in self.records.results():
-            if result.state not in OVER and result.run is not None:
-                if not signalled:
-                    remove_workers(self.job.channel, result.trial.number)
-                early = result.reason or (self.stop.reason and not signalled)
-                self.settle(result.trial.number, EARLY if early else KILLED)
+
+        def settle(result: TrialResult) -> None:
+            if not signalled:
+                remove_workers(self.job.channel, result.trial.number)
+            early = result.reason or (self.stop.reason and not signalled)
+            self.settle(result.trial.number, EARLY if early else KILLED)
+
+        left = [result for result in self.records.results() if result.state not in OVER and result.run is not None]
+        with ThreadPoolExecutor(self.at_once) as pool:
+            list(pool.map(settle, left))
 
     def _settle_logged(self, number: int) -> None:
         try:
@@ -97,4 +115,4 @@ def write_outcome(job: SweepJob, results: Sequence[TrialResult], writer: RunWrit
     count = [result.state for result in results].count
     finished, early, failed = count(FINISHED), count(EARLY), count(FAILED)
     unfinished = len(results) - finished - early - failed
-    return SweepOutcome(job.parent.run_id, job.parent.directory, len(results), finished, early, failed, unfinished, best)
+    return SweepOutcome(job.parent.run_id, public(job.parent.directory), len(results), finished, early, failed, unfinished, best)

@@ -17,6 +17,7 @@ from raytrain2p.sweep.settings import Sweep
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel
 
 PLAIN_SECONDS = 30.0  # between two lines about a trial whose state does not change
+SECONDS_BETWEEN_LISTINGS = 10.0  # of the trials' objects
 PAUSE_PER_READING = 20  # the pause between two readings of the trials' files, in times of what a reading takes
 
 
@@ -65,7 +66,7 @@ class LiveTable:
                 self.done.wait(POLL_SECONDS)
                 continue
             started = time.monotonic()
-            results = self.records.results()
+            results = self.records.results(SECONDS_BETWEEN_LISTINGS)
             took = time.monotonic() - started
             self._draw(results, all_trials=time.monotonic() - self.printed_at >= PLAIN_SECONDS)
             self.done.wait(max(1.0, PAUSE_PER_READING * took))  # long trials have long files, and Tune needs this process too

@@ -6,7 +6,6 @@ from typing import Any
 
 from raytrain2p.config.loading import Settings, checked, merge_overrides, packaged_tree, path_of, read_tree, read_yaml, settings_of
 from raytrain2p.config.problems import Findings, InputError, Problem
-from raytrain2p.config.scratch import is_remote, public
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.sweep.space import Axis
@@ -46,9 +45,6 @@ def load_sweep(config: str | Path | dict[str, Any] | None, overrides: Sequence[s
     assert options is not None
     assert base is not None
     sweep = Sweep(options, axes_of(options), base, path)
-    if is_remote(base.output.root):
-        what = "is an object storage, where single runs go, and no sweeps"
-        findings.add(Problem(f"output.root={public(base.output.root)}", what, "give a directory that all nodes share"))
     findings.extend(space_problems(sweep))
     findings.extend(fixed_twice(sweep, overrides))
     findings.extend(schedule_problems(sweep))

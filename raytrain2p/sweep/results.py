@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from raytrain2p.config.escaping import code_block, code_span
 from raytrain2p.config.metadata import FREE, belongs_to, settings_where
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.config.settings import SettingsGroup
-from raytrain2p.storage.files import write_file, write_json
+from raytrain2p.storage.errors import StorageError
+from raytrain2p.storage.files import read_json, write_file, write_json
+from raytrain2p.storage.objects import AT_THE_START, PATIENCE
+from raytrain2p.storage.remote import Directory
 from raytrain2p.sweep.settings import Sweep, SweepSettings
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.damage import DamagedFileError, check_shape, damaged, read_as
@@ -26,6 +31,7 @@ from raytrain2p.tracking.mlflow_store import store_exists
 from raytrain2p.tracking.next_commands import command, password_of, settings_of
 from raytrain2p.tracking.run import EARLY_TAG, Run, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_objects import fetch_launch
 from raytrain2p.worker.job import OBJECTIVE
 
 PARENT_TAG = "mlflow.parentRunId"
@@ -106,14 +112,21 @@ class TrialRecords:
     Args:
         directory: of the sweep's run.
         root: the output root, which holds the run directories.
+        objects: of a sweep in an object storage, to which this process writes.
     """
 
-    def __init__(self, directory: Path, root: str) -> None:
-        self.folder, self.root = RunDirectory(directory).trials, root
+    def __init__(self, directory: Path, root: str, objects: Directory | None = None) -> None:
+        self.folder, self.root, self.objects = RunDirectory(directory).trials, root, objects
         self.over: dict[int, TrialResult] = {}  # cached: these do not change any more
+        self.fetched = -math.inf
 
     def begin(self, trial: Trial) -> None:
         write_json(self.folder / f"{trial.number:03d}.json", asdict(trial))
+        self._upload(f"{trial.number:03d}.json")
+
+    def _upload(self, name: str) -> None:
+        if self.objects is not None:
+            self.objects.push([f"{self.folder.name}/{name}"])
 
     def trials(self) -> list[Trial]:
         """In the order of their numbers.
@@ -140,12 +153,31 @@ class TrialRecords:
     def give_up(self, number: int, reason: str) -> None:
         """Record that a trial failed and is not tried again. (A run with the status FAILED may be tried again.)"""
         write_file(self.folder / f"{number:03d}.failed", reason + "\n")
+        self._upload(f"{number:03d}.failed")
 
-    def results(self) -> list[TrialResult]:
-        return [self.result(trial) for trial in self.trials()]
+    def results(self, age: float = 0.0) -> list[TrialResult]:
+        """The results so far, of all trials.
+
+        Args:
+            age: seconds that they may be old, where an object storage is asked for them; longer, if it is away.
+        """
+        trials = self.trials()
+        if time.monotonic() - self.fetched >= age:
+            with suppress(StorageError) if age else nullcontext():
+                self._fetch(trials, AT_THE_START if age else PATIENCE)
+            self.fetched = time.monotonic()
+        return [self._result(trial) for trial in trials]
 
     def result(self, trial: Trial) -> TrialResult:
         """The results so far, from the trial's run directory."""
+        self._fetch([trial])
+        return self._result(trial)
+
+    def _fetch(self, trials: Sequence[Trial], patience: float = PATIENCE) -> None:
+        """Fetch the records of the trials' runs that may change, if they are in an object storage."""
+        fetch_launch(self.root, *(trial.launch_id for trial in trials if trial.number not in self.over), patience=patience)
+
+    def _result(self, trial: Trial) -> TrialResult:
         if trial.number in self.over:
             return self.over[trial.number]
         try:
@@ -258,7 +290,7 @@ def write_results(directory: Path, results: Sequence[TrialResult], settings: Seq
         "command": retrain_command(result.run, phase),
     }
     write_json(RunDirectory(directory).best_trial, best)
-    return best
+    return dict(read_json(RunDirectory(directory).best_trial))  # with URLs in place of paths in scratch
 
 
 def retrain_command(run: Run, phase: int) -> str:

@@ -11,6 +11,7 @@ from raytrain2p.sweep.settings import Sweep
 from raytrain2p.tracking.find import check_in_place, find_run
 from raytrain2p.tracking.mlflow_store import check_password
 from raytrain2p.tracking.run import Run
+from raytrain2p.tracking.run_objects import open_root
 
 
 def resumed(sweep: Sweep, wanted: str, config: Any, overrides: Sequence[str]) -> tuple[Sweep, Run]:
@@ -27,6 +28,7 @@ def resumed(sweep: Sweep, wanted: str, config: Any, overrides: Sequence[str]) ->
     if config is not None:
         what = "a sweep is resumed with its own settings"
         raise InputError(Problem("--resume with --config", what, "give changes as key=value"))
+    open_root(sweep.base.output.root)
     run = find_run(sweep.base.output.root, [SWEEPS], wanted, "--resume")
     run.files.check()
     TrialRecords(run.path, sweep.base.output.root).trials()

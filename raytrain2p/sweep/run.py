@@ -16,12 +16,21 @@ from raytrain2p.launch.capacity import Capacity
 from raytrain2p.launch.cluster import connected
 from raytrain2p.launch.driver import checked_launch_id, encode, prepared, with_resources
 from raytrain2p.launch.models import fetch_models
-from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, naming_run, passed_environment, typed_command
+from raytrain2p.launch.monitor import (
+    PreparedSplits,
+    TrainingFailedError,
+    naming_run,
+    passed_environment,
+    storage_environment,
+    typed_command,
+)
 from raytrain2p.launch.nodes import check_nodes
+from raytrain2p.launch.places import place_problem
 from raytrain2p.launch.quiet import muted_stderr, quiet
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.phases.inputs import PhaseInputs
 from raytrain2p.storage.errors import StorageError, is_disk_failure
+from raytrain2p.storage.lease import LostLeaseError
 from raytrain2p.sweep.feasibility import check_sweep, check_trials, trials_at_once
 from raytrain2p.sweep.results import PARENT_TAG, SweepOutcome, TrialRecords, sweep_config, sweep_page
 from raytrain2p.sweep.resume import resumed as resumed_from
@@ -31,6 +40,7 @@ from raytrain2p.sweep.tuner import SweepTuner
 from raytrain2p.tracking.create_run import get_or_create_run
 from raytrain2p.tracking.mlflow_store import check_store_is_shared, missing_store, prepare_store, store_exists
 from raytrain2p.tracking.run import SWEEP_TAG, Run, disk_gone, launch_lock, recorded_run
+from raytrain2p.tracking.run_objects import fetch_launch, only_driver, open_root, own_objects, reporting_storage
 from raytrain2p.tracking.run_writer import end_unrecorded, open_run_writer
 from raytrain2p.tracking.source import source_tags
 from raytrain2p.worker.channel import SweepChannel
@@ -64,6 +74,8 @@ def run_sweep(
     if not verbose:
         quiet()
     root = sweep.base.output.root
+    if place_problem("output.root", root) is None:  # else `check_sweep` reports that
+        open_root(root)
     of_job = launch_id_of_job("sweep", sweep_config(sweep))
     launch_id = checked_launch_id(resumed.launch_id if resumed else of_job or f"sweep-{uuid.uuid4().hex[:12]}")
     if resumed is None and recorded_run(root, launch_id) is not None:  # this job was submitted before
@@ -95,11 +107,13 @@ def _run_sweep(
         prepare_store(sweep.base, experiment)
         lock = launch_lock(root, launch_id)
         lock.path.parent.mkdir(parents=True, exist_ok=True)
-        holder = stack.enter_context(lock.held(1.0))
+        holder = stack.enter_context(lock.held(1.0)) or stack.enter_context(only_driver(root, launch_id, console.say))
         if holder is not None:
             raise InputError(Problem(f"--resume {launch_id}", f"is under way: {holder}", "wait for its end"))
         if resumed is not None:
-            check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
+            with reporting_storage(f"output.root={root}"):
+                fetch_launch(root, launch_id)  # again: another process may have continued it meanwhile
+                check_trials(TrialRecords(resumed.path, root), sweep, inputs_by_key, accept_changed_inputs)
         with nodes_held(sweep.base.launch, capacity, console, trial=True) as capacity:
             if problems := check_store_is_shared(sweep.base.tracking.uri, capacity.machines):
                 raise InputError(problems)
@@ -108,6 +122,8 @@ def _run_sweep(
             splits = prepare_splits(sweep, inputs_by_key, capacity, verbose, console)
         try:
             return run_trials(sweep, launch_id, splits, capacity, verbose, console, command)
+        except LostLeaseError as error:
+            raise SweepFailedError(str(error)) from error
         except (OSError, StorageError) as error:
             gone = disk_gone(root, launch_id)
             if gone is None and not is_disk_failure(error):
@@ -141,10 +157,12 @@ def run_trials(
 ) -> SweepOutcome:
     """Create the sweep's run, or find it, and run the trials."""
     source, at_once = source_tags("raytrain2p.tune"), trials_at_once(sweep, capacity)
-    run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, source)
-    shell_line, launched = command(run), time.time()
-    describe = {"config": sweep_config(sweep), "command": shell_line, "facts": {}, "page": sweep_page, "launched": launched}
-    with open_run_writer(run, sweep.base.tracking.uri, describe, console.say) as writer:
+    with ExitStack() as stack:
+        lease = stack.enter_context(own_objects(sweep.base.output.root, launch_id))
+        run = get_or_create_run(sweep.base, SWEEPS, PHASES[sweep.options.phase].experiment, launch_id, source)
+        shell_line, launched = command(run), time.time()
+        describe = {"config": sweep_config(sweep), "command": shell_line, "facts": {}, "page": sweep_page, "launched": launched}
+        writer = stack.enter_context(open_run_writer(run, sweep.base.tracking.uri, describe, console.say, lease))
         job = SweepJob(
             sweep,
             launch_id,
@@ -155,7 +173,7 @@ def run_trials(
             splits,
             sweep.base.launch.cpus_per_worker or 1,
             SweepChannel(),
-            passed_environment(),
+            passed_environment() | storage_environment(sweep.base),
             verbose,
         )
         console.say(f"sweep {run.run_id[:8]}: {at_once} trial{'s' if at_once > 1 else ''} at once, in {run.directory}")

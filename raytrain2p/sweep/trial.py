@@ -24,12 +24,14 @@ from raytrain2p.config.metadata import belongs_to, settings_where
 from raytrain2p.launch.monitor import PreparedSplits, TrainingFailedError, TrialLaunch, train
 from raytrain2p.launch.quiet import quiet
 from raytrain2p.storage.files import read_json, write_json
+from raytrain2p.storage.objects import PATIENCE
 from raytrain2p.sweep.results import LINEAGE_TAG, Inheritance, Trial, add_inheritance, read_trial_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Values
 from raytrain2p.tracking.checkpoints import LAST, write_checkpoint
 from raytrain2p.tracking.run import TRIAL_TAG, Run, disk_gone, launch_lock, recorded_run
 from raytrain2p.tracking.run_directory import RunDirectory
+from raytrain2p.tracking.run_objects import fetch_launch
 from raytrain2p.worker.channel import RunChannel, SweepChannel, TrialProgress, TrialReport
 from raytrain2p.worker.job import OBJECTIVE, TrialContext
 from raytrain2p.worker.ray_reports import comparable
@@ -57,7 +59,7 @@ class SweepJob:
         splits: by `splits_key`.
         threads: CPUs of a worker.
         channel: actor that passes messages of the trials to the sweep's driver.
-        environment: variables that MLflow and the model hub need.
+        environment: variables that MLflow, the model hub and an object storage need.
         verbose: show Ray's own output.
     """
 
@@ -91,6 +93,7 @@ def run_trial(config: Values, job: SweepJob) -> None:
     number = values.pop("trial")
     launch_id, root = trial_launch_id(job.launch_id, number), job.sweep.base.output.root
     trial = Trial(number, values, launch_id)
+    fetch_launch(root, launch_id, patience=PATIENCE)
     if (gone := disk_gone(root, launch_id)) is not None:  # the lock would be written below the mount point
         raise gone
     with launch_lock(root, launch_id).held(SECONDS_TO_INHERIT) as holder:

@@ -49,7 +49,7 @@ class SweepTuner:
     def __init__(self, job: SweepJob, writer: RunWriter, at_once: int, console: Console, ray_stays: bool = False) -> None:
         self.job, self.writer, self.at_once, self.console, self.ray_stays = job, writer, at_once, console, ray_stays
         self.sweep, self.options, self.root = job.sweep, job.sweep.options, job.sweep.base.output.root
-        self.records = TrialRecords(job.parent.path, self.root)
+        self.records = TrialRecords(job.parent.path, self.root, writer.objects)
         self.stop = StopRequest(self.options.time_budget_s)
         self.finalizer = TrialFinalizer(job, self.records, self.stop, console)
 
@@ -79,7 +79,11 @@ class SweepTuner:
         return self._close(signals.received, search)
 
     def _wait(self, thread: threading.Thread, signals: StopSignals) -> None:
-        """Wait for Tune's thread; after a signal, for `SECONDS_TO_STOP` or until the next signal."""
+        """Wait for Tune's thread; after a signal, for `SECONDS_TO_STOP` or until the next signal.
+
+        Raises:
+            LostLeaseError: another driver has taken over.
+        """
         deadline = float("inf")
         while thread.is_alive():
             if signals.received and self.stop.reason != KILLED:
@@ -88,6 +92,7 @@ class SweepTuner:
                 deadline = time.monotonic() + SECONDS_TO_STOP
             if self.stop.reason == KILLED and (len(signals.received) > 1 or time.monotonic() > deadline):
                 break
+            self.writer.check_lease()
             thread.join(0.3)
 
     def _tune_arguments(self, queue: TrialQueue, known: list[TrialResult], table: LiveTable) -> dict[str, Any] | None:
@@ -160,6 +165,7 @@ class SweepTuner:
         """
         if signals and not self.ray_stays:
             ray.shutdown()  # the workers end first, then their end is recorded
+        self.writer.upload()  # first of all: another driver may have taken over
         self.finalizer.settle_all(signalled=bool(signals))
         results = self.records.results()
         outcome = write_outcome(self.job, results, self.writer, self.console)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from raytrain2p.config.loading import nearest_key
 from raytrain2p.config.metadata import LIVE, SHARED, known_keys, metadata_of, settings_where
 from raytrain2p.config.problems import Findings, InputError, Problem
+from raytrain2p.config.scratch import is_remote
 from raytrain2p.config.settings import SETTINGS_OF_PHASE
 from raytrain2p.sweep.settings import MOST_TRIALS, Sweep
 from raytrain2p.sweep.space import Axis
@@ -123,6 +124,9 @@ def pbt_problems(sweep: Sweep) -> list[Problem]:
                 f"set it to {math.ceil(options.pbt.interval / every) * every}",
             )
         )
+    if is_remote(sweep.base.output.root):
+        what = f"copies checkpoints through a directory that all nodes share, and output.root={sweep.base.output.root} is an object storage"
+        findings.add(Problem("sweep.scheduler=pbt", what, "take another scheduler, or set output.root to such a directory"))
     live = settings_where(type(sweep.base), lambda metadata: metadata.trial == LIVE)
     for axis in sweep.axes:
         if axis.setting not in live:

@@ -169,7 +169,8 @@ def is_alive(run: Run, root: str) -> bool:
         parents = Path(root, SWEEPS).glob(f"{sweep}_*")
         for directory in parents:
             with suppress(DamagedFileError):  # no sweep works with that
-                if launch_lock(root, read_run(directory).launch_id).is_held():
+                launch_id = read_run(directory).launch_id
+                if launch_lock(root, launch_id).is_held() or (is_remote(root) and is_leased(root, launch_id, SILENCE)):
                     return True
     if is_remote(root):
         return is_leased(root, run.launch_id, SILENCE)

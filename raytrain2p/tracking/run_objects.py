@@ -4,6 +4,7 @@ For an output root on a disk nothing here does anything.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.files import remove
 from raytrain2p.storage.lease import SECONDS, Lease
 from raytrain2p.storage.objects import AT_THE_START, PATIENCE
-from raytrain2p.storage.remote import Directory, check_conditions, fetch, lease_of, pull_root, run_folder
-from raytrain2p.tracking.run import launch_record, recorded_run
+from raytrain2p.storage.remote import AT_ONCE, Directory, check_conditions, fetch, lease_of, pull_root, run_folder
+from raytrain2p.tracking.run import Run, launch_record, recorded_run
 from raytrain2p.tracking.run_directory import is_record
 
 CHECK = "check the bucket, the endpoint (AWS_ENDPOINT_URL), the region and the credentials in the environment"
@@ -106,11 +107,12 @@ def only_driver(root: str, launch_id: str, say: Callable[[str], None]) -> Iterat
 
 
 @contextmanager
-def own_objects(root: str, launch_id: str, patience: float = PATIENCE) -> Iterator[Lease | None]:
+def own_objects(root: str, launch_id: str, patience: float = PATIENCE, checkpoints: bool = True) -> Iterator[Lease | None]:
     """Within, this process alone writes to the launch's run, and its directory is as its objects are.
 
     Args:
         patience: seconds for which the storage may be away.
+        checkpoints: fetch them too.
 
     Raises:
         RuntimeError: another process writes to it, and does not end.
@@ -124,17 +126,51 @@ def own_objects(root: str, launch_id: str, patience: float = PATIENCE) -> Iterat
         if holder is not None:
             raise RuntimeError(f"another process writes to the run of launch {launch_id} ({holder}), and does not end")
         remove(launch_record(root, launch_id))  # what was not uploaded does not count
-        fetch_launch(root, launch_id, patience, ours=True)
+        _fetch_launches(root, patience)
+        if (run := recorded_run(root, launch_id)) is not None:
+            Directory(run.path, patience=patience).pull(lambda name: checkpoints or not name.endswith(".ckpt"), ours=True)
+            run.files.sync_state.unlink(missing_ok=True)  # MLflow is asked what it has: more may have been sent since that was uploaded
         yield lease
 
 
-def fetch_launch(root: str, launch_id: str, patience: float = AT_THE_START, ours: bool = False) -> None:
-    """Fetch the record of a launch, and the directory of its run: of one that this process writes to everything, else the records."""
-    if not is_remote(root):
+@contextmanager
+def own_ended(run: Run, seconds: float, patience: float = PATIENCE) -> Iterator[str | None]:
+    """Within, this process alone writes to a run whose own process is gone. What it wrote is uploaded after that. Yields None, or who
+    writes to it on this machine.
+
+    Args:
+        seconds: for which a process of this machine may still hold the directory.
+
+    Raises:
+        RuntimeError, StorageError: as of `own_objects`.
+    """
+    root = str(run.path.parent.parent)
+    with own_objects(root, run.launch_id, patience, checkpoints=False) as lease, run.files.lock.held(seconds) as holder:
+        try:
+            yield holder
+        finally:
+            if lease is not None and holder is None:
+                Directory(run.path, lease, patience).push()
+
+
+def fetch_launch(root: str, *launch_ids: str, patience: float = AT_THE_START) -> None:
+    """Fetch the records of launches, and those of their runs.
+
+    Raises:
+        StorageError: the storage is away, or refuses it.
+    """
+    if not launch_ids or not is_remote(root):
         return
-    folder = launch_record(root, launch_id).parent
-    Directory(folder, patience=patience).pull()
-    if (run := recorded_run(root, launch_id)) is not None:
-        Directory(run.path, patience=patience).pull((lambda name: True) if ours else is_record, ours=ours)
-        if ours:
-            run.files.sync_state.unlink(missing_ok=True)  # MLflow is asked what it has: more may have been sent since that was uploaded
+    _fetch_launches(root, patience)
+
+    def fetch_run(launch_id: str) -> None:
+        with suppress(InputError):  # its record is damaged, as whoever reads it finds out
+            if (run := recorded_run(root, launch_id)) is not None:
+                Directory(run.path, patience=patience).pull(is_record)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(fetch_run, launch_ids))
+
+
+def _fetch_launches(root: str, patience: float) -> None:
+    Directory(launch_record(root, "any").parent, patience=patience).pull()

@@ -16,6 +16,7 @@ from raytrain2p.config.secrets import masked, without_passwords
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, write_file
 from raytrain2p.storage.lease import Lease
+from raytrain2p.storage.objects import PATIENCE
 from raytrain2p.storage.remote import Directory
 from raytrain2p.tracking.metrics_file import MetricPoint, MetricsFile, write_summary
 from raytrain2p.tracking.mlflow_errors import store_problem
@@ -24,6 +25,7 @@ from raytrain2p.tracking.mlflow_sync import MlflowSync, MlflowSyncThread
 from raytrain2p.tracking.next_commands import command, settings_of, use_command
 from raytrain2p.tracking.run import COMMAND_TAG, DIRECTORY_TAG, LAUNCH_TAG, ROOT_TAG, TIMESTAMP_TAG, Run
 from raytrain2p.tracking.run_directory import ResumeRow
+from raytrain2p.tracking.run_objects import own_ended
 from raytrain2p.tracking.source import version_tags
 
 RESUMED_TAG, ACCEPTED_TAG = "raytrain2p.resumed", "raytrain2p.accepted_inputs"
@@ -70,6 +72,16 @@ class RunWriter:
         """
         if self.objects is not None:
             self.objects.push()
+
+    def check_lease(self) -> None:
+        """Find out whether another process has taken over, without a request.
+
+        Raises:
+            LostLeaseError: it has.
+        """
+        lease = self.objects.lease if self.objects is not None else None
+        if lease is not None and lease.lost is not None:
+            lease.check(0)
 
     def finish(self, status: str, reason: str = "") -> bool:
         """Record how the run ended, and send the rest. Returns whether MLflow has everything."""
@@ -248,15 +260,30 @@ def setting_changes(before: dict[str, Any], after: dict[str, Any], prefix: str =
     return changes
 
 
-def end_run(run: Run, uri: str, status: str, report: Callable[[str], None] = lambda line: None) -> bool:
+def end_run(
+    run: Run,
+    uri: str,
+    status: str,
+    report: Callable[[str], None] = lambda line: None,
+    tags: dict[str, str] | None = None,
+    patience: float = PATIENCE,
+) -> bool:
     """Record how a run ended whose workers are gone. Returns whether MLflow has its status. FINISHED is never changed.
 
     On a full disk the status cannot be written: it is sent to MLflow all the same.
 
     Args:
         report: called with a line for the user if MLflow does not take it.
+        tags: to add to the run.
+        patience: seconds for which an object storage may be away.
+
+    Raises:
+        RuntimeError: of a run in an object storage: another process writes to it.
+        StorageError: the object storage is away.
     """
-    with suppress(*STORE_ERRORS), run.files.lock.held(SECONDS_TO_INHERIT) as holder:
+    with suppress(*STORE_ERRORS), own_ended(run, SECONDS_TO_INHERIT, patience) as holder:
+        if tags:
+            run.add_tags(tags)
         if holder is None:
             if run.files.read_status()["status"] != "FINISHED":
                 run.files.write_status(status)
@@ -276,7 +303,7 @@ def send_rest(run: Run, uri: str) -> bool:
     Returns whether MLflow has everything."""
     if MlflowSync(run, uri).complete():
         return True
-    with suppress(*STORE_ERRORS), run.files.lock.held(SECONDS_TO_INHERIT) as holder:
+    with suppress(*STORE_ERRORS, RuntimeError), own_ended(run, SECONDS_TO_INHERIT) as holder:  # the latter: of an object storage
         if holder is None:
             MlflowSync(run, uri).send()
     return MlflowSync(run, uri).complete()

@@ -17,7 +17,7 @@ from raytrain2p.storage.errors import StorageError
 from raytrain2p.storage.lease import Lease, LostLeaseError
 from raytrain2p.storage.locks import Lock
 from raytrain2p.storage.objects import ABSENT, ChangedError, ObjectStore, Version
-from raytrain2p.storage.remote import WRITER, Directory, check_conditions, fetch, next_number, pull_root
+from raytrain2p.storage.remote import LAUNCHES, NOT_OBJECTS, WRITER, Directory, check_conditions, fetch, next_number, pull_root, push_file
 from tests.storage.s3_server import BUCKET, S3Server
 
 THIS_PROCESS = "import json; from raytrain2p.storage.lease import this_process; print(json.dumps(this_process()))"
@@ -147,7 +147,7 @@ def test_a_directory_is_the_same_on_a_fresh_host(root: str, monkeypatch: pytest.
 
     other = Path(on_a_fresh_host(monkeypatch, root, tmp_path)) / "alignment" / RUN
     Directory(other).pull()
-    names = sorted(path.relative_to(other).as_posix() for path in other.rglob("*") if path.is_file() and ".objects" not in path.name)
+    names = sorted(path.relative_to(other).as_posix() for path in other.rglob("*") if path.is_file() and path.name not in NOT_OBJECTS)
     assert names == ["lightning_checkpoints/best-1.ckpt", "lightning_checkpoints/last.ckpt", "plots/curve.png", "run.json"]
     assert all((other / name).read_bytes() == (folder / name).read_bytes() for name in names)
 
@@ -231,6 +231,74 @@ def test_a_listing_leaves_what_another_process_of_this_machine_is_about_to_uploa
     Directory(folder).pull(ours=True)  # the owner's, after its process was killed: the objects are the truth
     assert (folder / "run.json").read_text() == "{}"
     assert not (folder / "status.json").exists()
+
+
+def test_a_run_that_a_process_of_this_machine_begins_to_write_is_left_to_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run_in(root, **{"run.json": "{}"})
+    Directory(folder).push()
+    reader, began = Directory(folder), list[threading.Thread]()
+    listed = reader.store.list
+
+    def write() -> None:
+        with Lock(folder / WRITER).held(10) as holder:
+            assert holder is None
+            (folder / "run.json").write_text('{"newer": 1}')
+
+    def begin(prefix: str = "") -> list[objects.Object]:
+        began.append(threading.Thread(target=write))
+        began[0].start()
+        time.sleep(0.3)
+        return listed(prefix)
+
+    monkeypatch.setattr(reader.store, "list", begin)
+    reader.pull()
+    began[0].join()
+    assert (folder / "run.json").read_text() == '{"newer": 1}'
+
+
+def test_launches_of_one_machine_record_their_runs_at_once_while_others_read_them(root: str) -> None:
+    folder = Path(root) / LAUNCHES
+    folder.mkdir(parents=True)
+    failed, over = list[StorageError](), threading.Event()
+
+    def record(number: int) -> None:
+        path = folder / f"launch-{number}.json"
+        try:
+            for content in ('{"intent": 1}', f'{{"run_id": {number}}}'):
+                path.write_text(content)
+                push_file(path)
+        except StorageError as error:
+            failed.append(error)
+
+    def read() -> None:
+        while not over.is_set():
+            Directory(folder).pull()
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    launches = [threading.Thread(target=record, args=(number,)) for number in range(6)]
+    for thread in (*readers, *launches):
+        thread.start()
+    for thread in launches:
+        thread.join()
+    over.set()
+    for thread in readers:
+        thread.join()
+    assert not failed
+    assert sorted(path.read_text() for path in folder.glob("launch-*.json")) == [f'{{"run_id": {number}}}' for number in range(6)]
+
+
+def test_a_listing_leaves_a_run_that_a_process_of_this_machine_makes_meanwhile(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, folder = ObjectStore.list, Path(root) / "alignment" / RUN
+
+    def and_then(self: ObjectStore, prefix: str = "") -> list[objects.Object]:
+        found = listed(self, prefix)
+        if not folder.exists():
+            Directory(run_in(root, **{"run.json": "{}"})).push()
+        return found
+
+    monkeypatch.setattr(ObjectStore, "list", and_then)
+    pull_root(root, lambda name: True)
+    assert (folder / "run.json").read_text() == "{}"
 
 
 def test_a_run_that_was_deleted_is_gone_from_scratch(root: str) -> None:

@@ -116,6 +116,7 @@ def test_everything_that_is_wrong_with_a_space_is_reported_at_once(tmp_path: Pat
         ({"scheduler": "pbt"}, [], "sweep.space.model.lora.rank\n    cannot change while weights stay"),
         ({"scheduler": "pbt", "pbt": {"interval": 15}}, [], "must be a multiple of checkpoint.every_steps=10"),
         ({"scheduler": "pbt", "num_trials": 1}, [], "is not a population"),
+        ({"scheduler": "pbt"}, ["output.root=s3://bucket/a"], "all nodes share, and output.root=s3://bucket/a is an object storage"),
         ({}, ["launch.num_workers=[1, 2]"], "each has a fixed number of workers"),
         ({}, ["data.val=null"], "sweep.metric=val/loss\n    is measured on validation records"),
         ({"num_trial": 3}, [], "did you mean sweep.num_trials?"),

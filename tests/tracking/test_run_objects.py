@@ -15,6 +15,7 @@ from raytrain2p.config import InputError, Settings, load_settings
 from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.config.scratch import local_path, public
 from raytrain2p.storage import lease as leases
+from raytrain2p.storage.lease import LostLeaseError
 from raytrain2p.storage.objects import ObjectStore
 from raytrain2p.storage.remote import fetch
 from raytrain2p.tracking import create_run, run_objects
@@ -178,6 +179,16 @@ def test_a_second_driver_on_another_machine_is_refused_while_the_first_is_alive(
         assert second.startswith("pid ")
     assert len(said) == 1
     assert "is, or was, driven by pid" in said[0]
+
+
+def test_a_writer_finds_out_without_a_request_that_another_process_has_taken_over(url: str, database: str, s3: S3Server) -> None:
+    with writer_of(settings_in(url, database)) as (_, writer):
+        writer.check_lease()
+        assert writer.objects is not None
+        assert writer.objects.lease is not None
+        writer.objects.lease.lost = "pid 1 on node7"  # as the thread that renews it finds
+        with pytest.raises(LostLeaseError, match="was taken over by pid 1 on node7"):
+            writer.check_lease()
 
 
 def test_an_artifact_is_fetched_by_its_url_and_as_the_latest(
