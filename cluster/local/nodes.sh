@@ -143,7 +143,10 @@ node_process() { # the process 1 of a node
 
 start_node() {
     local node="$1" folder="$state/$1" pid
-    if pid="$(cat "$folder/pid" 2>/dev/null)" && runs "$pid"; then fail "node $node is up"; fi
+    if pid="$(cat "$folder/pid" 2>/dev/null)" && runs "$pid"; then
+        if child "$pid" >/dev/null; then fail "node $node is up"; fi
+        while runs "$pid"; do sleep 0.1; done # it has just ended
+    fi
     rm -rf "$folder/ray" "$folder/log"
     mkdir -p "$folder/ray"
     if [ $# -gt 1 ] || [ ! -e "$folder/options" ]; then printf '%s\0' --object-store-memory=200000000 "${@:2}" >"$folder/options"; fi
