@@ -9,7 +9,7 @@ from pathlib import Path
 from raytrain2p.config import Problem, Settings
 from raytrain2p.config.paths import is_kind
 from raytrain2p.phases.inputs import EncoderJob
-from raytrain2p.tracking.mlflow_store import local_path
+from raytrain2p.tracking.mlflow_store import store_path
 from raytrain2p.tracking.run_objects import check_root
 
 
@@ -80,7 +80,7 @@ def place_problems(settings: Settings, is_new: bool, jobs: Sequence[EncoderJob] 
     if missing or not is_kind(Path(store), Path.is_dir):
         places["data.feature_store"] = store
     uri = settings.tracking.uri
-    if is_new and uri.startswith("sqlite:") and (database := local_path(uri)) is not None:
+    if is_new and uri.startswith("sqlite:") and (database := store_path(uri)) is not None:
         places["directory of tracking.uri"] = database.parent
     found = {setting: place_problem(setting, path) for setting, path in places.items()}
     if missing and found["data.feature_store"] is None:

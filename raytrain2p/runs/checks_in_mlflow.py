@@ -15,7 +15,7 @@ from raytrain2p.tracking.metrics_file import read_points
 from raytrain2p.tracking.mlflow_errors import Kind, store_problem
 from raytrain2p.tracking.mlflow_pages import NOTE_TAG
 from raytrain2p.tracking.mlflow_runs import RemoteRun
-from raytrain2p.tracking.mlflow_store import local_path
+from raytrain2p.tracking.mlflow_store import store_path
 from raytrain2p.tracking.mlflow_sync import MlflowSync, params_of, tags_of
 from raytrain2p.tracking.run import Run
 
@@ -163,7 +163,7 @@ def fetched(sync: MlflowSync, remote: RemoteRun, place: str, scratch: str) -> Pa
     Raises:
         STORE_ERRORS: MLflow is away, for example.
     """
-    folder = local_path(remote.artifact_uri)
+    folder = store_path(remote.artifact_uri)
     if folder is not None:
         return folder / place if (folder / place).is_file() else None
     try:

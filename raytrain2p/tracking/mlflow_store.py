@@ -68,7 +68,7 @@ def only_opener(uri: str) -> Iterator[None]:
     Raises:
         UnusableStoreError: another process does not end.
     """
-    if (path := local_path(uri)) is None:
+    if (path := store_path(uri)) is None:
         yield
         return
     with Lock(path.with_name(f".{path.name}.lock")).held(SECONDS_TO_OPEN) as holder:
@@ -83,7 +83,7 @@ def _opened(uri: str) -> MlflowClient:
     try:
         return MlflowClient(uri)
     except Exception as error:
-        path = local_path(uri)
+        path = store_path(uri)
         if path is None or not uri.startswith("sqlite:") or (problem := _migration_problem(uri, path, error)) is None:
             raise
         raise UnusableStoreError(problem) from error
@@ -177,7 +177,7 @@ def delete_models(client: MlflowClient, run_id: str) -> None:
 
 def store_exists(uri: str) -> bool:
     """Whether there is a store; a server counts as one. A client for one in files that does not exist would create it."""
-    path = local_path(uri)
+    path = store_path(uri)
     return path is None or path.exists()
 
 
@@ -185,7 +185,7 @@ def missing_store(uri: str) -> Problem:
     return Problem(f"tracking.uri={uri}", "there is no such store", "if it was moved, set tracking.uri to where it is now")
 
 
-def local_path(uri: str) -> Path | None:
+def store_path(uri: str) -> Path | None:
     """The file or directory of a store on the disk of one machine; None for a tracking server or a database server."""
     scheme = urlsplit(uri).scheme
     if scheme == "sqlite":
@@ -207,7 +207,7 @@ def check_password(uri: str) -> None:
 
 def check_store_is_shared(uri: str, machines: int) -> list[Problem]:
     """A store on the disk of one machine cannot be used from a second one, where rank 0 may be placed."""
-    if machines < 2 or local_path(uri) is None:
+    if machines < 2 or store_path(uri) is None:
         return []
     return [
         Problem(
@@ -228,7 +228,7 @@ def prepare_store(settings: Settings, default_experiment: str) -> None:
     location = None
     try:
         check_server(uri)
-        path = local_path(uri)
+        path = store_path(uri)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         with only_opener(uri):

@@ -25,7 +25,7 @@ from raytrain2p.config import InputError, Settings
 from raytrain2p.tracking import mlflow_repair
 from raytrain2p.tracking import mlflow_store as store_module
 from raytrain2p.tracking.mlflow_repair import make_tables, migrate
-from raytrain2p.tracking.mlflow_store import UnusableStoreError, check_server, check_store_is_shared, client_of, local_path, prepare_store
+from raytrain2p.tracking.mlflow_store import UnusableStoreError, check_server, check_store_is_shared, client_of, prepare_store, store_path
 from tests.tracking.stores import EXPERIMENT, NOBODY, create, mlflow_runs, settings_in
 
 
@@ -278,14 +278,14 @@ def test_a_store_that_is_not_a_server_is_not_checked_as_one(uri: str) -> None:
     ],
 )
 def test_a_store_in_files_has_a_path(uri: str, path: str) -> None:
-    assert local_path(uri) == Path(path)
+    assert store_path(uri) == Path(path)
 
 
 @pytest.mark.parametrize(
     "uri", ["http://server:5000", "https://server/mlflow", "postgresql://me:secret@db:5432/mlflow", "mysql://db/mlflow"]
 )
 def test_a_server_has_no_path_and_serves_many_machines(uri: str) -> None:
-    assert local_path(uri) is None
+    assert store_path(uri) is None
     assert check_store_is_shared(uri, 2) == []
 
 
