@@ -135,15 +135,22 @@ kill_node() {
     while runs "$(cat "$state/$1/pid")"; do sleep 0.1; done
 }
 
+node_runs() { # whether a node is up; one that is just ending is not
+    local pid first
+    pid="$(cat "$state/$1/pid" 2>/dev/null)" && first="$(child "$pid" 2>/dev/null)" && runs "$first"
+}
+
 node_process() { # the process 1 of a node
-    local pid
-    if ! pid="$(cat "$state/$1/pid" 2>/dev/null)" || ! runs "$pid"; then fail "node $1 is not up: nodes.sh start $1"; fi
-    child "$pid"
+    if ! node_runs "$1"; then fail "node $1 is not up: nodes.sh start $1"; fi
+    child "$(cat "$state/$1/pid")"
 }
 
 start_node() {
     local node="$1" folder="$state/$1" pid
-    if pid="$(cat "$folder/pid" 2>/dev/null)" && runs "$pid"; then fail "node $node is up"; fi
+    if node_runs "$node"; then fail "node $node is up"; fi
+    if pid="$(cat "$folder/pid" 2>/dev/null)"; then
+        while runs "$pid"; do sleep 0.1; done # it is just ending
+    fi
     rm -rf "$folder/ray" "$folder/log"
     mkdir -p "$folder/ray"
     if [ $# -gt 1 ] || [ ! -e "$folder/options" ]; then printf '%s\0' --object-store-memory=200000000 "${@:2}" >"$folder/options"; fi

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.chaos.killing import Launch, launch_in
 from tests.launch.launching import ROOT, STARTED
+from tests.storage.s3_server import S3Server
 
 MLFLOW = "http://10.77.0.1:5000"
 SCRIPT = str(ROOT / "cluster" / "local" / "nodes.sh")
@@ -55,12 +56,23 @@ class LocalNodes:
         """`mlflow server` beside the nodes, until they are taken down."""
         store = [f"--backend-store-uri={self.store}", f"--artifacts-destination={self.folder}/artifacts"]
         server = ["mlflow", "server", "--workers=1", "--host=10.77.0.1", "--port=5000", *store]
-        self.start(self.folder / "server.log", "exec", "0", *server)
+        self._serve(5000, self.folder / "server.log", *server)
+
+    def start_s3(self) -> S3Server:
+        """A server of objects beside the nodes, with one bucket, until they are taken down."""
+        server = S3Server("http://10.77.0.1:5001")
+        self._serve(5001, self.folder / "s3.log", "python", "-m", "tests.storage.s3_server", "5001", "10.77.0.1")
+        make_bucket = f"from tests.storage.s3_server import S3Server; S3Server('{server.url}').make_bucket()"
+        self.check("exec", "0", "python", "-c", make_bucket)
+        return server
+
+    def _serve(self, port: int, log: Path, *command: str) -> None:
+        self.start(log, "exec", "0", *command)
         STARTED.pop()  # for all tests
-        reached = "import socket; socket.create_connection(('10.77.0.1', 5000), 1)"
+        reached = f"import socket; socket.create_connection(('10.77.0.1', {port}), 1)"
         deadline = time.monotonic() + 90
         while self.run("exec", "0", "python", "-c", reached).returncode:
-            assert time.monotonic() < deadline, (self.folder / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(1)
 
     @property

@@ -12,6 +12,7 @@ import pytest
 
 from tests.cluster.local_nodes import Job, LocalNodes, job_in, submitted
 from tests.launch.sockets import METRICS
+from tests.storage.s3_server import BUCKET
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -50,6 +51,32 @@ def test_both_phases_train_on_both_nodes(nodes: LocalNodes, undisturbed: Job, ti
     second.start()
     finished(second)
     assert second.steps() == list(range(1, 7))
+
+
+def test_both_phases_train_on_both_nodes_with_objects(nodes: LocalNodes, undisturbed: Job, tiny_config: Path, tmp_path: Path) -> None:
+    """Each node has a scratch directory of its own."""
+    s3 = nodes.start_s3().environment | {"RAYTRAIN2P_SCRATCH": "/tmp/ray/scratch"}
+    root = f"s3://{BUCKET}/nodes"
+
+    def trained(name: str, *arguments: str) -> dict[str, str]:
+        job = submitted(nodes, tmp_path / name, [*arguments, "launch.num_workers=2"], undisturbed.environment | s3)
+        job.arguments = [*job.arguments, f"output.root={root}"]
+        job.start()
+        assert job.wait() == 0, job.log[-5000:]
+        (run,) = job.mlflow_runs()
+        assert run.info.status == "FINISHED"
+        steps = [point.step for point in job.client.get_metric_history(run.info.run_id, "train_loss")]
+        assert steps == list(range(1, 7))
+        assert {path.name for path in job.folder.iterdir()} == {"log1"}
+        outcome: dict[str, str] = json.loads(job.log[job.log.rindex('{"run_id"') :].splitlines()[0])
+        assert outcome["directory"].startswith(f"{root}/")
+        return outcome
+
+    aligner = trained("s3-phase1", "--phase=1", f"--config={tiny_config}/phase1.yaml")["artifact"]
+    assert aligner.endswith("/aligner.pt")
+    trained("s3-phase2", "--phase=2", f"--config={tiny_config}/phase2.yaml", f"model.aligner={aligner}")
+    variables = [f"{name}={value}" for name, value in s3.items()]
+    nodes.check("exec", "0", "env", *variables, "python", "-m", "raytrain2p.runs", "verify", f"output.root={root}")
 
 
 def test_trials_train_on_both_nodes(nodes: LocalNodes, sweep_config: Path, undisturbed: Job, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A real S3 server in a process of its own, on loopback: moto's, with conditional writes one at a time, as S3 has them.
 
-    python -m tests.storage.s3_server PORT
+    python -m tests.storage.s3_server PORT [ADDRESS]
 
 `POST /_fault?status=503&seconds=5` makes it answer that, `?refuse=5` makes it refuse connections, `?slow=2` delays each upload.
 """
@@ -122,11 +122,11 @@ class Faulty:
 def main() -> None:
     from werkzeug.serving import make_server
 
-    app, port = Faulty(), int(sys.argv[1])
+    app, port, address = Faulty(), int(sys.argv[1]), (sys.argv[2:] or ["127.0.0.1"])[0]
     while True:
-        server = make_server("127.0.0.1", port, app, threaded=True)
+        server = make_server(address, port, app, threaded=True)
         port, app.stop = server.port, server.shutdown
-        print(f"listens at http://127.0.0.1:{port}", flush=True)
+        print(f"listens at http://{address}:{port}", flush=True)
         server.serve_forever()
         server.server_close()
         time.sleep(app.refused)
