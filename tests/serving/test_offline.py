@@ -44,7 +44,7 @@ def test_a_worker_answers_a_batch_and_says_what_it_cannot_load(tiny_model: Path,
 def test_a_killed_command_continues_and_the_answers_are_those_of_one_process(
     tiny_model: Path, drawings: Path, tmp_path: Path, ray_head: str
 ) -> None:
-    questions = [f"What is number {number}?" for number in range(40)]
+    questions = [f"What is number {number}?" for number in range(20)]
     rows = [{"instruction": question, "image": f"{drawings}/{number}.png"} for question in questions for number in range(6)]
     records = write_lines(tmp_path / "records.jsonl", *rows)
     words = ["--root", str(tiny_model.parents[2]), "--file", str(records), "--batch-size", "4", "--max-new-tokens", "40"]
