@@ -6,6 +6,7 @@ import json
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -53,28 +54,37 @@ def test_both_phases_train_on_both_nodes(nodes: LocalNodes, undisturbed: Job, ti
     assert second.steps() == list(range(1, 7))
 
 
-def test_both_phases_train_on_both_nodes_with_objects(nodes: LocalNodes, undisturbed: Job, tiny_config: Path, tmp_path: Path) -> None:
+def test_both_phases_and_a_sweep_train_on_both_nodes_with_objects(
+    nodes: LocalNodes, undisturbed: Job, tiny_config: Path, sweep_config: Path, tmp_path: Path
+) -> None:
     """Each node has a scratch directory of its own."""
     s3 = nodes.start_s3().environment | {"RAYTRAIN2P_SCRATCH": "/tmp/ray/scratch"}
     root = f"s3://{BUCKET}/nodes"
 
-    def trained(name: str, *arguments: str) -> dict[str, str]:
-        job = submitted(nodes, tmp_path / name, [*arguments, "launch.num_workers=2"], undisturbed.environment | s3)
+    def trained(name: str, *arguments: str, kind: type[Job] = Job) -> tuple[Job, dict[str, Any]]:
+        job = kind(**vars(submitted(nodes, tmp_path / name, arguments, undisturbed.environment | s3)))
         job.arguments = [*job.arguments, f"output.root={root}"]
         job.start()
         assert job.wait() == 0, job.log[-5000:]
-        (run,) = job.mlflow_runs()
-        assert run.info.status == "FINISHED"
-        steps = [point.step for point in job.client.get_metric_history(run.info.run_id, "train_loss")]
-        assert steps == list(range(1, 7))
+        assert {run.info.status for run in job.mlflow_runs()} == {"FINISHED"}
         assert {path.name for path in job.folder.iterdir()} == {"log1"}
-        outcome: dict[str, str] = json.loads(job.log[job.log.rindex('{"run_id"') :].splitlines()[0])
+        outcome = json.loads(job.log[job.log.rindex('{"run_id"') :].splitlines()[0])
         assert outcome["directory"].startswith(f"{root}/")
-        return outcome
+        return job, outcome
 
-    aligner = trained("s3-phase1", "--phase=1", f"--config={tiny_config}/phase1.yaml")["artifact"]
+    def trained_phase(name: str, *arguments: str) -> str:
+        job, outcome = trained(name, *arguments, "launch.num_workers=2")
+        (run,) = job.mlflow_runs()
+        assert [point.step for point in job.client.get_metric_history(run.info.run_id, "train_loss")] == list(range(1, 7))
+        return str(outcome["artifact"])
+
+    aligner = trained_phase("s3-phase1", "--phase=1", f"--config={tiny_config}/phase1.yaml")
     assert aligner.endswith("/aligner.pt")
-    trained("s3-phase2", "--phase=2", f"--config={tiny_config}/phase2.yaml", f"model.aligner={aligner}")
+    trained_phase("s3-phase2", "--phase=2", f"--config={tiny_config}/phase2.yaml", f"model.aligner={aligner}")
+    sweep, outcome = trained("s3-sweep", f"--config={sweep_config}", "sweep.num_trials=3", kind=Sweep)
+    assert (outcome["trials"], outcome["finished"]) == (3, 3)
+    assert "2 trials at once" in sweep.log
+    assert len(sweep.mlflow_runs()) == 4
     variables = [f"{name}={value}" for name, value in s3.items()]
     nodes.check("exec", "0", "env", *variables, "python", "-m", "raytrain2p.runs", "verify", f"output.root={root}")
 
