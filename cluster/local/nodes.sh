@@ -149,7 +149,8 @@ start_node() {
     local node="$1" folder="$state/$1" pid
     if node_runs "$node"; then fail "node $node is up"; fi
     if pid="$(cat "$folder/pid" 2>/dev/null)"; then
-        while runs "$pid"; do sleep 0.1; done # it is just ending
+        for _ in $(seq 100); do runs "$pid" && sleep 0.1; done # it is just ending
+        if runs "$pid"; then fail "node $node is up"; fi
     fi
     rm -rf "$folder/ray" "$folder/log"
     mkdir -p "$folder/ray"

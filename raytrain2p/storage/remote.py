@@ -90,9 +90,10 @@ class Directory:
         with self.one_at_a_time, Lock(self.path / LOCK).held(SECONDS_TO_PULL), writer as is_free:
             if not is_free:
                 return  # one that has just begun
-            listed = self.store.list(f"{self.prefix}/") if listed is None else listed
-            there = {one.key.removeprefix(f"{self.prefix}/"): one for one in listed}
             known = self._known()
+            there = {one.key.removeprefix(f"{self.prefix}/"): one for one in listed or ()}
+            if listed is None or any(name not in there for name in known):  # a process of this machine may have uploaded more since
+                there = {one.key.removeprefix(f"{self.prefix}/"): one for one in self.store.list(f"{self.prefix}/")}
             for name in [*known, *(self._files() if ours else ())]:
                 if name not in there and (ours or self._is_as_known(name, known)):
                     remove(self.path / name)
@@ -100,11 +101,13 @@ class Directory:
             wanted = [one for name, one in there.items() if self._is_behind(name, one, known, content(name), ours)]
             for folder in {(self.path / name).parent for name in there}:
                 folder.mkdir(parents=True, exist_ok=True)
+            ends = [one for one in wanted if one.key.endswith("/status.json")]  # who reads that a run has ended finds all of it
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                for name, found in pool.map(lambda one: self._take(one, content), wanted):
-                    known.pop(name, None)
-                    if found is not None:
-                        known[name] = found
+                for part in ([one for one in wanted if one not in ends], ends):
+                    for name, found in pool.map(lambda one: self._take(one, content), part):
+                        known.pop(name, None)
+                        if found is not None:
+                            known[name] = found
             self._write_known(known)
 
     def push(self, names: Iterable[str] | None = None) -> None:
@@ -263,7 +266,8 @@ def fetch(path: Path, patience: float = AT_THE_START) -> None:
     if (folder := run_folder(path)) is None:
         store, key = store_of(path, patience)
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.download(key, path)
+        if store.download(key, path) is None:
+            path.unlink(missing_ok=True)
         return
     name = path.relative_to(folder).as_posix()
 

@@ -41,7 +41,7 @@ def sweep(
 
     Raises:
         InputError: bad input, with every problem; nothing was started.
-        TrainingFailedError: the disk of the sweep failed.
+        TrainingFailedError: the disk of the sweep failed, or another driver has taken it over.
         KeyboardInterrupt: after Ctrl-C (or SIGTERM, while trials run); `resume` resumes it.
     """
     from raytrain2p.sweep.load import load_sweep

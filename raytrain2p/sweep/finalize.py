@@ -37,8 +37,8 @@ class TrialFinalizer:
     def __init__(self, job: SweepJob, records: TrialRecords, stop: StopRequest, console: Console) -> None:
         self.job, self.records, self.stop, self.console = job, records, stop, console
         self.uri, self.root = job.sweep.base.tracking.uri, job.sweep.base.output.root
-        self.at_once = AT_ONCE if is_remote(self.root) else 1  # the lease of a worker that ended on another node is waited for
-        self.executor = ThreadPoolExecutor(self.at_once, thread_name_prefix="finalize")  # Tune's thread must not wait for MLflow
+        at_once = AT_ONCE if is_remote(self.root) else 1  # the lease of a worker that ended on another node is waited for
+        self.executor = ThreadPoolExecutor(at_once, thread_name_prefix="finalize")  # Tune's thread must not wait for MLflow
 
     def settle_known(self) -> None:
         """Finish what an earlier driver left: trials tagged as stopped early whose runs were not ended."""
@@ -70,6 +70,8 @@ class TrialFinalizer:
         if state == EARLY:
             reason = result.reason or f"{self.stop.reason or self.job.sweep.options.scheduler} at step {result.steps}"
             tags = {EARLY_TAG: reason}
+            if not is_remote(self.root):  # at once: its process may still hold the run's lock, and the next driver looks for the tag
+                result.run.add_tags(tags)
         self._end(number, result.run, {EARLY: "FINISHED", KILLED: "KILLED"}[state], tags)
 
     def _end(self, number: int, run: Run, status: str, tags: dict[str, str] | None = None) -> None:
@@ -88,7 +90,11 @@ class TrialFinalizer:
             self.settle(result.trial.number, EARLY if early else KILLED)
 
         left = [result for result in self.records.results() if result.state not in OVER and result.run is not None]
-        with ThreadPoolExecutor(self.at_once) as pool:
+        if not is_remote(self.root):
+            for result in left:
+                settle(result)
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(settle, left))
 
     def _settle_logged(self, number: int) -> None:
@@ -102,7 +108,8 @@ def write_outcome(job: SweepJob, results: Sequence[TrialResult], writer: RunWrit
     """Send what MLflow lacks, write tables, plots and the objective of each trial, and count the trials."""
     options, uri, directory = job.sweep.options, job.sweep.base.tracking.uri, job.parent.path
     if not all(send_rest(result.run, uri) for result in results if result.run is not None):
-        console.say("some trials are not complete in MLflow; send the rest later: python -m raytrain2p.runs sync")
+        later = f"tune --resume {job.parent.run_id[:8]}" if is_remote(job.sweep.base.output.root) else "runs sync"
+        console.say(f"some trials are not complete in MLflow; send the rest later: python -m raytrain2p.{later}")
     settings = [axis.setting for axis in job.sweep.axes]
     best = write_results(directory, results, settings, options.mode, options.phase)
     try:

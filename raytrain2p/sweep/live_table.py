@@ -12,6 +12,7 @@ from rich.table import Table
 
 from raytrain2p.config.console import Console, cell
 from raytrain2p.launch.progress import POLL_SECONDS, decimal
+from raytrain2p.storage.errors import StorageError
 from raytrain2p.sweep.results import OVER, RUNNING, WAITING, TrialRecords, TrialResult, best_result
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.worker.channel import SECONDS_TO_ANSWER, SweepChannel
@@ -50,7 +51,8 @@ class LiveTable:
         self.thread.join(POLL_SECONDS + SECONDS_TO_ANSWER + 1)
         with suppress(ray.exceptions.RayError):
             self._receive(0.1)
-        self._draw(self.records.results(), all_trials=False)
+        with suppress(StorageError):  # the driver asks again
+            self._draw(self.records.results(), all_trials=False)
         if self.live is not None:
             self.live.stop()
 
@@ -68,6 +70,8 @@ class LiveTable:
             started = time.monotonic()
             results = self.records.results(SECONDS_BETWEEN_LISTINGS)
             took = time.monotonic() - started
+            if self.done.is_set():  # it was drawn for the last time
+                return
             self._draw(results, all_trials=time.monotonic() - self.printed_at >= PLAIN_SECONDS)
             self.done.wait(max(1.0, PAUSE_PER_READING * took))  # long trials have long files, and Tune needs this process too
 

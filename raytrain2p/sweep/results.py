@@ -163,7 +163,7 @@ class TrialRecords:
         """
         trials = self.trials()
         if time.monotonic() - self.fetched >= age:
-            with suppress(StorageError) if age else nullcontext():
+            with suppress(StorageError, OSError) if age else nullcontext():
                 self._fetch(trials, AT_THE_START if age else PATIENCE)
             self.fetched = time.monotonic()
         return [self._result(trial) for trial in trials]
@@ -187,19 +187,20 @@ class TrialRecords:
             result = TrialResult(trial, FAILED, values=trial.values, damage=error.line)
         if (self.folder / f"{trial.number:03d}.failed").is_file() and result.state not in OVER:
             result = replace(result, state=FAILED)
-        if result.state in OVER:
+        if result.state in OVER and result.run is not None:
             self.over[trial.number] = result
         return result
 
 
 def read_trial_result(trial: Trial, run: Run) -> TrialResult:
     """The results in a trial's run directory."""
+    status = run.files.read_status()["status"]  # first: a run that has ended gets no more points
     points = list(read_points(run.files.metrics))
     lineage = tuple(read_lineage(run.path))
     reason = run.files.tags().get(EARLY_TAG, "")
     return TrialResult(
         trial,
-        state_of(run.files.read_status()["status"], reason),
+        state_of(status, reason),
         run,
         tuple((point.step, point.value) for point in points if point.name == OBJECTIVE),
         max((point.step for point in points if point.name == "train_loss"), default=0),

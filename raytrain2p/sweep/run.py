@@ -10,6 +10,7 @@ from dataclasses import replace
 from raytrain2p.config import InputError, Problem
 from raytrain2p.config.console import Console
 from raytrain2p.config.phases import PHASES, SWEEPS
+from raytrain2p.config.scratch import is_remote
 from raytrain2p.config.secrets import one_line
 from raytrain2p.launch.autoscaler import check_possible, nodes_held
 from raytrain2p.launch.capacity import Capacity
@@ -47,7 +48,7 @@ from raytrain2p.worker.channel import SweepChannel
 
 
 class SweepFailedError(TrainingFailedError):
-    """The disk of a sweep failed. The message is one line for the user."""
+    """The disk of a sweep failed, or another driver has taken it over. The message is one line for the user."""
 
 
 def run_sweep(
@@ -69,12 +70,12 @@ def run_sweep(
     Raises:
         InputError: bad input; nothing was started.
         StoppedError: a signal ended the sweep; it can be resumed.
-        SweepFailedError: its disk is full, read-only or gone.
+        SweepFailedError: its disk is full, read-only or gone, or another driver has taken over.
     """
     if not verbose:
         quiet()
     root = sweep.base.output.root
-    if place_problem("output.root", root) is None:  # else `check_sweep` reports that
+    if resumed is None and is_remote(root) and place_problem("output.root", root) is None:  # else `check_sweep` reports that
         open_root(root)
     of_job = launch_id_of_job("sweep", sweep_config(sweep))
     launch_id = checked_launch_id(resumed.launch_id if resumed else of_job or f"sweep-{uuid.uuid4().hex[:12]}")

@@ -23,6 +23,7 @@ from optuna.trial import TrialState, create_trial
 from ray.tune.search import Searcher
 
 from raytrain2p.config.cli import report as print_line
+from raytrain2p.storage.errors import StorageError
 from raytrain2p.sweep.results import FAILED, FINISHED, OVER, Trial, TrialResult
 from raytrain2p.sweep.settings import Sweep
 from raytrain2p.sweep.space import Axis, Values
@@ -245,8 +246,8 @@ class TrialQueue(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if (trial := self.trials.get(trial_id)) is not None:
-            reports = () if error else self.read_result(trial).reports
-            with suppress(OSError):  # a failed disk: the next driver finds the result in the trial's run
+            with suppress(OSError, StorageError):  # a failed disk: the next driver finds the result in the trial's run
+                reports = () if error else self.read_result(trial).reports
                 self.search.learn(trial.number, reports, finished=bool((result or {}).get("last")))
 
     def save(self, checkpoint_path: str) -> None:

@@ -21,6 +21,7 @@ from raytrain2p.config.secrets import one_line
 from raytrain2p.interrupts import StoppedError
 from raytrain2p.launch.autoscaler import HEAD
 from raytrain2p.launch.signals import StopSignals
+from raytrain2p.storage.lease import LostLeaseError
 from raytrain2p.sweep.callbacks import StopRequest, SweepCallback
 from raytrain2p.sweep.finalize import TrialFinalizer, write_outcome
 from raytrain2p.sweep.live_table import LiveTable
@@ -74,7 +75,12 @@ class SweepTuner:
             arguments = self._tune_arguments(queue, known, table)
             thread = threading.Thread(target=self._tune, args=(arguments,), name="tune", daemon=True)
             thread.start()
-            self._wait(thread, signals)
+            try:
+                self._wait(thread, signals)
+            except LostLeaseError:
+                self.finalizer.executor.shutdown(wait=False, cancel_futures=True)
+                self.stop.reason = KILLED
+                raise
             self.finalizer.executor.shutdown()  # before the table is drawn for the last time
         return self._close(signals.received, search)
 

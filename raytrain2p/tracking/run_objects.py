@@ -134,9 +134,9 @@ def own_objects(root: str, launch_id: str, patience: float = PATIENCE, checkpoin
 
 
 @contextmanager
-def own_ended(run: Run, seconds: float, patience: float = PATIENCE) -> Iterator[str | None]:
-    """Within, this process alone writes to a run whose own process is gone. What it wrote is uploaded after that. Yields None, or who
-    writes to it on this machine.
+def own_ended(run: Run, seconds: float, patience: float = PATIENCE) -> Iterator[Callable[[], None] | None]:
+    """Within, this process alone writes to a run whose own process is gone. What it wrote is uploaded after that. Yields a function
+    that uploads it before; None if another process of this machine writes to the run.
 
     Args:
         seconds: for which a process of this machine may still hold the directory.
@@ -146,11 +146,12 @@ def own_ended(run: Run, seconds: float, patience: float = PATIENCE) -> Iterator[
     """
     root = str(run.path.parent.parent)
     with own_objects(root, run.launch_id, patience, checkpoints=False) as lease, run.files.lock.held(seconds) as holder:
+        push = Directory(run.path, lease, patience).push if lease is not None else lambda: None
         try:
-            yield holder
+            yield push if holder is None else None
         finally:
-            if lease is not None and holder is None:
-                Directory(run.path, lease, patience).push()
+            if holder is None:
+                push()
 
 
 def fetch_launch(root: str, *launch_ids: str, patience: float = AT_THE_START) -> None:

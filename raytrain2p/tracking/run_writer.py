@@ -281,12 +281,13 @@ def end_run(
         RuntimeError: of a run in an object storage: another process writes to it.
         StorageError: the object storage is away.
     """
-    with suppress(*STORE_ERRORS), own_ended(run, SECONDS_TO_INHERIT, patience) as holder:
-        if tags:
-            run.add_tags(tags)
-        if holder is None:
+    with suppress(*STORE_ERRORS), own_ended(run, SECONDS_TO_INHERIT, patience) as push:
+        if push is not None:
+            if tags:
+                run.add_tags(tags)
             if run.files.read_status()["status"] != "FINISHED":
                 run.files.write_status(status)
+            push()  # before MLflow has it: the objects are the truth
             MlflowSync(run, uri).send()
             return True
     try:
@@ -303,8 +304,8 @@ def send_rest(run: Run, uri: str) -> bool:
     Returns whether MLflow has everything."""
     if MlflowSync(run, uri).complete():
         return True
-    with suppress(*STORE_ERRORS, RuntimeError), own_ended(run, SECONDS_TO_INHERIT) as holder:  # the latter: of an object storage
-        if holder is None:
+    with suppress(*STORE_ERRORS, RuntimeError), own_ended(run, SECONDS_TO_INHERIT) as push:  # the latter: of an object storage
+        if push is not None:
             MlflowSync(run, uri).send()
     return MlflowSync(run, uri).complete()
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -299,6 +300,49 @@ def test_a_listing_leaves_a_run_that_a_process_of_this_machine_makes_meanwhile(r
     monkeypatch.setattr(ObjectStore, "list", and_then)
     pull_root(root, lambda name: True)
     assert (folder / "run.json").read_text() == "{}"
+
+
+def test_a_listing_leaves_what_a_process_of_this_machine_uploads_meanwhile(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, listed = run_in(root, **{"run.json": "{}"}), ObjectStore.list
+    Directory(folder).push()
+
+    def and_then(self: ObjectStore, prefix: str = "") -> list[objects.Object]:
+        found = listed(self, prefix)
+        if not (folder / "result.json").exists():
+            Directory(run_in(root, **{"result.json": "{}"})).push()
+        return found
+
+    monkeypatch.setattr(ObjectStore, "list", and_then)
+    pull_root(root, lambda name: True)
+    assert (folder / "result.json").read_text() == "{}"
+
+
+def test_that_a_run_has_ended_is_known_after_all_else_of_it(root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Directory(run_in(root, **{"metrics.jsonl": "{}\n", "status.json": "{}"})).push()
+    folder = Path(on_a_fresh_host(monkeypatch, root, tmp_path)) / "alignment" / RUN
+    take, ended_before = Directory._take, list[bool]()
+
+    def slowly(self: Directory, one: objects.Object, content: Any) -> Any:
+        if one.key.endswith("metrics.jsonl"):
+            time.sleep(0.3)
+            ended_before.append((folder / "status.json").exists())
+        return take(self, one, content)
+
+    monkeypatch.setattr(Directory, "_take", slowly)
+    Directory(folder).pull()
+    assert ended_before == [False]
+    assert (folder / "status.json").exists()
+
+
+def test_a_file_whose_object_was_deleted_is_not_used(root: str) -> None:
+    path = Path(root) / "settings.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ObjectStore(public(root)).write("settings.yaml", b"seed: 1", ABSENT)
+    fetch(path)
+    assert path.read_text() == "seed: 1"
+    ObjectStore(public(root)).delete(["settings.yaml"])
+    fetch(path)
+    assert not path.exists()
 
 
 def test_a_run_that_was_deleted_is_gone_from_scratch(root: str) -> None:

@@ -97,6 +97,18 @@ def test_a_trial_that_failed_before_it_had_a_run_is_failed(tmp_path: Path) -> No
     assert [result.state for result in trial_records.results()] == ["failed"]
 
 
+def test_a_trial_that_was_given_up_while_its_run_was_out_of_sight_has_the_run_later(tmp_path: Path) -> None:
+    trial_records = records_in(tmp_path)
+    trial = begun(tmp_path, trial_records, 0, "FAILED", [(10, 2.0)])
+    record = launch_record(str(tmp_path), trial.launch_id)
+    content = record.read_text()
+    record.unlink()
+    trial_records.give_up(0, "the reason")
+    assert trial_records.result(trial).run is None
+    record.write_text(content)
+    assert trial_records.result(trial).reports == ((10, 2.0),)
+
+
 def test_trials_are_known_by_their_numbers_also_beyond_a_thousand(tmp_path: Path) -> None:
     trial_records = records_in(tmp_path)
     for number in (1000, 101, 7):
