@@ -247,6 +247,11 @@ def is_record(name: str) -> bool:
     return (inner or "/" not in name) and name.endswith((".json", ".jsonl", ".md", ".txt", ".csv"))
 
 
+def is_checkpoint(name: str) -> bool:
+    """Whether a file of a run, by its name, is a checkpoint."""
+    return name.endswith(".ckpt")
+
+
 def row_of(path: Path, line: bytes) -> Any:
     """A row of changes.jsonl.
 

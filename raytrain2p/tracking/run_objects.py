@@ -17,7 +17,7 @@ from raytrain2p.storage.lease import SECONDS, Lease
 from raytrain2p.storage.objects import AT_THE_START, PATIENCE
 from raytrain2p.storage.remote import AT_ONCE, Directory, check_conditions, fetch, lease_of, pull_root, run_folder
 from raytrain2p.tracking.run import Run, launch_record, recorded_run
-from raytrain2p.tracking.run_directory import is_record
+from raytrain2p.tracking.run_directory import is_checkpoint, is_record
 
 CHECK = "check the bucket, the endpoint (AWS_ENDPOINT_URL), the region and the credentials in the environment"
 SECONDS_TO_TAKE_OVER = SECONDS + 5  # a lease whose owner is gone, on another machine
@@ -128,7 +128,7 @@ def own_objects(root: str, launch_id: str, patience: float = PATIENCE, checkpoin
         remove(launch_record(root, launch_id))  # what was not uploaded does not count
         _fetch_launches(root, patience)
         if (run := recorded_run(root, launch_id)) is not None:
-            Directory(run.path, patience=patience).pull(lambda name: checkpoints or not name.endswith(".ckpt"), ours=True)
+            Directory(run.path, patience=patience).pull(lambda name: checkpoints or not is_checkpoint(name), ours=True)
             run.files.sync_state.unlink(missing_ok=True)  # MLflow is asked what it has: more may have been sent since that was uploaded
         yield lease
 
