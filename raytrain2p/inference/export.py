@@ -23,7 +23,7 @@ from raytrain2p.data.chat import ChatFormat
 from raytrain2p.inference.chat_template import chat_template, with_placeholders
 from raytrain2p.inference.hf_model import AssistantConfig, AssistantForConditionalGeneration, AssistantProcessor
 from raytrain2p.inference.predictor import Predictor
-from raytrain2p.models.assistant import without_adapters
+from raytrain2p.models.lora import without_adapters
 from raytrain2p.storage.errors import reporting_disk_errors, storage_error
 from raytrain2p.storage.files import directory_aside, read_json, regular_files, write_file, write_json
 

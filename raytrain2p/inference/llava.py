@@ -15,7 +15,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.inference.chat_template import chat_template, with_placeholders
 from raytrain2p.inference.predictor import Predictor
-from raytrain2p.models.assistant import Assistant, without_adapters
+from raytrain2p.models.assistant import Assistant
+from raytrain2p.models.lora import without_adapters
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.image_encoder import ImageEncoder
 

@@ -5,7 +5,6 @@ its encoder, S width of the shared space, K soft tokens per item, E embedding wi
 positions in the batch, V vocabulary.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -266,26 +265,7 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     if shape.tuning == "full":
         base = base.float()
     elif shape.tuning == "lora":
+        from raytrain2p.models.lora import with_adapters  # peft's import takes a second
+
         base = with_adapters(base, shape.lora)
     return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), shape.aligner["dimension"], shape.soft_tokens, shape.projector)
-
-
-def with_adapters(language_model: Any, lora: dict[str, Any]) -> nn.Module:
-    """The model with LoRA adapters (arXiv:2106.09685) in float32, through peft."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=lora["rank"],
-        lora_alpha=lora["alpha"],
-        lora_dropout=lora["dropout"],
-        target_modules=lora["target_modules"],
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an attribute that is about to go
-        return get_peft_model(language_model, config)
-
-
-def without_adapters(language_model: Any) -> Any:
-    """The model without peft: LoRA is added to its weights, in float32."""
-    return language_model.float().merge_and_unload() if hasattr(language_model, "merge_and_unload") else language_model

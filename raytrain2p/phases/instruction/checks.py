@@ -16,7 +16,6 @@ from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import check_fingerprint, check_weights, option_problems
-from raytrain2p.models.assistant import with_adapters
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
 from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
 from raytrain2p.phases.init import facts_of
@@ -177,6 +176,8 @@ def check_adapters(lora: LoraSettings, empty: Any) -> None:
     if absent or not targets:
         what = f"no module is named {', '.join(absent)}" if absent else "names no module"
         raise InputError(Problem(where, what, fix))
+    from raytrain2p.models.lora import with_adapters  # imports peft
+
     try:
         with torch.device("meta"):
             with_adapters(empty, lora.model_dump())

@@ -1,0 +1,120 @@
+"""LoRA layers: what peft computes, in fewer passes."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners import lora
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from raytrain2p.models.lora import AdaptedLinear, with_adapters, without_adapters
+
+SETTINGS = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched to kernels, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def adapted(directory: Path, dtype: torch.dtype, peft: bool = False, **changed: Any) -> Any:
+    """The small Llama with adapters that change something; `peft` leaves peft's own layers."""
+    torch.manual_seed(0)
+    model = with_adapters(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), SETTINGS | changed).train()
+    model.requires_grad_(False)
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.requires_grad_(True)
+            torch.nn.init.normal_(weight, std=0.1)
+    for module in model.modules() if peft else ():
+        if type(module) is AdaptedLinear:
+            module.__class__ = lora.Linear
+    return model
+
+
+def gradients(model: Any, autocast: bool = False) -> dict[str, torch.Tensor]:
+    ids = torch.arange(24).view(2, 12) + 30
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=ids, labels=ids).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def far(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    """The distance of two gradients relative to the first's size."""
+    assert left.keys() == right.keys()
+    assert all(left[name].dtype == right[name].dtype == torch.float32 for name in left)
+    return float((sum(((left[name] - right[name]) ** 2).sum() for name in left) / sum((left[name] ** 2).sum() for name in left)) ** 0.5)
+
+
+def test_the_gradients_are_those_of_peft(tiny_llama: Path) -> None:
+    assert far(gradients(adapted(tiny_llama, torch.float32, peft=True)), gradients(adapted(tiny_llama, torch.float32))) < 1e-5
+
+
+def test_in_bf16_the_gradients_are_as_near_to_those_of_float32_as_peft_s(tiny_llama: Path) -> None:
+    exact = gradients(adapted(tiny_llama, torch.float32))
+    theirs = far(exact, gradients(adapted(tiny_llama, torch.bfloat16, peft=True), autocast=True))
+    assert far(exact, gradients(adapted(tiny_llama, torch.bfloat16), autocast=True)) < 1.3 * theirs
+
+
+def test_a_layer_casts_its_adapters_alone_and_scales_no_activation(tiny_llama: Path) -> None:
+    """Forward and backward; peft's own layers need over twice as many operations."""
+
+    def counted(peft: bool) -> Counter[str]:
+        layer = next(m for m in adapted(tiny_llama, torch.bfloat16, peft).modules() if isinstance(m, lora.Linear))
+        x = torch.randn(3, 5, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
+            layer(x).sum().backward()
+        return operations.counts
+
+    ours, theirs = counted(peft=False), counted(peft=True)
+    assert ours["_to_copy"] == 4, "the two adapters and their two gradients"
+    assert ours["mm"] + ours["addmm_"] + ours["addmm"] == 8, "six of the adapters, two of the frozen weight"
+    assert ours["mul"] + ours["mul_"] == 2, "the scale, of an adapter and of its gradient"
+    assert ours["add"] + ours["add_"] == 0
+    assert theirs.total() > 1.5 * ours.total()
+
+
+def test_names_and_weights_are_those_of_peft(tiny_llama: Path) -> None:
+    ours, theirs = adapted(tiny_llama, torch.float32), adapted(tiny_llama, torch.float32, peft=True)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert any(name.endswith("q_proj.lora_A.default.weight") for name in ours.state_dict())
+
+
+@pytest.mark.parametrize("state", ["eval", "disabled", "merged", "dropout"])
+def test_what_is_not_the_usual_case_is_left_to_peft(tiny_llama: Path, state: str) -> None:
+    changes: dict[str, Callable[[Any], Any]] = {
+        "eval": lambda model: model.eval(),
+        "disabled": lambda model: model.base_model.disable_adapter_layers(),
+        "merged": lambda model: model.merge_adapter(),
+        "dropout": lambda model: model.eval(),
+    }
+    logits = []
+    for peft in (False, True):
+        model = adapted(tiny_llama, torch.float32, peft, dropout=0.5 if state == "dropout" else 0.0)
+        changes[state](model)
+        logits.append(model(input_ids=torch.arange(12)[None] + 30).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_blanks_what_the_adapters_read(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama, torch.float32, dropout=0.5)
+    ids = torch.arange(12)[None] + 30
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_merged_the_model_answers_as_with_adapters(tiny_llama: Path) -> None:
+    model, ids = adapted(tiny_llama, torch.float32).eval(), torch.arange(12)[None] + 30
+    before = model(input_ids=ids).logits
+    torch.testing.assert_close(without_adapters(model)(input_ids=ids).logits, before, rtol=1e-4, atol=1e-5)
