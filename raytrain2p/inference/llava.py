@@ -16,9 +16,9 @@ from raytrain2p.config import Findings, InputError, Problem
 from raytrain2p.inference.chat_template import chat_template, with_placeholders
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.models.assistant import Assistant
-from raytrain2p.models.lora import without_adapters
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.image_encoder import ImageEncoder
+from raytrain2p.models.lora import without_adapters
 
 MODALITY = "image"
 TOLERANCE = 1e-4

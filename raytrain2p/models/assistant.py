@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from raytrain2p.models.aligner import Branch, Grids, branches_of
 from raytrain2p.models.encoders import ENCODERS
+from raytrain2p.models.norms import replace_norms
 from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 
@@ -264,7 +265,9 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
     base.generation_config = GenerationConfig()
     if shape.tuning == "full":
         base = base.float()
-    elif shape.tuning == "lora":
+    elif not empty:
+        replace_norms(base)
+    if shape.tuning == "lora":
         from raytrain2p.models.lora import with_adapters  # peft's import takes a second
 
         base = with_adapters(base, shape.lora)

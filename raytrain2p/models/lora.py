@@ -38,7 +38,9 @@ class AdaptedLinear(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         (name, *others), weight = self.active_adapters or [""], self.base_layer.weight
-        usual = not (others or args or kwargs or self.merged or self.disable_adapters) and name in self.lora_A and name not in self.lora_variant
+        usual = (
+            not (others or args or kwargs or self.merged or self.disable_adapters) and name in self.lora_A and name not in self.lora_variant
+        )
         if not usual or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
