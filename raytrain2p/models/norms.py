@@ -18,7 +18,8 @@ def replace_norms(model: nn.Module) -> int:
     """
     found = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")]
     for module in found:
-        x = torch.randn(4, len(module.weight), generator=torch.Generator().manual_seed(0)).to(module.weight.device)
+        weight = module.get_parameter("weight")
+        x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight.device)
         wanted, own = module(x), type(module)
         module.__class__ = RMSNorm
         if not torch.allclose(module(x), wanted, rtol=TOLERANCE, atol=TOLERANCE):

@@ -159,6 +159,10 @@ class Split(Protocol):
         """Supervised tokens per record, (N,)."""
 
     @property
+    def tasks(self) -> Sequence[str]:
+        """Of each record, (N,); a step has a share of each."""
+
+    @property
     def shares(self) -> tuple[SourceShare, ...]:
         """Where the records come from, in order; a source may have a weight."""
 

@@ -35,6 +35,7 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
         settings.seed,
         first_step,
         weighted(data[TRAIN].shares),
+        np.unique(data[TRAIN].tasks, return_inverse=True)[1],
     )
     options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.gpus > 0}
     train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)

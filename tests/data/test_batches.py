@@ -118,6 +118,18 @@ def test_records_of_like_length_are_batched_so_that_little_is_padding() -> None:
     assert padding_of(steps, lengths) < padding_of(random, lengths) / 3
 
 
+def test_a_step_has_each_task_in_its_proportion_whatever_the_lengths_of_their_prompts() -> None:
+    """Short records of one task, long ones of another: sorted by length alone, each step would have one of them."""
+    tasks = np.random.default_rng(2).permutation(np.repeat([0, 1, 1, 2], 200))
+    lengths = np.array([20, 40, 90])[tasks] + np.random.default_rng(3).integers(0, 16, 800)
+    steps = sampler_of(8, lengths=lengths, tasks=tasks).step_records()
+    shares = np.stack([(tasks[steps] == task).sum(axis=1) for task in range(3)])
+    assert np.all(abs(shares - np.array([[2], [4], [2]])) <= 2)
+    assert sorted(steps.ravel()) == list(range(800))
+    alone = np.stack([(tasks[sampler_of(8, lengths=lengths).step_records()] == task).sum(axis=1) for task in range(3)])
+    assert np.median(alone.max(axis=0)) == 8
+
+
 def test_bucketing_does_not_train_from_short_to_long() -> None:
     lengths = lengths_of(1000)
     means = lengths[sampler_of(8, lengths=lengths).step_records()].mean(axis=1)
