@@ -380,8 +380,8 @@ class InstructionModelSettings(SettingsGroup):
     encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
     init: Text | None = setting(
         None,
-        f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, tuning (unless "
-        "it was frozen), and LoRA's rank, alpha and target_modules must be equal",
+        f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, recall_tokens, "
+        "tuning (unless it was frozen), and LoRA's rank, alpha and target_modules must be equal",
         _INIT,
     )
     aligner: Text | None = setting(
@@ -398,6 +398,12 @@ class InstructionModelSettings(SettingsGroup):
         "soft tokens per image or clip, to which the encoder's output is averaged; by modality as `{image: 16, audio: 32}`",
         _MODEL.but(splits=True),
     )
+    recall_tokens: Count = setting(
+        0,
+        "as many soft tokens more per image or clip, before the others: the first words of the texts of phase 1 that it may show, "
+        "weighted by how likely phase 1 finds each",
+        _MODEL.but(splits=True),
+    )
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
     tuning: Literal["lora", "full", "frozen"] = setting("lora", "what trains in the language model", _MODEL)
     lora: LoraSettings = LoraSettings()
@@ -409,8 +415,12 @@ class InstructionModelSettings(SettingsGroup):
         "auto", "attention kernel; `auto`: eager on CPUs (measured: 1.6x the speed of sdpa there), sdpa on GPUs", _MODEL.but(resume=FREE)
     )
 
+    def tokens_of(self, modality: str) -> int:
+        """All soft tokens of an item of this modality."""
+        return self.recall_tokens + self.soft_tokens_of(modality)
+
     def soft_tokens_of(self, modality: str) -> int:
-        """Soft tokens of an item of this modality."""
+        """Those to which the encoder's output is averaged."""
         if isinstance(self.soft_tokens, int):
             return self.soft_tokens
         return self.soft_tokens.get(modality, DEFAULT_SOFT_TOKENS)

@@ -146,8 +146,13 @@ def as_assistant(predictor: Predictor) -> tuple[Any, AssistantProcessor]:
         }
         for modality, encoder in encoders.items()
     }
+    shape = predictor.shape
     config = AssistantConfig(
-        text_config=language_model.config, aligner=predictor.shape.aligner, projector=predictor.shape.projector, media=media
+        text_config=language_model.config,
+        aligner=shape.aligner,
+        projector=shape.projector,
+        recall=shape.recall,
+        media=media,
     )
     with torch.device("meta"):
         model = AssistantForConditionalGeneration(config)

@@ -35,6 +35,7 @@ from raytrain2p.inference.questions import as_records
 from raytrain2p.models.aligner import branches_of
 from raytrain2p.models.assistant import Assistant, AssistantBatch
 from raytrain2p.models.encoders import ENCODERS
+from raytrain2p.models.recall import Recall
 
 PREPROCESSING = "preprocessor_config.json"  # in the folder of each modality
 HUB_OPTIONS = ("cache_dir", "force_download", "token", "revision", "local_files_only")
@@ -45,7 +46,7 @@ class AssistantConfig(PreTrainedConfig):
 
     Args:
         text_config: of the language model.
-        aligner: its shape, see `Aligner`; and the kind of `projector`.
+        aligner: its shape, see `Aligner`; the kind of `projector`; and of `recall`, the numbers of texts and of tokens of each.
         media: by modality: `encoder`, the configuration of its model; its `options`; `soft_tokens` of an item; `token`, which stands for an
             item in a text, and `token_id`, which is in place of each soft token; `input`, the argument of the model that has the items.
     """
@@ -56,6 +57,7 @@ class AssistantConfig(PreTrainedConfig):
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     aligner: dict[str, Any] | None = None
     projector: str = "mlp"
+    recall: tuple[int, int] | None = None
     media: dict[str, Any] | None = None
 
 
@@ -69,7 +71,8 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = AssistantConfig
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = True
-    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector")  # as in training, whatever the language model's precision
+    # as in training, whatever the language model's precision
+    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector", "recall")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -84,7 +87,9 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ).requires_grad_(False)
         language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         counts = {modality: kind["soft_tokens"] for modality, kind in media.items()}
-        self.assistant = Assistant(language_model, branches_of(aligner, media), aligner["dimension"], counts, config.projector)
+        dimension = aligner["dimension"]
+        recall = Recall(config.recall[0], config.recall[1], dimension) if config.recall else None
+        self.assistant = Assistant(language_model, branches_of(aligner, media), dimension, counts, config.projector, recall)
         self.post_init()
         # transformers gathers both from direct children, which the language model is not
         self.all_tied_weights_keys = self.get_expanded_tied_weights_keys(all_submodels=True)

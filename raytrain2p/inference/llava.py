@@ -81,6 +81,9 @@ def check_form(predictor: Predictor) -> None:
     if aligner.get("input_norm", True):
         what = "the aligner normalizes what it reads; LLaVA's projector does not"
         findings.add(Problem(where, what, "train both phases anew, phase 1 with model.input_norm=false"))
+    if shape.recall is not None:
+        what = "the model reads words that phase 1 knows an image by; LLaVA does not"
+        findings.add(Problem(where, what, "train phase 2 anew with model.recall_tokens=0"))
     if shape.projector != "linear":
         what = f"model.projector is {shape.projector}: with the aligner before it, it is more than LLaVA's two layers"
         findings.add(Problem(where, what, "train phase 2 anew with model.projector=linear"))

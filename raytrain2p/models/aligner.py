@@ -37,7 +37,10 @@ class Branch(nn.Module):
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T, D) to a unit vector per item, (B, S), in float32. Item i has `positions[i]` positions; without, all have T."""
-        grid = self.grid(features)
+        return self.pooled(self.grid(features), positions)
+
+    def pooled(self, grid: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """The same of a grid (B, T, S)."""
         scores = self.query(grid).float()
         if positions is not None:
             scores = scores.masked_fill(~within(positions, grid.shape[1]).unsqueeze(-1), -math.inf)

@@ -20,6 +20,7 @@ from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.models.norms import replace_norms
 from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.recall import Recall
 
 
 @dataclass
@@ -101,8 +102,9 @@ class Assistant(nn.Module):
         language_model: any causal language model of transformers, bare or wrapped by peft.
         branches: the aligner's, by modality.
         dimension: S.
-        soft_tokens: K, by modality.
+        soft_tokens: K, by modality. With `recall`, the first of them are its words, the others are the grid's.
         projector: a key of PROJECTORS.
+        recall: the texts of phase 1, if the language model reads what they say.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Assistant(nn.Module):
         dimension: int,
         soft_tokens: Mapping[str, int],
         projector: str = "mlp",
+        recall: Recall | None = None,
     ) -> None:
         super().__init__()
         self.soft_token_dropout = 0.0  # share of soft tokens that are blank in each training pass
@@ -120,20 +123,21 @@ class Assistant(nn.Module):
         embedding = language_model.get_input_embeddings().weight
         spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
         self.projector = PROJECTORS[projector](dimension, embedding.shape[1], spread)
-        self.soft_tokens = dict(soft_tokens)
+        self.soft_tokens, self.recall = dict(soft_tokens), recall
 
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
 
     def parts(self) -> dict[str, nn.Module]:
-        return {"language model": self.language_model, "aligner": self.branches, "projector": self.projector}
+        parts = {"language model": self.language_model, "aligner": self.branches, "projector": self.projector}
+        return parts | ({"recall": self.recall} if self.recall is not None else {})
 
     def freeze(self, tuning: str, train_aligner: bool) -> dict[str, ParameterCount]:
         """Set which weights train, and count them by part.
 
         Args:
             tuning: of the language model: its adapters (`lora`), all of it (`full`), or nothing (`frozen`).
-            train_aligner: whether the branches' maps train. Their pooling queries never do: phase 2 does not use them.
+            train_aligner: whether the branches' maps train. Their pooling queries never do.
         """
         self.requires_grad_(False)
         for name, parameter in self.language_model.named_parameters():
@@ -141,6 +145,8 @@ class Assistant(nn.Module):
         for modality in self.branches:
             self.branch(modality).map.requires_grad_(train_aligner)
         self.projector.requires_grad_(True)
+        if self.recall is not None:
+            self.recall.requires_grad_(True)
         return count_parameters(self.parts())
 
     def own_weights(self) -> dict[str, torch.Tensor]:
@@ -158,19 +164,21 @@ class Assistant(nn.Module):
                     batch.soft[modality].unsqueeze(-1), self.soft(modality, values, positions).to(embeddings.dtype)
                 )
             else:  # DDP waits for gradients of every trained part, FSDP's workers for each other, in validation too
-                branch = self.branch(modality)
-                idle = self.projector(branch.grid(values.new_zeros(1, 1, branch.width, dtype=branch.dtype)))
+                idle = self.soft(modality, values.new_zeros(1, self.soft_tokens[modality], self.branch(modality).width), None)
                 embeddings = embeddings + 0 * idle.sum().to(embeddings.dtype)
         return embeddings
 
     def soft(self, modality: str, values: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         """Soft tokens (P, K, E) of a modality's features (P, T, D)."""
-        branch = self.branch(modality)
+        branch, recalled = self.branch(modality), self.recall.tokens if self.recall is not None else 0
         grid = branch.grid(values.to(branch.dtype))
-        soft = self.projector(pool_grid(grid, self.soft_tokens[modality], positions, ENCODERS[modality].square))
+        soft = self.projector(pool_grid(grid, self.soft_tokens[modality] - recalled, positions, ENCODERS[modality].square))
         if self.training and self.soft_token_dropout:
             soft = soft * (torch.rand(*soft.shape[:2], 1, device=soft.device) >= self.soft_token_dropout)
-        return soft
+        if self.recall is None:
+            return soft
+        words = self.recall(branch.pooled(grid, positions), self.language_model.get_input_embeddings())
+        return torch.cat([words.to(soft.dtype), soft], dim=1)
 
     def supervised_logits(self, batch: AssistantBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (M, V) where the next token is supervised, and those tokens (M,).
@@ -232,7 +240,7 @@ def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class AssistantShape:
-    """What an assistant is built from, in plain types. `soft_tokens` has the modalities; `aligner` is the shape in aligner.pt."""
+    """What an assistant is built from, in plain types. `soft_tokens` of an item are by modality; `aligner` is the shape in aligner.pt."""
 
     language_model: str
     soft_tokens: dict[str, int]
@@ -240,6 +248,7 @@ class AssistantShape:
     lora: dict[str, Any]
     aligner: dict[str, Any]
     projector: str = "mlp"
+    recall: tuple[int, int] | None = None  # texts, and tokens of each: these are among the soft tokens
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -271,4 +280,6 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
         from raytrain2p.models.lora import with_adapters  # peft's import takes a second
 
         base = with_adapters(base, shape.lora)
-    return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), shape.aligner["dimension"], shape.soft_tokens, shape.projector)
+    dimension = shape.aligner["dimension"]
+    recall = Recall(*shape.recall, dimension) if shape.recall is not None else None
+    return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), dimension, shape.soft_tokens, shape.projector, recall)

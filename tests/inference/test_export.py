@@ -185,7 +185,7 @@ def test_a_run_without_lora_has_no_adapter_to_keep(tiny_llama: Path, tiny_vit: P
 
 
 def test_sound_and_images_in_one_conversation(tiny_llama: Path, tiny_vit: Path, tiny_whisper: Path, tmp_path: Path) -> None:
-    """Clips of different lengths have different numbers of positions; an option of an encoder is kept."""
+    """Clips of different lengths have different numbers of positions; an option of an encoder, and what phase 1 knows, is kept."""
     for number in range(2):
         sound = np.sin(np.arange(4000 + 3000 * number) * (0.1 + number)).astype(np.float32)
         soundfile.write(tmp_path / f"{number}.wav", sound, 16000)
@@ -204,7 +204,7 @@ def test_sound_and_images_in_one_conversation(tiny_llama: Path, tiny_vit: Path, 
         for number in range(2)
     ]
     encoders, options = {"image": tiny_vit, "audio": tiny_whisper}, {"audio": {"pool": 3}, "image": {"size": 48}}
-    path = trained_assistant(tmp_path / "run", tiny_llama, encoders, options, soft_tokens={"image": 4, "audio": 3})
+    path = trained_assistant(tmp_path / "run", tiny_llama, encoders, options, soft_tokens={"image": 4, "audio": 3}, recall_tokens=2)
     records = as_records(
         [{"instruction": "<audio><image>?", **{kind: files(kind, number) for kind in ("image", "audio")}} for number in range(2)]
     )
@@ -302,10 +302,18 @@ def test_llavas_form_gives_the_same_logits_in_plain_transformers(
 
 
 def test_another_form_is_refused_with_all_that_would_have_to_be_set(tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -> None:
-    path = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_vit}, {"image": {"size": 48}}, shape={"hidden": 40})
+    path = trained_assistant(
+        tmp_path / "run", tiny_llama, {"image": tiny_vit}, {"image": {"size": 48}}, shape={"hidden": 40}, recall_tokens=1
+    )
     with pytest.raises(InputError) as caught:
         export(Predictor(path), Form(llava=True), tmp_path / "out", OURS, "card")
-    for fix in ("model.input_norm=false", "model.projector=linear", "model.hidden=32 or less", "without model.encoders.image.size"):
+    for fix in (
+        "model.input_norm=false",
+        "model.projector=linear",
+        "model.hidden=32 or less",
+        "model.recall_tokens=0",
+        "without model.encoders.image.size",
+    ):
         assert fix in str(caught.value)
     assert not (tmp_path / "out").exists()
 

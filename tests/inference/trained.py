@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from raytrain2p.config import InstructionSettings
 from raytrain2p.config.phases import ALIGNMENT
@@ -12,6 +13,12 @@ from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.instruction.module import build, export
+
+
+def known(dimension: int) -> dict[str, Any]:
+    """Texts as an aligner.pt keeps them."""
+    texts = ["red", "blue: sea, sky", "green: grass", "the colour of milk"]
+    return {"texts": texts, "vectors": F.normalize(torch.randn(len(texts), dimension), dim=-1), "scale": 5.0}
 
 
 def trained_assistant(
@@ -40,7 +47,15 @@ def trained_assistant(
         modality: {"name": spec.name, "options": dict(spec.options), "fingerprint": fingerprint(spec.directory())}
         for modality, spec in specs.items()
     }
-    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, of_encoders, shape=aligner.shape, state_dict=aligner.state_dict())
+    save_artifact(
+        folder / "aligner.pt",
+        ALIGNMENT,
+        {},
+        of_encoders,
+        shape=aligner.shape,
+        state_dict=aligner.state_dict(),
+        known=known(aligner.dimension),
+    )
     settings = InstructionSettings.model_validate(
         {
             "data": data or {"train": "train.jsonl"},

@@ -16,8 +16,10 @@ from raytrain2p.models.artifacts import load_artifact, save_artifact
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.init import init_content, load_init
 from raytrain2p.phases.registry import check_init, phase_functions
+from tests.inference.trained import known
 
 WIDTH, RECORDS = 32, 6
+RECALL = {"recall_tokens": 2, "soft_tokens": 2}
 Module = Any
 
 
@@ -26,7 +28,7 @@ def folder(tmp_path: Path, tiny_vit: Path) -> Path:
     """With an aligner.pt for tiny_vit."""
     aligner = Aligner({"image": WIDTH, "text": 8}, hidden=16, dimension=12)
     encoders = {"image": {"name": str(tiny_vit), "options": {}, "fingerprint": fingerprint(tiny_vit)}}
-    save_artifact(tmp_path / "aligner.pt", ALIGNMENT, {}, encoders, shape=aligner.shape, state_dict=aligner.state_dict())
+    save_artifact(tmp_path / "aligner.pt", ALIGNMENT, {}, encoders, shape=aligner.shape, state_dict=aligner.state_dict(), known=known(12))
     return tmp_path
 
 
@@ -85,7 +87,7 @@ def loss(module: Module, settings: Settings) -> float:
 
 
 @pytest.mark.parametrize(
-    ("phase", "more"), [(1, {}), (1, {"loss": "sigmoid"}), *((2, {"tuning": one}) for one in ("lora", "full", "frozen"))]
+    ("phase", "more"), [(1, {}), (1, {"loss": "sigmoid"}), *((2, {"tuning": one}) for one in ("lora", "full", "frozen")), (2, RECALL)]
 )
 def test_a_run_begins_with_the_weights_and_the_loss_of_the_trained_one(
     models: dict[int, dict[str, Any]], folder: Path, phase: int, more: dict[str, Any]
@@ -107,11 +109,15 @@ def test_a_run_begins_with_the_weights_and_the_loss_of_the_trained_one(
 
 
 def test_what_does_not_train_comes_from_the_file_on_a_resume_too(models: dict[int, dict[str, Any]], folder: Path) -> None:
-    first = trained(settings_of(2, models[2] | {"train_aligner": True}), folder / "trained.pt")
+    first = trained(settings_of(2, models[2] | RECALL | {"train_aligner": True}), folder / "trained.pt")
     (folder / "aligner.pt").unlink()
-    module = build(settings_of(2, models[2] | {"aligner": None, "init": str(folder / "trained.pt")}))  # the checkpoint has the rest
-    for name, value in first.assistant.branches.state_dict().items():
-        assert torch.equal(module.assistant.branches.state_dict()[name], value), name
+    module = build(
+        settings_of(2, models[2] | RECALL | {"aligner": None, "init": str(folder / "trained.pt")})
+    )  # the checkpoint has the rest
+    kept = [name for name in first.state_dict() if name.startswith(("assistant.branches.", "assistant.recall."))]
+    assert "assistant.recall.keys" in kept
+    for name in kept:
+        assert torch.equal(module.state_dict()[name], first.state_dict()[name]), name
     again = folder / "again.pt"
     phase_functions(2).export(module, again, {}, None)
     artifacts = [load_artifact(path, INSTRUCTION) for path in (folder / "trained.pt", again)]
@@ -193,6 +199,8 @@ def test_a_model_of_other_settings_is_refused_with_both_sides_named(
     ]
     assert found[1][1:] == (f"model.init={path} was trained with model.soft_tokens.image=4", found[1][2])
     assert all(fix.endswith("or leave out model.init") for _, _, fix in found)
+    ((where, what, fix),) = problems(settings_of(2, models[2] | {"init": str(path), "recall_tokens": 3}))
+    assert (where, what) == ("model.recall_tokens=3", f"model.init={path} was trained with model.recall_tokens=0")
     ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "tuning": "full"}))
     assert (where, what) == ("model.tuning=full", f"model.init={path} was trained with model.tuning=lora")
 

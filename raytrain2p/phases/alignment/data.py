@@ -38,16 +38,23 @@ from raytrain2p.phases.inputs import (
     read_splits,
 )
 
+MOST_TEXTS = 4096  # that aligner.pt keeps, with their vectors: phase 2 compares each item with them
+
 
 @dataclass(frozen=True)
 class AlignmentSplit:
-    """One split: a table for each modality that it has, and the records' `keys` (N,), equal where the concept is."""
+    """One split: a table for each modality that it has, and the records' `keys` (N,), equal where the concept is.
+
+    Args:
+        texts: of the training split, at most MOST_TEXTS of them, and their numbers in the table of texts.
+    """
 
     tables: Mapping[str, MediaTable]
     keys: np.ndarray
     shares: tuple[SourceShare, ...] = ()
     places: tuple[str, ...] = ()
     preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
+    texts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -91,7 +98,8 @@ class AlignmentInputs(CheckedRecords):
                 if any(job.modality in one for one in items)
             }
             keys = [int.from_bytes(concept_key(record)[:8], "little", signed=True) for record in records]
-            prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), *self.sources_of(name))
+            texts = some_texts(items, self.settings.seed) if name == TRAIN else {}
+            prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), *self.sources_of(name), texts=texts)
         return prepared
 
     def key(self, item: MediaRef | str) -> bytes:
@@ -123,6 +131,13 @@ class AlignmentInputs(CheckedRecords):
     def widest(self) -> tuple[int, int]:
         """(positions, width) of the activations, for the memory estimate."""
         return 64, self.settings.model.hidden
+
+
+def some_texts(items: Iterable[Mapping[str, MediaRef | str]], seed: int) -> dict[str, int]:
+    """Texts and their numbers, in the order in which `media_table` numbers them; of more than MOST_TEXTS a random part."""
+    texts = [text for text in dict.fromkeys(one[TEXT] for one in items if TEXT in one) if isinstance(text, str)]
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(texts))[:MOST_TEXTS])
+    return {texts[number]: int(number) for number in chosen}
 
 
 def concept_key(record: Record) -> bytes:

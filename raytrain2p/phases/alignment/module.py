@@ -14,9 +14,10 @@ from torch import nn
 from raytrain2p.config import AlignmentSettings
 from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.data.batches import MicroBatch
+from raytrain2p.data.media import TEXT
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.models.losses import ContrastiveLoss
+from raytrain2p.models.losses import LARGEST_SCALE, ContrastiveLoss
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.alignment.data import AlignmentSplit, build_aligner, encoder_specs
@@ -24,6 +25,8 @@ from raytrain2p.phases.alignment.retrieval import retrieval_metrics
 from raytrain2p.phases.base import Answer, PhaseModule
 from raytrain2p.phases.inputs import Batch
 from raytrain2p.phases.online import OnlineEncoders
+
+TEXTS_AT_ONCE = 256
 
 
 class AlignmentModule(PhaseModule):
@@ -137,8 +140,21 @@ def split_vectors(module: AlignmentModule, split: AlignmentSplit, group: WorkerG
     return whole
 
 
+@torch.no_grad()
+def text_vectors(module: AlignmentModule, split: AlignmentSplit) -> torch.Tensor:
+    """Unit vectors of the split's texts, (N, S)."""
+    numbers, table = np.array(list(split.texts.values()), np.int64), split.tables[TEXT]
+    parts = [numbers[start : start + TEXTS_AT_ONCE] for start in range(0, len(numbers), TEXTS_AT_ONCE)]
+    grids = (module.encoders.features({TEXT: table.load(part, None)}, module.device)[TEXT] for part in parts)
+    return torch.cat([module.aligner.branches[TEXT](values.float(), positions) for values, positions in grids]).cpu()
+
+
 def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: AlignmentSplit | None = None) -> None:
-    """Write aligner.pt."""
+    """Write aligner.pt. With it go texts that it was trained with, and their vectors: phase 2 may compare items with them."""
+    known = {}
+    if learnt is not None and learnt.texts:
+        scale = float(module.loss.log_scale.detach().clamp(max=LARGEST_SCALE).exp())
+        known = {"known": {"texts": list(learnt.texts), "vectors": text_vectors(module, learnt), "scale": scale}}
     save_artifact(
         path,
         ALIGNMENT,
@@ -150,4 +166,5 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: 
         shape=module.aligner.shape,
         state_dict={key: value.detach().cpu() for key, value in module.aligner.state_dict().items()},
         loss={"form": module.loss.form, "state_dict": {key: value.detach().cpu() for key, value in module.loss.state_dict().items()}},
+        **known,
     )

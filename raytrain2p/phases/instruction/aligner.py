@@ -22,6 +22,8 @@ class FoundAligner:
         encoders: name, options and fingerprint of each encoder, by modality; a model.pt has those of media alone.
         shape: arguments of `Aligner`.
         weights: of the branches, by their names in there.
+        known: an aligner.pt's `texts`, their `vectors` and the `scale` of its loss; empty in those of earlier versions.
+        recall: a model.pt's state of `Recall`; empty if it has none.
         otherwise: what else than another setting helps if it does not fit; empty: train another aligner.
     """
 
@@ -29,7 +31,14 @@ class FoundAligner:
     encoders: Mapping[str, Mapping[str, Any]]
     shape: Mapping[str, Any]
     weights: Mapping[str, torch.Tensor]
+    known: Mapping[str, Any]
+    recall: Mapping[str, torch.Tensor]
     otherwise: str
+
+    @property
+    def texts(self) -> int:
+        """How many it knows."""
+        return len(self.known["texts"]) if self.known else len(self.recall.get("keys", ()))
 
 
 def found_aligner(settings: InstructionSettings) -> FoundAligner | None:
@@ -48,12 +57,19 @@ def found_aligner(settings: InstructionSettings) -> FoundAligner | None:
     shape = artifact["shape"] if phase == ALIGNMENT else artifact["shape"].get("aligner")
     if not isinstance(shape, dict):
         raise InputError(Problem(str(path), f"lacks parts of a {phase.artifact}: the aligner's shape", "train it anew"))
-    return FoundAligner(path, artifact["encoders"], shape, branches_of(artifact), WITHOUT if model.init is not None else "")
+    weights, recall = branches_of(artifact), weights_of(artifact, "recall.")
+    return FoundAligner(
+        path, artifact["encoders"], shape, weights, artifact.get("known", {}), recall, WITHOUT if model.init is not None else ""
+    )
 
 
 def branches_of(artifact: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The weights of the aligner's branches in an artifact of either phase, such as `image.query.weight`."""
-    prefix = "branches."
+    return weights_of(artifact, "branches.")
+
+
+def weights_of(artifact: Mapping[str, Any], prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names begin so, without that."""
     return {name.removeprefix(prefix): value for name, value in artifact["state_dict"].items() if name.startswith(prefix)}
 
 

@@ -77,11 +77,16 @@ def check_encoders(settings: InstructionSettings) -> None:
 
 
 def check_soft_tokens(settings: InstructionSettings, modalities: Iterable[str]) -> None:
-    """Soft tokens may be set for the aligner's modalities alone.
+    """Soft tokens may be set for the aligner's modalities alone, and recalled ones if it keeps texts.
 
     Raises:
-        InputError: they are set for others.
+        InputError: they are set for others; it keeps none.
     """
+    aligner, recalled = required_aligner(settings), settings.model.recall_tokens
+    if recalled and not aligner.texts:
+        what = f"{aligner.path} keeps no texts: it was trained without any, or by an earlier version"
+        fix = f"set model.recall_tokens=0, or {aligner.otherwise or 'train another aligner'}"
+        raise InputError(Problem(f"model.recall_tokens={recalled}", what, fix))
     known, numbers = tuple(modalities), settings.model.soft_tokens
     for modality in numbers if isinstance(numbers, dict) else ():
         if modality not in known:
@@ -115,7 +120,7 @@ def checked_language_model(settings: InstructionSettings, directory: Path, modal
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        soft_tokens = {modality: model.soft_tokens_of(modality) for modality in modalities}
+        soft_tokens = {modality: model.tokens_of(modality) for modality in modalities}
         chat = load_chat_format(directory, soft_tokens, model.system_prompt, settings.data.loss_on)
         chat.encode([Message(USER, ("Is this a question?",)), Message(ASSISTANT, ("This is an answer.",))])
     except Exception as error:  # a foreign model's own code and template: it may raise anything

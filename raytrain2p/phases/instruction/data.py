@@ -247,9 +247,10 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
     aligner = required_aligner(settings)
     return AssistantShape(
         language_model=model.language_model,
-        soft_tokens={modality: model.soft_tokens_of(modality) for modality in aligner.encoders if modality != TEXT},
+        soft_tokens={modality: model.tokens_of(modality) for modality in aligner.encoders if modality != TEXT},
         tuning=model.tuning,
         lora=model.lora.model_dump(),
         aligner=dict(aligner.shape),
         projector=model.projector,
+        recall=(aligner.texts, model.recall_tokens) if model.recall_tokens else None,
     )

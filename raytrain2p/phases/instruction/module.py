@@ -10,12 +10,14 @@ from torch import nn
 
 from raytrain2p.config import InstructionSettings
 from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.data.chat import load_chat_format
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assistant
 from raytrain2p.models.pretrained import fingerprint, model_directory
+from raytrain2p.models.recall import Recall
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.phases.inputs import Batch
-from raytrain2p.phases.instruction.aligner import required_aligner
+from raytrain2p.phases.instruction.aligner import FoundAligner, required_aligner
 from raytrain2p.phases.instruction.checks import encoder_specs
 from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape
 from raytrain2p.phases.online import OnlineEncoders
@@ -63,6 +65,8 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     assistant = build_assistant(assistant_shape(settings), attention, dtype)
     wanted = tuple(f"{modality}." for modality in assistant.branches)
     assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
+    if assistant.recall is not None:
+        remember(assistant.recall, aligner, settings)
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -70,6 +74,16 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     module = InstructionModule(settings, assistant.train(), total_steps)
     module.parameter_counts = assistant.freeze(model.tuning, model.train_aligner)
     return module
+
+
+def remember(recall: Recall, aligner: FoundAligner, settings: InstructionSettings) -> None:
+    """What phase 1 knows: from an aligner.pt, or as a model.pt has it."""
+    if aligner.recall:
+        recall.load_state_dict(aligner.recall)
+        return
+    chat = load_chat_format(model_directory(settings.model.language_model), {}, None)
+    known = aligner.known
+    recall.fill(known["vectors"], known["scale"], known["texts"], chat.tokenizer, chat.stop_ids[0])
 
 
 def warm_start(module: InstructionModule, artifact: Mapping[str, Any]) -> None:

@@ -1,17 +1,21 @@
-"""The loss over records that have some of the modalities."""
+"""The loss over records that have some of the modalities, and what aligner.pt holds."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from raytrain2p.config import AlignmentSettings, Findings, InputError
-from raytrain2p.data.features import Features, padded
+from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.data.batches import Ragged
+from raytrain2p.data.features import Features, FeatureTable, padded
 from raytrain2p.data.media import MediaRef
 from raytrain2p.data.records import ASSISTANT, USER, Message, Record
-from raytrain2p.phases.alignment.data import check_trained
-from raytrain2p.phases.alignment.module import build
-from raytrain2p.phases.inputs import Batch
+from raytrain2p.models.artifacts import load_artifact
+from raytrain2p.phases.alignment.data import AlignmentSplit, check_trained, some_texts
+from raytrain2p.phases.alignment.module import build, export
+from raytrain2p.phases.inputs import Batch, MediaTable
 
 RECORDS, WIDTH = 8, 32
 
@@ -47,3 +51,27 @@ def test_a_modality_that_no_training_record_has_is_refused() -> None:
     (problem,) = caught.value.problems
     assert (problem.where, problem.what) == ("model.encoders.image", "no record of data.train has image")
     assert problem.fix == "set model.encoders.image=null, or add records with image"
+
+
+def test_aligner_pt_keeps_texts_of_training_with_their_vectors(settings: AlignmentSettings, tmp_path: Path) -> None:
+    texts = ["red", "blue", "red", "green"]
+    items = [{"text": text} for text in texts]
+    np.save(tmp_path / "shard.npy", np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float16))
+    features = FeatureTable((str(tmp_path / "shard.npy"),), np.zeros(3, np.int32), np.arange(3), np.ones(3, np.int64))
+    split = AlignmentSplit({"text": MediaTable(Ragged([[0], [1], [0], [2]]), features)}, np.arange(4), texts=some_texts(items, 0))
+    module = build(settings, 1, "float32").eval()
+    export(module, tmp_path / "aligner.pt", {}, split)
+    known = load_artifact(tmp_path / "aligner.pt", ALIGNMENT)["known"]
+    assert known["texts"] == ["red", "blue", "green"]
+    assert known["scale"] == pytest.approx(1 / 0.07)
+    with torch.no_grad():
+        expected = module.vectors({"items": {"text": features.gather(np.arange(3))}})["text"]
+    torch.testing.assert_close(known["vectors"], expected)
+
+
+def test_of_many_texts_a_random_part_is_kept_each_with_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrain2p.phases.alignment.data.MOST_TEXTS", 10)
+    kept = some_texts([{"text": f"text {number % 100}"} for number in range(300)], seed=1)
+    assert len(kept) == 10
+    assert all(text == f"text {number}" for text, number in kept.items())
+    assert list(kept.values()) == sorted(kept.values()) != list(range(10))

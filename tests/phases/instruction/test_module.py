@@ -26,7 +26,7 @@ from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.inputs import MediaTable, SourceShare
-from raytrain2p.phases.instruction.checks import check_aligner, check_encoders, longest_record
+from raytrain2p.phases.instruction.checks import check_aligner, check_encoders, check_soft_tokens, longest_record
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.evaluate import choose, evaluate, f1_sum, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
@@ -447,3 +447,12 @@ def test_a_model_pt_that_lacks_weights_or_parts_is_refused_by_name(tiny_llama: P
     assert "lacks parts of a model.pt" in refused(shape=shape)
     assert "lacks parts of a model.pt" in refused(language_model={"name": str(tiny_llama)})
     assert "lacks parts of a model.pt" in refused(config={})
+
+
+def test_recalled_tokens_need_an_aligner_that_keeps_texts(tiny_llama: Path, aligner: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        check_soft_tokens(settings_of(tiny_llama, aligner, model={"recall_tokens": 3}), ["image"])
+    (problem,) = caught.value.problems
+    assert problem.where == "model.recall_tokens=3"
+    assert problem.what == f"{aligner} keeps no texts: it was trained without any, or by an earlier version"
+    assert problem.fix == "set model.recall_tokens=0, or train another aligner"

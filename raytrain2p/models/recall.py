@@ -1,0 +1,58 @@
+"""What phase 1 knows an item by, as soft tokens: its texts, each as likely as phase 1 finds it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Recall(nn.Module):
+    """A vector of the shared space to the embeddings of the words that it stands for.
+
+    Phase 1 learns how likely a text belongs to an item: the softmax, over texts, of scaled cosines (arXiv:2103.00020, figure 3). Here the
+    texts are those that phase 1 was trained with, and each is given by the language model's embeddings of its first tokens; their mean,
+    weighted by how likely each text is, is what the language model reads. That is a key-value memory as in Tip-Adapter (arXiv:2111.03930),
+    whose values are words. Nothing of it is learnt in phase 2 but the scale.
+
+    Shape letters as in `assistant.py`, and N texts, R tokens of each.
+
+    Args:
+        texts: N.
+        tokens: R.
+        dimension: S.
+    """
+
+    keys: torch.Tensor
+    token_ids: torch.Tensor
+
+    def __init__(self, texts: int, tokens: int, dimension: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.register_buffer("keys", torch.zeros(texts, dimension))  # unit vectors
+        self.register_buffer("token_ids", torch.zeros(texts, tokens, dtype=torch.int64))
+        self.log_scale = nn.Parameter(torch.zeros(1))
+
+    def fill(self, vectors: torch.Tensor, scale: float, texts: Sequence[str], tokenizer: Any, end: int) -> None:
+        """Take over what phase 1 has learnt.
+
+        Args:
+            vectors: unit vectors of the texts, (N, S).
+            scale: of the contrastive loss.
+            tokenizer: of the language model.
+            end: token that fills up shorter texts.
+        """
+        # a text begins like a word amid a sentence
+        ids = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+        self.token_ids.copy_(torch.tensor([(one + [end] * self.tokens)[: self.tokens] for one in ids]))
+        self.keys.copy_(vectors)
+        with torch.no_grad():
+            self.log_scale.fill_(math.log(scale))
+
+    def forward(self, vectors: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
+        """Unit vectors (P, S) to soft tokens (P, R, E), through the language model's embedding layer."""
+        likely = (self.log_scale.exp() * vectors.float() @ self.keys.T).softmax(dim=-1)
+        with torch.no_grad():
+            values = embedding(self.token_ids)
+        return torch.einsum("pn,nre->pre", likely.to(values.dtype), values)

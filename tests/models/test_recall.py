@@ -1,0 +1,46 @@
+"""Soft tokens that are words of the texts that phase 1 knows."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer
+
+from raytrain2p.models.recall import Recall
+
+TEXTS = ("red", "blue", "the colour, please?")
+END = 2
+
+
+@pytest.fixture
+def recall(tiny_llama: Path) -> Recall:
+    """Three texts at right angles."""
+    made = Recall(texts=3, tokens=4, dimension=5)
+    made.fill(torch.eye(3, 5), 50.0, TEXTS, AutoTokenizer.from_pretrained(tiny_llama), END)
+    return made
+
+
+def test_a_vector_becomes_the_embeddings_of_the_first_tokens_of_its_text(recall: Recall, tiny_llama: Path) -> None:
+    tokenizer, embedding = AutoTokenizer.from_pretrained(tiny_llama), torch.nn.Embedding(1000, 7)
+    soft = recall(torch.eye(3, 5), embedding)
+    assert soft.shape == (3, 4, 7)
+    for text, found in zip(TEXTS, soft, strict=True):
+        ids = tokenizer(f" {text}", add_special_tokens=False)["input_ids"]
+        torch.testing.assert_close(found, embedding(torch.tensor((ids + [END] * 4)[:4])), atol=1e-4, rtol=1e-4)
+
+
+def test_between_texts_it_becomes_their_mean_by_how_likely_each_is(recall: Recall) -> None:
+    embedding, vector = torch.nn.Embedding(1000, 7), F.normalize(torch.tensor([[1.0, 0.9, 0.0, 0.0, 1.0]]), dim=-1)
+    likely = (50.0 * vector @ torch.eye(3, 5).T).softmax(-1)
+    assert 0.5 < likely.max() < 0.99
+    expected = sum(share * embedding(ids) for share, ids in zip(likely[0], recall.token_ids, strict=True))
+    torch.testing.assert_close(recall(vector, embedding)[0], expected)
+
+
+def test_the_scale_learns_and_the_embeddings_do_not(recall: Recall) -> None:
+    embedding = torch.nn.Embedding(1000, 7)
+    recall(F.normalize(torch.ones(1, 5), dim=-1), embedding).square().sum().backward()
+    assert [name for name, parameter in recall.named_parameters()] == ["log_scale"]
+    assert recall.log_scale.grad is not None
+    assert embedding.weight.grad is None
