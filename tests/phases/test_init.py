@@ -199,7 +199,7 @@ def test_a_model_of_other_settings_is_refused_with_both_sides_named(
     ]
     assert found[1][1:] == (f"model.init={path} was trained with model.soft_tokens.image=4", found[1][2])
     assert all(fix.endswith("or leave out model.init") for _, _, fix in found)
-    ((where, what, fix),) = problems(settings_of(2, models[2] | {"init": str(path), "recall_tokens": 3}))
+    ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "recall_tokens": 3}))
     assert (where, what) == ("model.recall_tokens=3", f"model.init={path} was trained with model.recall_tokens=0")
     ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "tuning": "full"}))
     assert (where, what) == ("model.tuning=full", f"model.init={path} was trained with model.tuning=lora")
