@@ -52,16 +52,16 @@ class _Adapted(torch.autograd.Function):
     """`x W^T + b + s (x A^T) B^T` (arXiv:2106.09685, section 4.1), in the precision of the frozen W and b.
 
     Through peft and autocast a layer makes about 25 operations more: casts of x, A, B and their gradients, products with s, and sums, each
-    over all activations. Here the low-rank products are added to the others' results where those are, and s is in B.
+    over all activations. Here the low-rank products are added to the others' results where those are, and s is a factor of products.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any, bias: Any, down: Any, up: Any, scale: float) -> torch.Tensor:
         """x (.., D), weight (O, D), bias (O,) or None, down (R, D), up (O, R) to (.., O)."""
         rows = x.reshape(-1, x.shape[-1])
-        down, up = down.to(x.dtype), (up * scale).to(x.dtype)
+        down, up = down.to(x.dtype), up.to(x.dtype)
         low = rows @ down.t()
-        y = nn.functional.linear(rows, weight, bias).addmm_(low, up.t())
+        y = nn.functional.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
         ctx.save_for_backward(rows, low, weight, down, up)
         ctx.scale, ctx.shape = scale, x.shape
         return y.view(*x.shape[:-1], -1)
@@ -70,9 +70,9 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, low, weight, down, up = ctx.saved_tensors
-        of_y = gradient.reshape(-1, gradient.shape[-1])
-        of_low = of_y @ up
-        of_up = (of_y.t() @ low).float().mul_(ctx.scale)
+        of_y, nothing = gradient.reshape(-1, gradient.shape[-1]), gradient.new_empty(())
+        of_low = torch.addmm(nothing, of_y, up, beta=0, alpha=ctx.scale)
+        of_up = torch.addmm(nothing, of_y.t(), low, beta=0, alpha=ctx.scale).float()
         of_down = (of_low.t() @ rows).float()
         of_x = (of_y @ weight).addmm_(of_low, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return of_x, None, None, of_down, of_up, None

@@ -1,0 +1,79 @@
+"""What one training step computes, counted: budgets that a change may lower, and must not raise unnoticed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from raytrain2p.models.aligner import Aligner
+from raytrain2p.models.assistant import AssistantBatch, AssistantShape, build_assistant
+from tests.operations import Operations
+
+WIDTH, SOFT = 10, 4
+RECORDS, LENGTH, SUPERVISED = 3, 12, 2
+MOST_KERNELS = 179  # of a layer, forward and backward
+
+
+class Step(NamedTuple):
+    """What was dispatched, and the shape of the logits."""
+
+    operations: Operations
+    logits: torch.Size
+
+
+def step(folder: Path, tokenizer: Path, layers: int) -> Step:
+    """Forward and backward of a Llama with LoRA on all linear layers, in bf16; each record has an image and two supervised tokens."""
+    torch.manual_seed(0)
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), num_hidden_layers=layers, max_position_embeddings=64, **size))
+    model.save_pretrained(folder / str(layers))
+    aligner = Aligner({"image": WIDTH, "text": 7}, hidden=16, dimension=12)
+    lora = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
+    shape = AssistantShape(str(folder / str(layers)), {"image": SOFT}, "lora", lora, aligner.shape)
+    assistant = build_assistant(shape, "eager", torch.bfloat16).train()
+    assistant.freeze("lora", train_aligner=False)
+    soft = torch.zeros(RECORDS, LENGTH, dtype=torch.bool)
+    soft[:, 1 : 1 + SOFT] = True
+    ids = torch.randint(3, 200, (RECORDS, LENGTH))
+    labels = torch.full_like(ids, -100)
+    labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
+    batch = AssistantBatch(ids, torch.ones_like(ids), {"image": soft}, {"image": (torch.randn(RECORDS, 16, WIDTH), None)}, labels)
+    shapes: list[torch.Size] = []
+    assistant.language_model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: shapes.append(logits.shape))
+    with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
+        assistant(batch).backward()
+    return Step(operations, *shapes)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[int, Step]:
+    folder = tmp_path_factory.mktemp("models")
+    return {layers: step(folder, tiny_llama, layers) for layers in (1, 3)}
+
+
+def per_layer(steps: dict[int, Step], *names: str) -> float:
+    """How many operations of these names a layer of the language model adds."""
+    return sum(steps[3].operations.counts[name] - steps[1].operations.counts[name] for name in names) / 2
+
+
+def test_a_layer_multiplies_matrices_as_often_as_its_form_needs(steps: dict[int, Step]) -> None:
+    """Seven linear layers with eight products each; two products of attention, with two more each backward."""
+    assert per_layer(steps, "mm", "addmm", "addmm_") == 7 * 8
+    assert per_layer(steps, "bmm", "baddbmm") == 6
+
+
+def test_a_layer_casts_no_activation_but_in_its_norms_and_its_attention(steps: dict[int, Step]) -> None:
+    """28 are of adapters and their gradients; 8 of what is computed in float32."""
+    assert per_layer(steps, "_to_copy") == 28 + 8
+
+
+def test_a_layer_takes_at_most_so_many_kernels(steps: dict[int, Step]) -> None:
+    """With the layers of peft and the norms of transformers it were 245."""
+    assert (steps[3].operations.kernels - steps[1].operations.kernels) / 2 <= MOST_KERNELS
+
+
+def test_logits_are_computed_at_supervised_positions_alone(steps: dict[int, Step]) -> None:
+    assert steps[1].logits[0] == RECORDS * SUPERVISED
