@@ -404,6 +404,11 @@ class InstructionModelSettings(SettingsGroup):
         "weighted by how likely phase 1 finds each",
         _MODEL.but(splits=True),
     )
+    recall_dropout: Fraction = setting(
+        0.0,
+        "share of items in each training step whose likeliest text is hidden, so that the language model learns to use other evidence",
+        _MODEL.but(trial=LIVE),
+    )
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
     tuning: Literal["lora", "full", "frozen"] = setting("lora", "what trains in the language model", _MODEL)
     lora: LoraSettings = LoraSettings()

@@ -16,6 +16,9 @@ class Recall(nn.Module):
     weighted by how likely each text is, is what the language model reads. That is a key-value memory as in Tip-Adapter (arXiv:2111.03930),
     whose values are words. Nothing of it is learnt in phase 2 but the scale.
 
+    Phase 1 has nearly learnt by heart which text belongs to an item of its training set. A language model that always reads the right text
+    learns to look at nothing else, so in training the likeliest one may be hidden now and then.
+
     Shape letters as in `assistant.py`, and N texts, R tokens of each.
 
     Args:
@@ -29,7 +32,7 @@ class Recall(nn.Module):
 
     def __init__(self, texts: int, tokens: int, dimension: int) -> None:
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.dropout = tokens, 0.0  # how often the likeliest text is hidden in training
         self.register_buffer("keys", torch.zeros(texts, dimension))  # unit vectors
         self.register_buffer("token_ids", torch.zeros(texts, tokens, dtype=torch.int64))
         self.log_scale = nn.Parameter(torch.zeros(1))
@@ -52,7 +55,13 @@ class Recall(nn.Module):
 
     def forward(self, vectors: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """Unit vectors (P, S) to soft tokens (P, R, E), through the language model's embedding layer."""
-        likely = (self.log_scale.exp() * vectors.float() @ self.keys.T).softmax(dim=-1)
+        logits = self.log_scale.exp() * vectors.float() @ self.keys.T
+        if self.training and self.dropout:
+            hidden = torch.rand(len(vectors), 1, device=vectors.device) < self.dropout
+            logits = logits.masked_fill(
+                nn.functional.one_hot(logits.argmax(dim=-1), len(self.keys)).bool() & hidden, torch.finfo(logits.dtype).min
+            )
+        likely = logits.softmax(dim=-1)
         with torch.no_grad():
             values = embedding(self.token_ids)
         return torch.einsum("pn,nre->pre", likely.to(values.dtype), values)

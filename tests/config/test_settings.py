@@ -78,7 +78,8 @@ def test_what_all_trials_share(kind: type[BaseModel]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "of_the_model"), [(AlignmentSettings, model("dropout")), (InstructionSettings, model("soft_token_dropout", "lora.dropout"))]
+    ("kind", "of_the_model"),
+    [(AlignmentSettings, model("dropout")), (InstructionSettings, model("soft_token_dropout", "recall_dropout", "lora.dropout"))],
 )
 def test_what_may_change_while_weights_stay(kind: type[BaseModel], of_the_model: set[str]) -> None:
     live = settings_where(kind, lambda metadata: metadata.trial == LIVE)

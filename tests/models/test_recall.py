@@ -44,3 +44,12 @@ def test_the_scale_learns_and_the_embeddings_do_not(recall: Recall) -> None:
     assert [name for name, parameter in recall.named_parameters()] == ["log_scale"]
     assert recall.log_scale.grad is not None
     assert embedding.weight.grad is None
+
+
+def test_in_training_the_likeliest_text_may_be_hidden(recall: Recall) -> None:
+    embedding, vectors = torch.nn.Embedding(1000, 7), F.normalize(torch.tensor([[1.0, 0.9, 0.0, 0.0, 0.0]]), dim=-1).repeat(200, 1)
+    recall.dropout = 0.3
+    second = embedding(recall.token_ids[1])
+    nearest = (recall.train()(vectors, embedding) - second).abs().amax(dim=(1, 2)) < 1e-3
+    assert 0.15 < nearest.float().mean() < 0.45
+    assert not ((recall.eval()(vectors, embedding) - second).abs().amax(dim=(1, 2)) < 1e-3).any()

@@ -67,6 +67,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
     if assistant.recall is not None:
         remember(assistant.recall, aligner, settings)
+        assistant.recall.dropout = model.recall_dropout
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
