@@ -57,10 +57,9 @@ class Recall(nn.Module):
         """Unit vectors (P, S) to soft tokens (P, R, E), through the language model's embedding layer."""
         logits = self.log_scale.exp() * vectors.float() @ self.keys.T
         if self.training and self.dropout:
-            hidden = torch.rand(len(vectors), 1, device=vectors.device) < self.dropout
-            logits = logits.masked_fill(
-                nn.functional.one_hot(logits.argmax(dim=-1), len(self.keys)).bool() & hidden, torch.finfo(logits.dtype).min
-            )
+            likeliest = nn.functional.one_hot(logits.argmax(dim=-1), len(self.keys)).bool()
+            hidden = likeliest & (torch.rand(len(vectors), 1, device=vectors.device) < self.dropout)
+            logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
         likely = logits.softmax(dim=-1)
         with torch.no_grad():
             values = embedding(self.token_ids)
