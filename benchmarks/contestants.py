@@ -317,8 +317,7 @@ CONTESTANTS: dict[str, Callable[[Case, Clock, argparse.Namespace], None]] = {
 
 
 def run(name: str, case: Case, options: argparse.Namespace) -> Clock:
-    rank, world = workers()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    rank, _ = workers()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.precision:
         case = replace(case, precision=options.precision)
@@ -345,6 +344,7 @@ def main() -> None:
     options = parsed(sys.argv[1:])
     if options.packages is not None:
         sys.path.append(str(options.packages))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers()[1]))
     run(options.name, Case.read(options.case), options)
 
 

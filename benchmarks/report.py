@@ -139,7 +139,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     bars = [bar for part in results["parts"].values() for bar in part["bars"] if bar["ratio"]["median"] > 0]
     groups = list(dict.fromkeys(bar["group"] for bar in bars))
@@ -159,6 +159,9 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         tick.set_fontweight("bold" if name in groups else "normal")
     axis.invert_yaxis()
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("their time / ours (more than 1: this program is faster)")
     figure.tight_layout()

@@ -36,7 +36,10 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit: P
     )
     write_aligner(shared)
     prepare(shared)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the model is small, and another test process has the other core
     yield shared
+    torch.set_num_threads(threads)
     monkeypatch.undo()
 
 
