@@ -174,7 +174,6 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def median_text(values: Sequence[float], scale: float = 1.0) -> str:
-    """Median and quartiles of seconds, scaled."""
-    ratio = Ratio.of([value * scale for value in values])
-    return f"{number(ratio.median)} ({number(ratio.low)} to {number(ratio.high)})"
+def median_text(values: Sequence[float]) -> str:
+    """Median and quartiles, with three significant digits."""
+    return Ratio.of(values).text(number)

@@ -169,7 +169,12 @@ class Ratio:
         return cls(median, low, high, len(values))
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+        return self.text("{:.2f}".format)
+
+    def text(self, number: Callable[[float], str]) -> str:
+        """The median, and the quartiles if there are several measurements."""
+        spread = f" ({number(self.low)} to {number(self.high)})" if self.count > 1 else ""
+        return f"{number(self.median)}{spread}"
 
 
 def paired(theirs: Mapping[int, float], ours: Mapping[int, float]) -> Ratio:
