@@ -20,7 +20,11 @@ SECONDS = 1500.0
 def measure(options: Options) -> Found:
     trials, steps, grace = (2, 4, 2) if options.short else (TRIALS, STEPS, GRACE)
     rates = [round(3e-4 * 1.5**number, 6) for number in range(trials)]
-    shared = [setting for setting in options.case.overrides() if not setting.startswith(("training.max_steps", "checkpoint."))]
+    shared = [
+        setting
+        for setting in options.case.overrides()
+        if not setting.startswith(("training.max_steps", "training.learning_rate", "checkpoint."))
+    ]
     shared += [f"training.max_steps={steps}", f"checkpoint.every_steps={grace}", "checkpoint.best_of=saves"]
     config = options.folder / "sweep.yaml"
     config.write_text(
