@@ -162,14 +162,14 @@ def reference_losses(case: Case, setting: Setting, options: Options) -> dict[str
 
 
 def agreement(name: str, losses: Mapping[str, Mapping[int, float]], references: Mapping[str, Mapping[int, float]]) -> tuple[bool, str]:
-    """Whether a contestant's losses are ours, and by how much they differ on average."""
+    """Whether a contestant's losses are ours in the steps of the references, and by how much they differ on average."""
     if name in FLOAT32:
         ours, theirs, limit, kind = references["float32"], losses[name], TOLERANCE, "float32"
     else:
-        ours, theirs, kind = losses[OURS], losses[name], "bf16"
-        limit = NOISES * difference(losses[OURS], references["summed"])
-        if name == OURS:
-            theirs = references["summed"]
+        summed, kind = references["summed"], "bf16"
+        limit = NOISES * difference(losses[OURS], summed)
+        ours = {number: loss for number, loss in losses[OURS].items() if number in summed}
+        theirs = summed if name == OURS else losses[name]
     by = difference(ours, theirs)
     return by <= limit, f"{by:.1e} of {limit:.1e} ({kind})"
 

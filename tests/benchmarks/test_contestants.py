@@ -94,6 +94,8 @@ def test_a_contestant_with_other_losses_is_void(case: Case) -> None:
     assert all(agreement(name, same, references)[0] for name in same)
     other = {"raytrain2p": ours, "plain_loop": {1: 3.1, 2: 2.9}, "hf_float32": {1: 3.0, 2: 2.8}}
     assert [agreement(name, other, references)[0] for name in other] == [True, False, False]
+    later = {"raytrain2p": ours | {3: 2.0}, "plain_loop": {1: 3.0, 2: 2.9, 3: 2.5}}
+    assert agreement("plain_loop", later, references)[0], "noise grows: the steps whose noise is known are compared"
     nothing = agreement("plain_loop", {"raytrain2p": ours, "plain_loop": {}}, references)
     assert not nothing[0]
 
