@@ -163,7 +163,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axis.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.axvline(1, color="black", linewidth=0.8)
-    axis.set_xlabel("their time / ours (more than 1: this program is faster)")
+    axis.set_xlabel("theirs / ours, in time or bytes (more than 1: this program needs less)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
