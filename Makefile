@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test checks lint types imports unit chaos test-use test-cluster test-gpu bench-gpu install install-dev clean
+.PHONY: quickstart test checks lint types imports unit chaos test-use test-cluster test-gpu bench bench-gpu install install-dev clean
 
 quickstart: install
 	$(BIN)/python -m raytrain2p.train --phase 1
@@ -49,6 +49,14 @@ test-cluster: install-dev
 # On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
 test-gpu: install-dev
 	$(BIN)/python -m pytest tests/launch/test_gpu.py
+
+# Side by side with what others use, in turns: docs/benchmarks.md. About an hour on 2 quiet cores; ARGS="step --short" tries one part.
+# TRL takes part in one comparison, and is not installed into .venv.
+bench: install-dev build/bench_packages
+	$(BIN)/python -m benchmarks $(ARGS)
+
+build/bench_packages: $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl~=1.16.0 datasets dill multiprocess xxhash
 
 bench-gpu: install-dev
 	$(BIN)/python -m benchmarks.gpu build/gpu $(ARGS)
