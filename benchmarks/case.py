@@ -63,6 +63,7 @@ class Case:
             f"model.aligner={self.path / 'aligner.pt'}",
             "model.system_prompt=",
             f"model.soft_tokens={self.soft_tokens}",
+            "model.recall_tokens=0",
             f"model.lora.target_modules={json.dumps(TARGETS[self.targets])}",
             f"training.max_steps={TOTAL_STEPS}",
             f"training.warmup_steps={WARM_UP}",

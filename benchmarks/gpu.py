@@ -110,6 +110,8 @@ def overrides(folder: Path, batch: int, steps: int) -> list[str]:
         f"model.language_model={folder}/model",
         f"model.aligner={folder}/aligner.pt",
         "model.attention=sdpa",
+        "model.soft_tokens=16",
+        "model.recall_tokens=0",
         "training.precision=bf16",
         f"training.max_steps={steps}",
         f"training.global_batch_size={batch}",
@@ -163,7 +165,6 @@ class Variant:
     grouped: bool = True  # keys and values shared by query heads, where the kernel can
     indices: bool = False
     fused_adamw: bool = False
-    peft_cast: bool = True
     chunked_loss: bool = False
     compiled: bool = False
 
@@ -174,11 +175,10 @@ VARIANTS = [
     Variant("no padding mask, keys repeated", mask=False, grouped=False),
     Variant("places instead of masks", indices=True),
     Variant("fused AdamW", fused_adamw=True),
-    Variant("no cast by peft", peft_cast=False),
     Variant("chunked loss", chunked_loss=True),
     Variant("compiled layers", compiled=True),
-    Variant("all but compiled", mask=False, indices=True, fused_adamw=True, peft_cast=False, chunked_loss=True),
-    Variant("all", mask=False, indices=True, fused_adamw=True, peft_cast=False, chunked_loss=True, compiled=True),
+    Variant("all but compiled", mask=False, indices=True, fused_adamw=True, chunked_loss=True),
+    Variant("all", mask=False, indices=True, fused_adamw=True, chunked_loss=True, compiled=True),
 ]
 
 
@@ -261,14 +261,7 @@ class Contestant:
         with contextlib.nullcontext() if self.variant.grouped else keys_repeated(), torch.autocast(DEVICE.type, torch.bfloat16):
             return self.loss(batch) / batch.batch["step_tokens"]
 
-    def prepare(self) -> None:
-        """The module is shared with other contestants."""
-        for module in self.module.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = self.variant.peft_cast
-
     def loss_of(self, batch: Batch) -> float:
-        self.prepare()
         return float(self.mean_loss(batch).detach())
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -281,7 +274,6 @@ class Contestant:
 
     def run(self, batches: list[Batch], steps: int) -> float:
         """Seconds per step."""
-        self.prepare()
         synchronize()
         begin = time.perf_counter()
         for number in range(steps):

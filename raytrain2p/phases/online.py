@@ -35,5 +35,6 @@ class OnlineEncoders:
         }
 
     def _encoded(self, modality: str, loaded: Sequence[torch.Tensor], device: torch.device) -> Features:
-        """The encoder was built before Lightning moved the module to its device."""
-        return padded(self.of(modality).to(device).encode(loaded)) if loaded else Features(padded([]).values.to(device))
+        """The encoder was built before Lightning moved the module to its device. On a CPU autocast takes no float16, which features are."""
+        with torch.autocast("cpu", enabled=False):
+            return padded(self.of(modality).to(device).encode(loaded)) if loaded else Features(padded([]).values.to(device))

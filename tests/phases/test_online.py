@@ -37,3 +37,12 @@ def test_a_batch_without_items_has_empty_features_on_the_device_of_the_module(ti
     values, _ = encoders_of(tiny_vit).features({"image": []}, DEVICE)["image"]
     assert values.device == DEVICE
     assert not len(values)
+
+
+def test_under_autocast_features_are_those_of_the_store(tiny_vit: Path) -> None:
+    """On a CPU autocast to bf16 takes no float16, which features are."""
+    online, cpu = encoders_of(tiny_vit), torch.device("cpu")
+    pixels = list(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        values, _ = online.features({"image": pixels}, cpu)["image"]
+    assert torch.equal(values, torch.stack(online.of("image").encode(pixels)))
