@@ -27,6 +27,10 @@ SUBMIT = "submit the command to that cluster: ray job submit --working-dir . -- 
 NOT_A_CLUSTER = "is not the HOST:PORT of a Ray cluster, whose disks a launch must share"
 CACHE_VARIABLES = ("RAYTRAIN2P_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT")
 
+# How long a thread of torch (through GNU's OpenMP) waits for the others awake, at the end of each operation. Its default, a millisecond or
+# more, is too long where cores are shared, if only with Ray's own processes: the one that it waits for needs its core.
+SPINS, SHORT = "GOMP_SPINCOUNT", "10000"
+
 
 def existing_address() -> str | None:
     """The address of a running cluster, if there is one: that of the job, RAY_ADDRESS (`local`: none), or a cluster of `ray start` on
@@ -144,8 +148,8 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
         options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
     # Without RAY_ADDRESS, an actor of Ray Train asks the cluster that was started last on this machine for our controller, does
     # not find it, and ends our workers.
-    caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
-    options["runtime_env"] = {"env_vars": unless_of_job(caches) | {"RAY_ADDRESS": address}}
+    variables = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ} | {SPINS: os.environ.get(SPINS, SHORT)}
+    options["runtime_env"] = {"env_vars": unless_of_job(variables) | {"RAY_ADDRESS": address}}
     try:
         with muted_stderr(verbose), kept_from_children(), outside_job() if starts else nullcontext():
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
