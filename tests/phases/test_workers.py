@@ -26,8 +26,10 @@ from raytrain2p.phases.inputs import MediaTable
 from raytrain2p.phases.instruction import module as instruction
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.tokenize import tokenize
+from tests.inference.trained import known
 
 RECORDS, WIDTH = 20, 32
+RECALL = {"soft_tokens": 2, "recall_tokens": 2}
 TRAINING = {"max_steps": 1, "global_batch_size": 8, "precision": "float32"}
 
 
@@ -48,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit:
     aligner = Aligner({"image": WIDTH, "audio": WIDTH, "text": 8}, hidden=16, dimension=12)
     encoder = {"name": str(tiny_vit), "options": {}, "fingerprint": ""}
     trained = {"image": encoder, "audio": encoder, "text": encoder}
-    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, trained, shape=aligner.shape, state_dict=aligner.state_dict())
+    save_artifact(folder / "aligner.pt", ALIGNMENT, {}, trained, shape=aligner.shape, state_dict=aligner.state_dict(), known=known(12))
     records = [
         Record(f"x:{number}", (Message(USER, (*media(lacking, rare, number), "What?")), Message(ASSISTANT, ("la " * (1 + number % 7),))))
         for number in range(RECORDS)
@@ -57,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tiny_vit:
     encoders = {"image": str(tiny_vit), "audio": str(tiny_vit), "text": str(tiny_bert)}
     models: dict[int, dict[str, Any]] = {
         1: {"encoders": encoders, "dimension": 16, "hidden": 32, "dropout": 0.0},
-        2: {"language_model": str(tiny_llama), "aligner": str(folder / "aligner.pt"), "soft_tokens": 4, "train_aligner": True},
+        2: {"language_model": str(tiny_llama), "aligner": str(folder / "aligner.pt"), "train_aligner": True} | RECALL,
     }
     splits = {
         1: AlignmentSplit(tables, np.arange(RECORDS) % 9),
