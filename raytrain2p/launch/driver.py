@@ -29,7 +29,7 @@ from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
-from raytrain2p.phases.instruction.checks import attention_problem, check_encoders
+from raytrain2p.phases.instruction.aligner import check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.create_run import check_launch_is_free
 from raytrain2p.tracking.find import check_original, find_artifact, has_failed, is_run_directory
@@ -168,6 +168,8 @@ def with_resources(settings: SettingsT, capacity: Capacity, trial: bool = False)
     Raises:
         InputError: they need GPUs, and the launch uses none.
     """
+    from raytrain2p.phases.instruction.checks import attention_problem  # loads transformers
+
     settings = with_launch(settings, resolved(settings.launch, capacity, trial))
     if isinstance(settings, InstructionSettings) and (problem := attention_problem(settings)) is not None:
         raise InputError(problem)
