@@ -19,6 +19,7 @@ from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, Launc
 from raytrain2p.launch.autoscaler import check_possible, nodes_held
 from raytrain2p.launch.capacity import Capacity, demand, resolved
 from raytrain2p.launch.cluster import before_connecting, connected
+from raytrain2p.launch.early import EarlyStart
 from raytrain2p.launch.models import fetch_models, pin_models
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.nodes import check_nodes
@@ -71,18 +72,25 @@ def launch(
     launch_id = checked_launch_id(launch_id or of_job or f"launch-{uuid.uuid4().hex[:12]}")
     for line in lines_of_job(settings):
         console.say(line)
-    with naming_run(settings.output.root, launch_id):
-        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command)
+    with naming_run(settings.output.root, launch_id), EarlyStart(verbose, is_command=command is None) as early:
+        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command, early)
 
 
 def _launch(
-    asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool, command: str | None
+    asked: Settings,
+    phase: int,
+    launch_id: str,
+    verbose: bool,
+    console: Console,
+    accept_changed_inputs: bool,
+    command: str | None,
+    early: EarlyStart,
 ) -> Outcome:
     run = run_to_resume(asked, launch_id, phase)
-    settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
+    settings, inputs = check(asked, phase, console, run, accept_changed_inputs, early.begin)
     if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome
-    with connected(settings.launch, verbose) as capacity:
+    with connected(settings.launch, verbose, early.started) as capacity:
         check_possible(settings.launch, capacity)
         check_store(settings, phase, capacity, run, launch_id)
         with only_launch(settings, launch_id, console.say):
@@ -125,10 +133,18 @@ def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: 
 
 
 def check(
-    settings: Settings, phase: int, console: Console, run: Run | None = None, accept_changed_inputs: bool = False
+    settings: Settings,
+    phase: int,
+    console: Console,
+    run: Run | None = None,
+    accept_changed_inputs: bool = False,
+    begin: Callable[[LaunchSettings], None] | None = None,
 ) -> tuple[Settings, PhaseInputs]:
     """Check what does not need a cluster: models, aligner, records, media, resources; and whether `run`, if there is one, can
     be resumed with these settings.
+
+    Args:
+        begin: called with resolved settings once what takes no time is checked, with no problem so far, if there is something to train.
 
     Returns:
         The settings with `model.init` and `model.aligner` resolved to paths and hub models to commits, and the phase's inputs.
@@ -143,6 +159,8 @@ def check(
     settings = pin_models(resolve_artifacts(settings, findings, console, run), run, console)
     with findings:
         settings = with_launch(settings, before_connecting(settings.launch, findings))
+        if begin is not None and not findings.problems and (run is None or run.files.read_status()["status"] != "FINISHED"):
+            begin(settings.launch)
     inputs = None
     with console.status("reading records and decoding new media"), findings:
         inputs = read_inputs(settings, phase)
