@@ -3,7 +3,8 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -125,33 +126,52 @@ def hide_command_line() -> None:
 
 
 @contextmanager
-def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
+def connected(launch: LaunchSettings, verbose: bool, started: Future[bool] | None = None) -> Iterator[Capacity]:
     """Within, this process is connected to the cluster; yields its capacity.
+
+    Args:
+        started: of `start_ray`, if it was called before.
 
     Raises:
         InputError: the cluster cannot be reached.
     """
-    if ray.is_initialized():
+    if started is None and ray.is_initialized():
         if ray.util.client.ray.is_connected():
             raise InputError(Problem("ray.init", "has connected this program by Ray Client (ray://)", SUBMIT))
         yield with_autoscaler(cluster_capacity(of_caller=True))
         return
+    starts = started.result() if started is not None else start_ray(launch, verbose)
+    try:
+        yield with_autoscaler(cluster_capacity(started_here=starts))
+    finally:
+        ray.shutdown()
+
+
+def start_ray(launch: LaunchSettings, verbose: bool) -> bool:
+    """Connect this process to the cluster; True if it was started for that.
+
+    Raises:
+        InputError: the cluster cannot be reached.
+    """
     hide_command_line()
     address = existing_address()
     check_token(address)
     starts = address is None
     options: dict[str, Any] = {"address": address}
-    if address is None:
-        port = free_port()
-        os.environ["RAY_GCS_SERVER_PORT"] = str(port)
-        address = f"{ray.util.get_node_ip_address()}:{port}"
-        options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
     # Without RAY_ADDRESS, an actor of Ray Train asks the cluster that was started last on this machine for our controller, does
     # not find it, and ends our workers.
-    variables = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ} | {SPINS: os.environ.get(SPINS, SHORT)}
-    options["runtime_env"] = {"env_vars": unless_of_job(variables) | {"RAY_ADDRESS": address}}
+    inherited = {SPINS: os.environ.get(SPINS, SHORT)}
+    if address is None:
+        port = free_port()
+        address = f"{ray.util.get_node_ip_address()}:{port}"
+        # All processes inherit them. A runtime environment would do too, but Ray has processes ready for those that have none.
+        inherited |= {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": address}
+        options = {"address": "local", "object_store_memory": launch.object_store_mb * 1024**2, "include_dashboard": False}
+    else:
+        caches = {name: os.environ[name] for name in CACHE_VARIABLES if name in os.environ}
+        options["runtime_env"] = {"env_vars": unless_of_job(caches | inherited) | {"RAY_ADDRESS": address}}
     try:
-        with muted_stderr(verbose), kept_from_children(), outside_job() if starts else nullcontext():
+        with muted_stderr(verbose), kept_from_children(), outside_job() if starts else nullcontext(), environment(inherited):
             ray.init(log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         reason = one_line(error, 300)  # ValueError: the object store leaves too little memory
@@ -163,12 +183,19 @@ def connected(launch: LaunchSettings, verbose: bool) -> Iterator[Capacity]:
                 "or stop a cluster that hangs",
             )
         ) from None
+    return starts
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within, this process has these environment variables, and those that it starts keep them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
-        yield with_autoscaler(cluster_capacity(started_here=starts))
+        yield
     finally:
-        ray.shutdown()
-        if starts:
-            del os.environ["RAY_GCS_SERVER_PORT"]
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def free_port() -> int:

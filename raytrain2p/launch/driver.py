@@ -19,6 +19,7 @@ from raytrain2p.config.settings import ALIGNER, INIT, InstructionSettings, Launc
 from raytrain2p.launch.autoscaler import check_possible, nodes_held
 from raytrain2p.launch.capacity import Capacity, demand, resolved
 from raytrain2p.launch.cluster import before_connecting, connected
+from raytrain2p.launch.early import EarlyStart
 from raytrain2p.launch.models import fetch_models, pin_models
 from raytrain2p.launch.monitor import PreparedSplits, naming_run, train
 from raytrain2p.launch.nodes import check_nodes
@@ -29,7 +30,7 @@ from raytrain2p.launch.resume import check_resumable, finished_outcome
 from raytrain2p.launch.submission import launch_id_of_job, lines_of_job
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.phases.inputs import PhaseInputs, plan_notes
-from raytrain2p.phases.instruction.checks import attention_problem, check_encoders
+from raytrain2p.phases.instruction.aligner import check_encoders
 from raytrain2p.phases.registry import read_inputs
 from raytrain2p.tracking.create_run import check_launch_is_free
 from raytrain2p.tracking.find import check_original, find_artifact, has_failed, is_run_directory
@@ -71,18 +72,25 @@ def launch(
     launch_id = checked_launch_id(launch_id or of_job or f"launch-{uuid.uuid4().hex[:12]}")
     for line in lines_of_job(settings):
         console.say(line)
-    with naming_run(settings.output.root, launch_id):
-        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command)
+    with naming_run(settings.output.root, launch_id), EarlyStart(verbose, is_command=command is None) as early:
+        return _launch(settings, phase, launch_id, verbose, console, accept_changed_inputs, command, early)
 
 
 def _launch(
-    asked: Settings, phase: int, launch_id: str, verbose: bool, console: Console, accept_changed_inputs: bool, command: str | None
+    asked: Settings,
+    phase: int,
+    launch_id: str,
+    verbose: bool,
+    console: Console,
+    accept_changed_inputs: bool,
+    command: str | None,
+    early: EarlyStart,
 ) -> Outcome:
     run = run_to_resume(asked, launch_id, phase)
-    settings, inputs = check(asked, phase, console, run, accept_changed_inputs)
+    settings, inputs = check(asked, phase, console, run, accept_changed_inputs, early.begin)
     if (outcome := finished(run, settings, inputs, console)) is not None:
         return outcome
-    with connected(settings.launch, verbose) as capacity:
+    with connected(settings.launch, verbose, early.started) as capacity:
         check_possible(settings.launch, capacity)
         check_store(settings, phase, capacity, run, launch_id)
         with only_launch(settings, launch_id, console.say):
@@ -125,10 +133,18 @@ def finished(run: Run | None, settings: Settings, inputs: PhaseInputs, console: 
 
 
 def check(
-    settings: Settings, phase: int, console: Console, run: Run | None = None, accept_changed_inputs: bool = False
+    settings: Settings,
+    phase: int,
+    console: Console,
+    run: Run | None = None,
+    accept_changed_inputs: bool = False,
+    begin: Callable[[LaunchSettings], None] | None = None,
 ) -> tuple[Settings, PhaseInputs]:
     """Check what does not need a cluster: models, aligner, records, media, resources; and whether `run`, if there is one, can
     be resumed with these settings.
+
+    Args:
+        begin: called with resolved settings once what takes no time is checked, with no problem so far, if there is something to train.
 
     Returns:
         The settings with `model.init` and `model.aligner` resolved to paths and hub models to commits, and the phase's inputs.
@@ -143,6 +159,8 @@ def check(
     settings = pin_models(resolve_artifacts(settings, findings, console, run), run, console)
     with findings:
         settings = with_launch(settings, before_connecting(settings.launch, findings))
+        if begin is not None and not findings.problems and (run is None or run.files.read_status()["status"] != "FINISHED"):
+            begin(settings.launch)
     inputs = None
     with console.status("reading records and decoding new media"), findings:
         inputs = read_inputs(settings, phase)
@@ -168,6 +186,8 @@ def with_resources(settings: SettingsT, capacity: Capacity, trial: bool = False)
     Raises:
         InputError: they need GPUs, and the launch uses none.
     """
+    from raytrain2p.phases.instruction.checks import attention_problem  # loads transformers
+
     settings = with_launch(settings, resolved(settings.launch, capacity, trial))
     if isinstance(settings, InstructionSettings) and (problem := attention_problem(settings)) is not None:
         raise InputError(problem)

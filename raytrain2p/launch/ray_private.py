@@ -18,15 +18,26 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 # serves nothing where Ray ends with the driver. No public option leaves it out.
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-# Public `TorchTrainer.fit` runs it in an actor. A trial of Tune has a process already, with which its workers must end.
+# Public `TorchTrainer.fit` runs it in an actor. A trial of Tune has a process already, with which its workers must end; and beside a
+# launch's driver, which only waits, that actor would start seconds later.
 from ray.train.v2._internal.execution.controller import TrainController
 
 # How many workers there are. `fit` takes no policy, and Ray's elastic one does not fit: see launch/elastic.py. The fixed one also
 # starts an actor that asks the autoscaler for nodes, which `ScalingConfig` cannot turn off.
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroup as ControlledGroup
 
 # Which restarts count as failures. `FailureConfig` has no place for a group that ends on purpose, to grow.
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision  # isort: skip
+
+# Starts processes for workers before there is a task for them. Ray's own number is that of the CPUs, and each would load what trains.
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest  # isort: skip
+from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub  # isort: skip
+from ray._private.grpc_utils import init_grpc_channel  # isort: skip
+
+# The variable by which a new process calls a function first. The public runtime environment `worker_process_setup_hook` sets it, and
+# may be given for a whole job alone.
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR as SETUP_HOOK  # isort: skip
 
 # What is free on each node, and which nodes are about to be taken away: the public functions add nodes up, or leave it out.
 from ray._private.state import available_resources_per_node, state  # isort: skip
@@ -67,14 +78,18 @@ __all__ = [
     "AUTOSCALER_STATUS",
     "CHECKED_VERSION",
     "JOB_CONFIG",
+    "SETUP_HOOK",
+    "ControlledGroup",
     "DatasetsCallback",
     "DefaultFailurePolicy",
     "FailureDecision",
     "FixedScalingPolicy",
     "HeldRequest",
     "KubernetesConfig",
+    "NodeManagerServiceStub",
     "NoopDecision",
     "PlacementGroupCleanerCallback",
+    "PrestartWorkersRequest",
     "ResizeDecision",
     "TorchBackend",
     "TrainController",
@@ -84,6 +99,7 @@ __all__ = [
     "get_draining_nodes",
     "get_num_cpus",
     "get_system_memory",
+    "init_grpc_channel",
     "internal_kv_get",
     "is_autoscaler_v2",
     "set_torch_environment",

@@ -6,6 +6,7 @@ make the start longer. Ray's controller loads this module, so it imports no trai
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 from datetime import timedelta
@@ -13,18 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain2p.config.secrets import mask_error
 from raytrain2p.launch.capacity import worker_resources
+from raytrain2p.launch.early import WORKER_ENVIRONMENT, starts_early
 from raytrain2p.launch.elastic import GroupScaling, NodesAreNoFailures
 from raytrain2p.launch.process_group import OwnAddressConfig
-from raytrain2p.launch.ray_private import DatasetsCallback, PlacementGroupCleanerCallback, TrainController
+from raytrain2p.launch.ray_private import ControlledGroup, DatasetsCallback, PlacementGroupCleanerCallback, TrainController
 from raytrain2p.worker.job import TrainJob
 
 HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor more, of no use where workers have no other node to go to
+LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # at the workers; their end is noticed so late
 WATCH_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 SECONDS_BETWEEN_LOOKS = "2"  # at nodes that are taken away: clouds give 30 seconds or more, for a step and a checkpoint
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -44,6 +47,7 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
     nodes = sum(node["Alive"] for node in ray.nodes())
     os.environ[WATCHES_NODES] = str(int(not own_cluster and (launch.is_elastic or nodes > 1)))
     os.environ.setdefault(WATCH_INTERVAL, SECONDS_BETWEEN_LOOKS)
+    os.environ.setdefault(LOOK_INTERVAL, "0.5")
     scaling = ScalingConfig(
         num_workers=(launch.min_workers, launch.max_workers) if launch.is_elastic else launch.max_workers,
         use_gpu=launch.gpus > 0,
@@ -62,6 +66,8 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
             name=job.launch_id,
             storage_path=str(storage),
             failure_config=failures,
+            worker_runtime_env=WORKER_ENVIRONMENT if own_cluster and starts_early(launch) else None,
+            logging_config=LoggingConfig(logging.getLevelName(logging.getLogger("ray.train").getEffectiveLevel())),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),
@@ -91,7 +97,8 @@ class LeanTrainer(TorchTrainer):
     Tune stops, and the sweep frees the CPUs itself; and on a Ray that our caller has initialised: it would look for the controller in
     the cluster that was started last on this machine, which may be another one, and end the workers.
 
-    A trial's controller runs in the trial's own process, which would only wait otherwise, and with which the workers must end.
+    On a cluster of its own and in a trial, Ray's controller runs in this process, which would only wait otherwise, and with which the
+    workers must end.
     """
 
     def __init__(
@@ -105,7 +112,8 @@ class LeanTrainer(TorchTrainer):
         **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self._is_trial, self._policies = is_trial, {"scaling_policy": scaling_policy, "failure_policy": failure_policy}
+        self._controller = TrainController if is_trial else OwnController if own_cluster else None
+        self._policies = {"scaling_policy": scaling_policy, "failure_policy": failure_policy}
         cleaner = (PlacementGroupCleanerCallback,) if is_trial or own_cluster or ray_stays else ()
         self._unneeded = (DatasetsCallback, *cleaner)
 
@@ -114,11 +122,42 @@ class LeanTrainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options |= self._policies
-        if self._is_trial:
-            controller = TrainController(**options)
+        if self._controller is not None:
+            controller = self._controller(**options)
             asyncio.run(controller.run())
             return controller.get_result()
         return super()._initialize_and_run_controller(**options)
+
+
+class OwnGroup(ControlledGroup):
+    """Workers of a controller that is no actor, on a cluster of the launch's own, whose processes have the driver's environment variables
+    anyway: with more of them, workers would not take the processes that were started for them.
+    """
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
+        return dict(custom_runtime_env)
+
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]) -> None:
+        shared = {
+            "train_run_context": self._train_run_context,
+            "synchronization_actor": sync_actor,
+            "storage_context": self._storage_context,
+            "worker_callbacks": self._worker_callbacks_to_propagate,
+            "controller_actor": None,  # it would be asked for checkpoints that were reported
+        }
+        each = [{name: values[rank] for name, values in train_context_args.items()} for rank in range(len(workers))]
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(distributed_context=worker.distributed_context, **shared, **own)
+                for worker, own in zip(workers, each, strict=True)
+            ]
+        )
+        self._decorate_worker_log_file_paths(workers)
+
+
+class OwnController(TrainController):
+    worker_group_cls = OwnGroup
 
 
 def remove_torn_state(folder: Path) -> None:

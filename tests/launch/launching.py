@@ -214,6 +214,12 @@ def end_background_commands() -> Iterator[None]:
             command.wait()
 
 
+@pytest.fixture(autouse=True)
+def no_ray_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the process of the tests: each refused launch would take seconds more. For the real thing see tests/launch/test_early.py."""
+    monkeypatch.setattr("raytrain2p.launch.early.EarlyStart.begin", lambda *_: None)
+
+
 class Terminal:
     """A terminal of its own for a command, whose output goes to a file, too.
 

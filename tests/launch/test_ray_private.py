@@ -28,7 +28,12 @@ OVERRIDDEN = {
     },
     ray_private.DefaultFailurePolicy: {"make_decision"},  # launch/elastic.py NodesAreNoFailures
     ray_private.TorchBackend: {"on_start"},  # launch/process_group.py OwnAddressBackend
-    ray_private.TrainController: {"run", "get_result", "abort"},  # LeanTrainer; worker/channel.py end_workers
+    ray_private.TrainController: {"run", "get_result", "abort", "worker_group_cls"},  # LeanTrainer; worker/channel.py end_workers
+    ray_private.ControlledGroup: {  # launch/trainer.py OwnGroup
+        "_get_worker_runtime_env",
+        "_init_train_context_on_workers",
+        "_decorate_worker_log_file_paths",
+    },
     PopulationBasedTraining: {"_exploit"},  # sweep/pbt.py ResumablePbt
 }
 
@@ -53,6 +58,8 @@ def test_each_private_name_comes_from_ray(name: str) -> None:
             "ray._common",
             "ray._raylet",
             "ray.autoscaler",
+            "src.ray.protobuf",  # ray.core.generated
+            "ray.core.generated",
             "ray.experimental.internal_kv",
             "ray.train._internal",
             "ray.train.torch.config",

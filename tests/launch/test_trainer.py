@@ -14,16 +14,17 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from raytrain2p.config import load_settings
 from raytrain2p.launch import trainer
+from raytrain2p.launch.early import WORKER_ENVIRONMENT
 from raytrain2p.launch.elastic import GroupScaling, NodesAreNoFailures
 from raytrain2p.launch.ray_private import DatasetsCallback, PlacementGroupCleanerCallback
-from raytrain2p.launch.trainer import HANG_TIMEOUT, WATCH_INTERVAL, WATCHES_NODES, remove_torn_state
+from raytrain2p.launch.trainer import HANG_TIMEOUT, WATCH_INTERVAL, WATCHES_NODES, OwnGroup, remove_torn_state
 from raytrain2p.worker.job import TrainJob
 
 
 @pytest.mark.parametrize(
     ("own_cluster", "ray_stays", "is_trial", "frees_cpus", "asks_autoscaler", "controller"),
     [
-        (True, False, False, False, False, "in an actor"),
+        (True, False, False, False, False, "in this process"),
         (False, False, False, True, True, "in an actor"),
         (False, True, False, False, True, "in an actor"),
         (False, False, True, False, True, "in this process"),
@@ -56,6 +57,7 @@ def test_helper_processes_that_are_not_needed_are_not_started(
 
     monkeypatch.setattr(trainer.ray, "nodes", lambda: [{"Alive": True}] * 2)
     monkeypatch.setattr(trainer, "TrainController", Controller)
+    monkeypatch.setattr(trainer, "OwnController", Controller)
     monkeypatch.setattr(trainer.TorchTrainer, "_initialize_and_run_controller", in_an_actor)
     lean = trainer.ray_trainer(job_in(tmp_path, is_trial=is_trial), own_cluster, ray_stays)
     helpers = {type(callback) for callback in lean._create_default_callbacks()}
@@ -77,6 +79,17 @@ def test_nodes_are_watched_where_workers_have_another_one_to_go_to(
     monkeypatch.setattr(trainer.ray, "nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
     trainer.ray_trainer(job_in(tmp_path), own_cluster=False)
     assert os.environ[WATCHES_NODES] == watches
+
+
+@pytest.mark.parametrize(("own_cluster", "use_gpu", "early"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_workers_without_gpus_take_processes_that_were_started_early_on_a_ray_of_the_launchs_own(
+    own_cluster: bool, use_gpu: bool, early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer.ray, "nodes", list)
+    job = job_in(tmp_path, f"launch.use_gpu={str(use_gpu).lower()}")
+    environment = trainer.ray_trainer(job, own_cluster).run_config.worker_runtime_env
+    assert environment == (WORKER_ENVIRONMENT if early else {})
+    assert OwnGroup._get_worker_runtime_env(environment) == environment
 
 
 def job_in(folder: Path, *overrides: str, is_trial: bool = False) -> TrainJob:
@@ -111,7 +124,7 @@ def test_state_that_a_kill_has_torn_is_removed(tmp_path: Path) -> None:
     [
         ("Ray Train's controller", "launch.trainer", {"pytorch_lightning", "transformers", "peft", "matplotlib"}),
         ("a trial of a sweep", "sweep.trial", {"pytorch_lightning", "transformers", "peft", "matplotlib"}),
-        ("the driver of a launch", "launch.driver", {"pytorch_lightning", "peft", "optuna", "matplotlib"}),
+        ("the driver of a launch, before it reads inputs", "launch.driver", {"pytorch_lightning", "transformers", "peft", "optuna"}),
     ],
 )
 def test_a_process_that_does_not_train_loads_no_training_library(process: str, module: str, not_loaded: set[str], tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from raytrain2p.config import InputError, InstructionSettings, Problem
+from raytrain2p.config import Findings, InputError, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT, INSTRUCTION
 from raytrain2p.config.settings import ALIGNER, INIT
+from raytrain2p.models.artifacts import check_fingerprint, option_problems
 from raytrain2p.phases.init import WITHOUT, facts_of
 
 
@@ -84,3 +85,26 @@ def required_aligner(settings: InstructionSettings) -> FoundAligner:
         named = settings.model.init or settings.model.aligner
         raise InputError(Problem(f"{setting}={named}", "no such file", "give the path of one, on storage that all nodes share"))
     return aligner
+
+
+def check_encoders(settings: InstructionSettings) -> None:
+    """Encoders that are set must be those that the aligner was trained with.
+
+    Raises:
+        InputError: they are not; both sides are named.
+    """
+    from raytrain2p.models.encoders import EncoderSpec  # loads transformers
+
+    if (aligner := found_aligner(settings)) is None:
+        return
+    path, trained, findings = aligner.path, aligner.encoders, Findings()
+    for modality, encoder in settings.model.encoders.by_modality().items():
+        setting = f"model.encoders.{modality}"
+        if modality not in trained:
+            findings.add(Problem(f"{setting}={encoder.name}", f"{path} aligns {', '.join(trained)}", f"train an aligner with {setting}"))
+            continue
+        spec = EncoderSpec(modality, encoder.name, trained[modality]["options"])
+        with findings:
+            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting, aligner.otherwise)
+        findings.extend(option_problems(path, trained[modality], encoder.options(), setting, aligner.otherwise or "train another aligner"))
+    findings.raise_any()

@@ -15,7 +15,7 @@ from raytrain2p.data.chat import ChatFormat, load_chat_format
 from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.aligner import Aligner
-from raytrain2p.models.artifacts import check_fingerprint, check_weights, option_problems
+from raytrain2p.models.artifacts import check_fingerprint, check_weights
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
 from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
 from raytrain2p.phases.init import facts_of
@@ -53,27 +53,6 @@ def check_aligner(settings: InstructionSettings) -> None:
     except TypeError as error:
         raise InputError(Problem(named, f"lacks parts of an {ALIGNMENT.artifact}: {error}", "train it anew")) from None
     check_weights(Path(named), artifact["state_dict"], aligner.state_dict())
-
-
-def check_encoders(settings: InstructionSettings) -> None:
-    """Encoders that are set must be those that the aligner was trained with.
-
-    Raises:
-        InputError: they are not; both sides are named.
-    """
-    if (aligner := found_aligner(settings)) is None:
-        return
-    path, trained, findings = aligner.path, aligner.encoders, Findings()
-    for modality, encoder in settings.model.encoders.by_modality().items():
-        setting = f"model.encoders.{modality}"
-        if modality not in trained:
-            findings.add(Problem(f"{setting}={encoder.name}", f"{path} aligns {', '.join(trained)}", f"train an aligner with {setting}"))
-            continue
-        spec = EncoderSpec(modality, encoder.name, trained[modality]["options"])
-        with findings:
-            check_fingerprint(path, trained[modality], encoder.name, spec.directory(), setting, aligner.otherwise)
-        findings.extend(option_problems(path, trained[modality], encoder.options(), setting, aligner.otherwise or "train another aligner"))
-    findings.raise_any()
 
 
 def check_soft_tokens(settings: InstructionSettings, modalities: Iterable[str]) -> None:

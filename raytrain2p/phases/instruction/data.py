@@ -40,12 +40,11 @@ from raytrain2p.phases.inputs import (
     read_media_keys,
     read_splits,
 )
-from raytrain2p.phases.instruction.aligner import found_aligner, required_aligner
+from raytrain2p.phases.instruction.aligner import check_encoders, found_aligner, required_aligner
 from raytrain2p.phases.instruction.checks import (
     check_aligner,
     check_base_model,
     check_encoder,
-    check_encoders,
     check_soft_tokens,
     checked_language_model,
     encoder_specs,

@@ -26,7 +26,8 @@ from raytrain2p.models.assistant import AssistantShape, build_assistant
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.inputs import MediaTable, SourceShare
-from raytrain2p.phases.instruction.checks import check_aligner, check_encoders, check_soft_tokens, longest_record
+from raytrain2p.phases.instruction.aligner import check_encoders
+from raytrain2p.phases.instruction.checks import check_aligner, check_soft_tokens, longest_record
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.evaluate import choose, evaluate, f1_sum, score, shuffle_items
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
