@@ -110,9 +110,8 @@ def recovery(contestant: Contestant, name: str) -> float:
         worker = json.loads(status.read_text())["pid"]
     else:
         worker = json.loads((contestant.log.parent / "steps0").read_text().splitlines()[-1])[2]
-    made = max(contestant.steps())
     os.kill(worker, signal.SIGKILL)
     killed = time.time()
     # a step that was under way may still be recorded: that after it is a new worker's
     contestant.wait_until(lambda: any(step.end > killed + 1 for step in contestant.steps().values()), SECONDS)
-    return min(step.end for number, step in contestant.steps().items() if number > made and step.end > killed + 1) - killed
+    return min(step.end for step in contestant.steps().values() if step.end > killed + 1) - killed

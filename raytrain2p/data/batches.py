@@ -10,6 +10,7 @@ import numpy.typing as npt
 BUCKET_STEPS = 16  # records are sorted by length within this many steps' worth: little padding, still a random order
 # Lengths are rounded up to this many tokens before sorting: answers of one length are often equal ones, and would fill whole steps.
 BUCKET_TOKENS = 8
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, without their whole parts, are spread evenly
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class StepSampler:
         tasks, places = self.tasks[by_length], np.empty(len(records))
         for task in np.unique(tasks):
             of_task = np.flatnonzero(tasks == task)
-            places[of_task] = (np.arange(len(of_task)) + 0.5) / len(of_task)
+            offset = (1 + task) * GOLDEN % 1  # rare tasks are not all in the middle
+            places[of_task] = (np.arange(len(of_task)) + offset) / len(of_task)
         return by_length[np.argsort(places, kind="stable")]
 
     def _drawn(self, random: np.random.Generator) -> np.ndarray:

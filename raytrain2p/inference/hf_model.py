@@ -72,7 +72,7 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = True
     # as in training, whatever the language model's precision
-    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector", "recall")
+    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector", "recall.keys", "recall.log_scale")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

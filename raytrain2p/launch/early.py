@@ -13,7 +13,7 @@ from types import TracebackType
 import ray
 
 from raytrain2p.config import InputError
-from raytrain2p.config.cli import BAD_INPUT, FAILED
+from raytrain2p.config.cli import BAD_INPUT, INTERRUPTED
 from raytrain2p.config.console import STDERR
 from raytrain2p.config.settings import LaunchSettings
 from raytrain2p.launch.cluster import existing_address, start_ray
@@ -30,7 +30,7 @@ class EarlyStart:
     The thread stays until then: the kernel ends Ray's processes with the thread, or the process, that has started them.
 
     Args:
-        is_command: this process ends with the launch. If it ends early, it waits neither for a Ray that starts nor for one to stop.
+        is_command: this process ends with the launch. Refused or interrupted, it waits neither for a Ray that starts nor for one to stop.
     """
 
     def __init__(self, verbose: bool, is_command: bool) -> None:
@@ -43,9 +43,10 @@ class EarlyStart:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.started is None:
             return
-        if self.is_command and error is not None and (not self.started.done() or ray.is_initialized()):
+        stopped = isinstance(error, InputError | KeyboardInterrupt)
+        if self.is_command and stopped and (not self.started.done() or ray.is_initialized()):
             os.dup2(self.stderr, STDERR)  # it may be muted
-            atexit.register(end_process, getattr(error, "exit_code", BAD_INPUT if isinstance(error, InputError) else FAILED))
+            atexit.register(end_process, getattr(error, "exit_code", BAD_INPUT if isinstance(error, InputError) else INTERRUPTED))
             return
         if self.started.exception() is None:
             ray.shutdown()

@@ -6,7 +6,6 @@ make the start longer. Ray's controller loads this module, so it imports no trai
 
 import asyncio
 import json
-import logging
 import os
 import shutil
 from datetime import timedelta
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raytrain2p.config.secrets import mask_error
@@ -27,7 +26,6 @@ from raytrain2p.worker.job import TrainJob
 
 HANG_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 WATCHES_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # an actor more, of no use where workers have no other node to go to
-LOOK_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"  # at the workers; their end is noticed so late
 WATCH_INTERVAL = "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"
 SECONDS_BETWEEN_LOOKS = "2"  # at nodes that are taken away: clouds give 30 seconds or more, for a step and a checkpoint
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -47,7 +45,6 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
     nodes = sum(node["Alive"] for node in ray.nodes())
     os.environ[WATCHES_NODES] = str(int(not own_cluster and (launch.is_elastic or nodes > 1)))
     os.environ.setdefault(WATCH_INTERVAL, SECONDS_BETWEEN_LOOKS)
-    os.environ.setdefault(LOOK_INTERVAL, "0.5")
     scaling = ScalingConfig(
         num_workers=(launch.min_workers, launch.max_workers) if launch.is_elastic else launch.max_workers,
         use_gpu=launch.gpus > 0,
@@ -67,7 +64,6 @@ def ray_trainer(job: TrainJob, own_cluster: bool, ray_stays: bool = False) -> To
             storage_path=str(storage),
             failure_config=failures,
             worker_runtime_env=WORKER_ENVIRONMENT if own_cluster and starts_early(launch) else None,
-            logging_config=LoggingConfig(logging.getLevelName(logging.getLogger("ray.train").getEffectiveLevel())),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=1, checkpoint_score_attribute=settings.checkpoint.monitor, checkpoint_score_order=settings.checkpoint.mode
             ),

@@ -164,8 +164,11 @@ class Assistant(nn.Module):
                     batch.soft[modality].unsqueeze(-1), self.soft(modality, values, positions).to(embeddings.dtype)
                 )
             else:  # DDP waits for gradients of every trained part, FSDP's workers for each other, in validation too
-                idle = self.soft(modality, values.new_zeros(1, self.soft_tokens[modality], self.branch(modality).width), None)
-                embeddings = embeddings + 0 * idle.sum().to(embeddings.dtype)
+                branch = self.branch(modality)
+                idle = self.projector(branch.grid(values.new_zeros(1, 1, branch.width, dtype=branch.dtype))).sum()
+                if self.recall is not None:
+                    idle = idle + self.recall.log_scale.sum()
+                embeddings = embeddings + 0 * idle.to(embeddings.dtype)
         return embeddings
 
     def soft(self, modality: str, values: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

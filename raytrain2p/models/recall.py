@@ -46,8 +46,8 @@ class Recall(nn.Module):
             tokenizer: of the language model.
             end: token that fills up shorter texts.
         """
-        # a text begins like a word amid a sentence
-        ids = tokenizer([f" {text}" for text in texts], add_special_tokens=False)["input_ids"]
+        # a text begins like a word amid a sentence; what looks like a special token in it is text
+        ids = tokenizer([f" {text}" for text in texts], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         self.token_ids.copy_(torch.tensor([(one + [end] * self.tokens)[: self.tokens] for one in ids]))
         self.keys.copy_(vectors)
         with torch.no_grad():
@@ -55,7 +55,8 @@ class Recall(nn.Module):
 
     def forward(self, vectors: torch.Tensor, embedding: nn.Module) -> torch.Tensor:
         """Unit vectors (P, S) to soft tokens (P, R, E), through the language model's embedding layer."""
-        logits = self.log_scale.exp() * vectors.float() @ self.keys.T
+        with torch.autocast(vectors.device.type, enabled=False):  # bfloat16 has steps of a quarter at logits of 40
+            logits = self.log_scale.float().exp() * vectors.float() @ self.keys.float().T
         if self.training and self.dropout:
             likeliest = nn.functional.one_hot(logits.argmax(dim=-1), len(self.keys)).bool()
             hidden = likeliest & (torch.rand(len(vectors), 1, device=vectors.device) < self.dropout)

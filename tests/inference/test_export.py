@@ -213,7 +213,8 @@ def test_sound_and_images_in_one_conversation(tiny_llama: Path, tiny_vit: Path, 
     assert answers(*loaded(tmp_path / "out"), talks) == expected
 
 
-def test_bf16_is_of_the_language_model_alone(model: Path, tmp_path: Path) -> None:
+def test_bf16_is_of_the_language_model_alone(tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    model = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_vit}, recall_tokens=2)
     export(Predictor(model), Form(dtype="bf16"), tmp_path / "out", OURS, "card")
     found, processor = loaded(tmp_path / "out")
     for name, weight in found.named_parameters():

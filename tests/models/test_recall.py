@@ -38,6 +38,24 @@ def test_between_texts_it_becomes_their_mean_by_how_likely_each_is(recall: Recal
     torch.testing.assert_close(recall(vector, embedding)[0], expected)
 
 
+def test_autocast_does_not_round_how_likely_texts_are(recall: Recall) -> None:
+    embedding, vectors = torch.nn.Embedding(1000, 7), F.normalize(torch.tensor([[1.0, 0.97, 0.3, 0.1, 0.5]]), dim=-1)
+    with torch.no_grad():
+        recall.log_scale.fill_(4.6)
+        expected = recall(vectors, embedding)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(recall(vectors, embedding).float(), expected, atol=2e-2, rtol=1e-2)
+    whole = recall.to(torch.bfloat16)(vectors.bfloat16(), embedding.bfloat16())
+    assert whole.isfinite().all()
+
+
+def test_a_special_token_in_a_text_is_text(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    made = Recall(texts=1, tokens=4, dimension=5)
+    made.fill(torch.eye(1, 5), 1.0, [tokenizer.eos_token], tokenizer, END)
+    assert made.token_ids[0, 0] not in tokenizer.all_special_ids
+
+
 def test_the_scale_learns_and_the_embeddings_do_not(recall: Recall) -> None:
     embedding = torch.nn.Embedding(1000, 7)
     recall(F.normalize(torch.ones(1, 5), dim=-1), embedding).square().sum().backward()

@@ -98,7 +98,7 @@ class AlignmentInputs(CheckedRecords):
                 if any(job.modality in one for one in items)
             }
             keys = [int.from_bytes(concept_key(record)[:8], "little", signed=True) for record in records]
-            texts = some_texts(items, self.settings.seed) if name == TRAIN else {}
+            texts = some_texts(items, self.settings.seed) if name == TRAIN and TEXT in tables else {}
             prepared[name] = AlignmentSplit(tables, np.array(keys, np.int64), *self.sources_of(name), texts=texts)
         return prepared
 

@@ -27,6 +27,7 @@ from raytrain2p.phases.inputs import Batch
 from raytrain2p.phases.online import OnlineEncoders
 
 TEXTS_AT_ONCE = 256
+LONGEST_BEGINNING = 200  # characters of a text that are kept: phase 2 reads its first few tokens
 
 
 class AlignmentModule(PhaseModule):
@@ -143,18 +144,21 @@ def split_vectors(module: AlignmentModule, split: AlignmentSplit, group: WorkerG
 @torch.no_grad()
 def text_vectors(module: AlignmentModule, split: AlignmentSplit) -> torch.Tensor:
     """Unit vectors of the split's texts, (N, S)."""
-    numbers, table = np.array(list(split.texts.values()), np.int64), split.tables[TEXT]
-    parts = [numbers[start : start + TEXTS_AT_ONCE] for start in range(0, len(numbers), TEXTS_AT_ONCE)]
-    grids = (module.encoders.features({TEXT: table.load(part, None)}, module.device)[TEXT] for part in parts)
-    return torch.cat([module.aligner.branches[TEXT](values.float(), positions) for values, positions in grids]).cpu()
+    numbers, table, vectors = np.array(list(split.texts.values()), np.int64), split.tables[TEXT], list[torch.Tensor]()
+    for start in range(0, len(numbers), TEXTS_AT_ONCE):
+        features = table.load(numbers[start : start + TEXTS_AT_ONCE], None)
+        batch = module.transfer_batch_to_device({"items": {TEXT: features}}, module.device, 0)
+        vectors.append(module.vectors(batch)[TEXT])
+    return torch.cat(vectors).cpu()
 
 
 def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: AlignmentSplit | None = None) -> None:
-    """Write aligner.pt. With it go texts that it was trained with, and their vectors: phase 2 may compare items with them."""
+    """Write aligner.pt. With it go the beginnings of texts of the training set, and their vectors, for `model.recall_tokens`."""
     known = {}
     if learnt is not None and learnt.texts:
         scale = float(module.loss.log_scale.detach().clamp(max=LARGEST_SCALE).exp())
-        known = {"known": {"texts": list(learnt.texts), "vectors": text_vectors(module, learnt), "scale": scale}}
+        texts = [text[:LONGEST_BEGINNING] for text in learnt.texts]
+        known = {"known": {"texts": texts, "vectors": text_vectors(module, learnt), "scale": scale}}
     save_artifact(
         path,
         ALIGNMENT,

@@ -54,7 +54,7 @@ def test_a_modality_that_no_training_record_has_is_refused() -> None:
 
 
 def test_aligner_pt_keeps_texts_of_training_with_their_vectors(settings: AlignmentSettings, tmp_path: Path) -> None:
-    texts = ["red", "blue", "red", "green"]
+    texts = ["red", "blue", "red", "green" * 100]
     items = [{"text": text} for text in texts]
     np.save(tmp_path / "shard.npy", np.random.default_rng(0).normal(size=(3, WIDTH)).astype(np.float16))
     features = FeatureTable((str(tmp_path / "shard.npy"),), np.zeros(3, np.int32), np.arange(3), np.ones(3, np.int64))
@@ -62,7 +62,7 @@ def test_aligner_pt_keeps_texts_of_training_with_their_vectors(settings: Alignme
     module = build(settings, 1, "float32").eval()
     export(module, tmp_path / "aligner.pt", {}, split)
     known = load_artifact(tmp_path / "aligner.pt", ALIGNMENT)["known"]
-    assert known["texts"] == ["red", "blue", "green"]
+    assert known["texts"] == ["red", "blue", "green" * 40]
     assert known["scale"] == pytest.approx(1 / 0.07)
     with torch.no_grad():
         expected = module.vectors({"items": {"text": features.gather(np.arange(3))}})["text"]
