@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from raytrain2p.config import Settings
+from raytrain2p.config.loading import packaged_tree
 from raytrain2p.runs import __main__ as runs
 from raytrain2p.tracking.run_directory import ResumeRow
 from tests.runs.made import printed, sent, trained
 from tests.tracking.stores import settings_in
+
+DEFAULT = packaged_tree(2, {})["training"]["max_steps"]
 
 
 def test_everything_about_a_run_is_shown(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,7 +32,7 @@ def test_everything_about_a_run_is_shown(settings: Settings, tmp_path: Path, cap
         "highest_step": 1,
         "points": 3,
     }
-    assert one["changed_settings"] == {"training.max_steps": [7, 200]}
+    assert one["changed_settings"] == {"training.max_steps": [7, DEFAULT]}
     assert one["settings"]["training.max_steps"] == 7
     assert (one["lineage"]["aligner_run"], one["lineage"]["sweep"]) == (aligner.run_id, None)
     assert one["inputs"] == {"data.train=emoji:train": {"records": "abcdef12" * 8}}
@@ -59,7 +62,7 @@ def test_everything_about_a_run_is_shown(settings: Settings, tmp_path: Path, cap
     for line in (
         "status     FAILED: the loss is not finite",
         f"sent       not complete; send the rest: python -m raytrain2p.runs sync {run.run_id[:8]}",
-        "  training.max_steps  7 (default 200)",
+        f"  training.max_steps  7 (default {DEFAULT})",
         "  seed     1, before 0",
         "  abcdef12abcd  data.train=emoji:train (records)",
         "  keep  true",
@@ -74,7 +77,7 @@ def test_a_run_whose_directory_is_not_here_is_shown_from_mlflow(
     run = sent(trained(settings_in(tmp_path, "training.max_steps=7"), "own", [3.0, 2.0]))
     (one,) = printed(tmp_path / "nothing", capsys, "show", f"tracking.uri={settings.tracking.uri}", run.run_id[:8])
     assert (one["status"], one["command"], one["files"]) == ("FINISHED", "command", [])
-    assert one["changed_settings"] == {"training.max_steps": [7, 200]}
+    assert one["changed_settings"] == {"training.max_steps": [7, DEFAULT]}
     assert one["metrics"]["val/loss"] == {"last": 2.0}
 
 

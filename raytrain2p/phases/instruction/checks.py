@@ -61,8 +61,8 @@ def check_soft_tokens(settings: InstructionSettings, modalities: Iterable[str]) 
     Raises:
         InputError: they are set for others; it keeps none.
     """
-    aligner, recalled = required_aligner(settings), settings.model.recall_tokens
-    if recalled and not aligner.texts:
+    aligner, recalled = found_aligner(settings), settings.model.recall_tokens
+    if aligner is not None and recalled and not aligner.texts:
         what = f"{aligner.path} keeps no texts: it was trained without any, or by an earlier version"
         fix = f"set model.recall_tokens=0, or {aligner.otherwise or 'train another aligner'}"
         raise InputError(Problem(f"model.recall_tokens={recalled}", what, fix))
