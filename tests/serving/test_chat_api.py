@@ -6,7 +6,6 @@ import json
 import socket
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from raytrain2p.serving.guard import digest_of_token
 from raytrain2p.serving.limits import Limits
 from raytrain2p.serving.model import LoadedModel
 from tests.serving.serving import ModelHere, Server, image_url, png, request, served, with_image
+from tests.waiting import until
 
 LIMITS = Limits(max_queue=4, max_tokens=12, request_bytes=300_000, values=100_000, characters=500, seconds_to_send=0.6)
 TOKEN = "a token that nobody guesses"
@@ -278,13 +278,6 @@ def test_a_body_that_does_not_arrive_is_given_up(server: Server) -> None:
     half.settimeout(10)
     assert b"408 Request Timeout" in half.recv(1000)
     half.close()
-
-
-def until(holds: Any, seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_one_more_than_the_queue_takes_gets_429_and_an_answer_later(model: ModelHere, running: tuple[Server, ChatApi]) -> None:

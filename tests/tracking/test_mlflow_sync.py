@@ -23,6 +23,7 @@ from raytrain2p.tracking.mlflow_sync import PARAM_LENGTH, POINTS_PER_BATCH, Mlfl
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import describe_run, resolved_config, sole_writer
 from tests.tracking.stores import NOBODY, away, begin, create, fill, history, mlflow_run, note, points, settings_in
+from tests.waiting import until
 
 
 def sync_of(settings: Settings, run: Run) -> MlflowSync:
@@ -407,13 +408,6 @@ def started(reported: list[str]) -> Iterator[Callable[[MlflowSync], MlflowSyncTh
     yield start
     for thread in threads:
         thread.close(0)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.02)
 
 
 Start = Callable[[MlflowSync], MlflowSyncThread]
