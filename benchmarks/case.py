@@ -124,9 +124,10 @@ def prepare(case: Case) -> None:
     """Write the files of a case, with features that are missing in the store computed first. Its folder has the aligner."""
     import pytorch_lightning as pl
 
-    from raytrain2p.data.batches import StepSampler
+    from raytrain2p.models.distributed import WorkerGroup
     from raytrain2p.phases.instruction import data as instruction_data
     from raytrain2p.phases.instruction import module as instruction
+    from raytrain2p.worker.loaders import train_sampler
 
     case.write()
     settings = case.settings()
@@ -135,8 +136,7 @@ def prepare(case: Case) -> None:
     split = inputs.prepare()["train"]
     records = inputs.splits["train"]
     for rank in range(case.workers):
-        share = case.batch // case.workers
-        sampler = StepSampler(split.lengths, split.supervised, case.batch, share, rank, case.workers, settings.seed)
+        sampler = train_sampler(settings, split, WorkerGroup(rank, case.workers))
         batches, media = list[dict[str, Any]](), list[list[Any]]()
         while len(batches) < case.steps:
             sampler.set_epoch(len(batches) // sampler.steps)

@@ -545,8 +545,9 @@ def loop_with_loader(folder: Path, batch: int, steps: int) -> list[float]:
     from pytorch_lightning.utilities import move_data_to_device
 
     from raytrain2p.config import load_settings
-    from raytrain2p.data.batches import StepSampler
+    from raytrain2p.models.distributed import WorkerGroup
     from raytrain2p.phases.instruction import data as instruction_data
+    from raytrain2p.worker.loaders import train_sampler
 
     torch.set_num_threads(1)  # as a worker with one CPU
     settings: Any = load_settings(2, None, overrides(folder, batch, steps))
@@ -554,7 +555,7 @@ def loop_with_loader(folder: Path, batch: int, steps: int) -> list[float]:
     encode(inputs)
     data = inputs.prepare()["train"]
     contestant = Contestant(build_module(folder, batch), VARIANTS[0])
-    sampler = StepSampler(data.lengths, data.supervised, batch, batch, 0, 1, settings.seed)
+    sampler = train_sampler(settings, data, WorkerGroup())
     loader: Any = torch.utils.data.DataLoader(cast(Any, data), batch_size=None, sampler=sampler, pin_memory=DEVICE.type == "cuda")
     ends: list[float] = []
     losses: list[torch.Tensor] = []

@@ -84,10 +84,10 @@ class Worker:
         Returns:
             Seconds of a step, the losses (of the global batch if it is all there), bytes and calls of all-reduce in a step.
         """
-        from raytrain2p.data.batches import StepSampler
+        from raytrain2p.models.distributed import WorkerGroup
+        from raytrain2p.worker.loaders import train_sampler
 
-        batch = self.settings.training.global_batch_size
-        sampler = StepSampler(self.split.lengths, self.split.supervised, batch, batch // share_of, self.rank, share_of, 0)
+        sampler = train_sampler(self.settings, self.split, WorkerGroup(self.rank, share_of))
         micro_batches = [one for one, _ in zip(sampler, range(self.steps), strict=False)]
         self.bytes, self.calls, losses = 0, 0, []
         self.trainer.world_size = share_of

@@ -6,6 +6,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = {"view", "_unsafe_view", "as_strided", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "detach"}
+VIEWS |= {"split_with_sizes"}
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "new_empty_strided"}
 
 

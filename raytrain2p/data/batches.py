@@ -39,7 +39,7 @@ class StepSampler:
         first_step: optimizer steps that were done before; the order continues after them.
         sources: records and weight of each source, in the order of the records. An epoch, as long as without weights, takes
             records of a source in proportion to its weight: all of them as often as they fit, and a random part.
-        tasks: number of each record's task, (N,); None: all have one. A step has tasks in the proportions of the records around it: the
+        tasks: of each record, (N,); None: all have one. A step has tasks in the proportions of the records around it: the
             prompts of a task are often of one length, so that records sorted by length would fill steps with one task.
     """
 
@@ -54,12 +54,13 @@ class StepSampler:
         seed: int,
         first_step: int = 0,
         sources: Sequence[tuple[int, float]] | None = None,
-        tasks: np.ndarray | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         assert sources is None or sum(count for count, _ in sources) == len(lengths), "each record is of one source"
         self.lengths, self.supervised = lengths, supervised
         self.global_batch_size, self.rank, self.world_size, self.seed = global_batch_size, rank, world_size, seed
-        self.sources, self.tasks = sources, np.zeros(len(lengths), np.int64) if tasks is None else tasks
+        self.sources = sources
+        self.tasks = np.zeros(len(lengths), np.int64) if tasks is None else np.unique(tasks, return_inverse=True)[1]
         self.passes = global_batch_size // (micro_batch_size * world_size)
         self.first_epoch, self.skipped = divmod(first_step, max(1, self.steps))
         self.epoch = self.first_epoch

@@ -9,6 +9,9 @@ from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+# Layers of one module that read the same input, by the names that models of transformers give them.
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 def with_adapters(language_model: Any, settings: dict[str, Any]) -> nn.Module:
     """The model with adapters in float32: peft's names and checkpoints, our forward and backward passes."""
@@ -25,6 +28,13 @@ def with_adapters(language_model: Any, settings: dict[str, Any]) -> nn.Module:
     for module in adapted.modules():
         if type(module) is lora.Linear and type(module.base_layer) is nn.Linear:
             module.__class__ = AdaptedLinear
+            module.siblings = Siblings([module])
+    for parent in adapted.modules():
+        for names in SIBLINGS:
+            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), AdaptedLinear)]
+            for layer in layers:
+                layer.siblings = layers[0].siblings
+                layer.siblings.layers = layers
     return adapted
 
 
@@ -34,45 +44,95 @@ def without_adapters(language_model: Any) -> Any:
 
 
 class AdaptedLinear(lora.Linear):
-    """peft's layer; its usual case, one adapter without dropout, is one autograd function."""
+    """peft's layer; its usual case, one adapter without dropout, is one autograd function together with its siblings."""
+
+    siblings: "Siblings"
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        (name, *others), weight = self.active_adapters or [""], self.base_layer.weight
-        usual = (
-            not (others or args or kwargs or self.merged or self.disable_adapters) and name in self.lora_A and name not in self.lora_variant
-        )
-        if not usual or (self.training and not isinstance(self.lora_dropout[name], nn.Identity)):
+        if args or kwargs or not self.is_usual():
             return super().forward(x, *args, **kwargs)
-        down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        with torch.autocast(x.device.type, enabled=False):
-            return _Adapted.apply(x.to(weight.dtype), weight, self.base_layer.bias, down, up, self.scaling[name])
+        return self.siblings.output(self, x)
+
+    def is_usual(self) -> bool:
+        name, *others = self.active_adapters or [""]
+        if others or self.merged or self.disable_adapters or name not in self.lora_A or name in self.lora_variant:
+            return False
+        return not self.training or isinstance(self.lora_dropout[name], nn.Identity)
+
+
+class Siblings:
+    """Adapted layers that read the same input: when the first is called, all are computed, and the others' outputs wait for their calls.
+
+    A layer that is called with another input than the others is computed on its own.
+    """
+
+    def __init__(self, layers: list[AdaptedLinear]) -> None:
+        self.layers = layers
+        self.input: torch.Tensor | None = None
+        self.waiting = dict[AdaptedLinear, torch.Tensor]()
+
+    def output(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+        if x is not self.input or layer not in self.waiting:
+            first = layer is self.layers[0] and all(one.is_usual() for one in self.layers)
+            layers = self.layers if first else [layer]
+            self.input, self.waiting = x, dict(zip(layers, adapted(x, layers), strict=True))
+        output = self.waiting.pop(layer)
+        if not self.waiting:
+            self.input = None
+        return output
+
+
+def adapted(x: torch.Tensor, layers: list[AdaptedLinear]) -> tuple[torch.Tensor, ...]:
+    """Outputs (.., O) of layers for their input x (.., D)."""
+    tensors, scales = list[Any](), list[float]()
+    for layer in layers:
+        name = layer.active_adapters[0]
+        tensors += layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight, layer.lora_B[name].weight
+        scales.append(layer.scaling[name])
+    with torch.autocast(x.device.type, enabled=False):
+        return _Adapted.apply(x.to(tensors[0].dtype), scales, *tensors)
 
 
 class _Adapted(torch.autograd.Function):
-    """`x W^T + b + s (x A^T) B^T` (arXiv:2106.09685, section 4.1), in the precision of the frozen W and b.
+    """`x W^T + b + s (x A^T) B^T` (arXiv:2106.09685, section 4.1) of one or several layers, in the precision of the frozen W and b.
 
     Through peft and autocast a layer makes about 25 operations more: casts of x, A, B and their gradients, products with s, and sums, each
-    over all activations. Here the low-rank products are added to the others' results where those are, and s is a factor of products.
+    over all activations. Here the low-rank products are added to the others' results where those are, s is a factor of products, and
+    the A of several layers are one matrix.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, weight: Any, bias: Any, down: Any, up: Any, scale: float) -> torch.Tensor:
-        """x (.., D), weight (O, D), bias (O,) or None, down (R, D), up (O, R) to (.., O)."""
-        rows = x.reshape(-1, x.shape[-1])
-        down, up = down.to(x.dtype), up.to(x.dtype)
-        low = rows @ down.t()
-        y = nn.functional.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
-        ctx.save_for_backward(rows, low, weight, down, up)
-        ctx.scale, ctx.shape = scale, x.shape
-        return y.view(*x.shape[:-1], len(weight))
+    def forward(ctx: Any, x: Any, scales: list[float], *tensors: Any) -> tuple[torch.Tensor, ...]:
+        """x (.., D), and of each layer weight (O, D), bias (O,) or None, down (R, D), up (O, R); to (.., O) of each."""
+        weights, biases, downs, ups = (tensors[kind::4] for kind in range(4))
+        rows, down = x.reshape(-1, x.shape[-1]), (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)
+        lows, ups = (rows @ down.t()).split([len(one) for one in downs], 1), tuple(up.to(x.dtype) for up in ups)
+        outputs = [
+            nn.functional.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
+            for weight, bias, low, up, scale in zip(weights, biases, lows, ups, scales, strict=True)
+        ]
+        ctx.save_for_backward(rows, down, *lows, *weights, *ups)
+        ctx.scales, ctx.shape = scales, x.shape
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, low, weight, down, up = ctx.saved_tensors
-        of_y, nothing = gradient.reshape(-1, gradient.shape[-1]), gradient.new_empty(())
-        of_low = torch.addmm(nothing, of_y, up, beta=0, alpha=ctx.scale)
-        of_up = torch.addmm(nothing, of_y.t(), low, beta=0, alpha=ctx.scale).float()
-        of_down = (of_low.t() @ rows).float()
-        of_x = (of_y @ weight).addmm_(of_low, down).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_down, of_up, None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, down, *others = ctx.saved_tensors
+        count, nothing = len(gradients), rows.new_empty(())
+        lows, weights, ups = (others[start : start + count] for start in range(0, 3 * count, count))
+        of_ys = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        of_lows, of_ups = [], []
+        for of_y, low, up, scale in zip(of_ys, lows, ups, ctx.scales, strict=True):
+            of_lows.append(torch.addmm(nothing, of_y, up, beta=0, alpha=scale))
+            of_ups.append(torch.addmm(nothing, of_y.t(), low, beta=0, alpha=scale).float())
+        of_low = torch.cat(of_lows, 1) if count > 1 else of_lows[0]
+        of_downs = (of_low.t() @ rows).float().split([low.shape[1] for low in lows])
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_low @ down
+            for of_y, weight in zip(of_ys, weights, strict=True):
+                of_x.addmm_(of_y, weight)
+            of_x = of_x.view(ctx.shape)
+        of_layers = [of for pair in zip(of_downs, of_ups, strict=True) for of in (None, None, *pair)]
+        return of_x, None, *of_layers

@@ -159,8 +159,8 @@ class Split(Protocol):
         """Supervised tokens per record, (N,)."""
 
     @property
-    def tasks(self) -> Sequence[str]:
-        """Of each record, (N,); a step has a share of each."""
+    def tasks(self) -> Sequence[str] | None:
+        """Of each record, (N,), if they differ; a step has a share of each."""
 
     @property
     def shares(self) -> tuple[SourceShare, ...]:

@@ -24,19 +24,7 @@ class Loaders:
 
 def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGroup, first_step: int) -> Loaders:
     """Training in steps drawn by seed, beginning after `first_step`; validation in shares of equal stride."""
-    training = settings.training
-    sampler = StepSampler(
-        data[TRAIN].lengths,
-        data[TRAIN].supervised,
-        training.global_batch_size,
-        training.micro_batch(group.size),
-        group.rank,
-        group.size,
-        settings.seed,
-        first_step,
-        weighted(data[TRAIN].shares),
-        np.unique(data[TRAIN].tasks, return_inverse=True)[1],
-    )
+    sampler = train_sampler(settings, data[TRAIN], group, first_step)
     options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.gpus > 0}
     train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
 
@@ -47,6 +35,22 @@ def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGr
         return Loaders(train, None, places)
     batches = validation_micro_batches(data[VAL].lengths, settings.evaluation.batch_size, group)
     return Loaders(train, DataLoader(_as_dataset(data[VAL]), sampler=batches, **options), places)
+
+
+def train_sampler(settings: Settings, split: Split, group: WorkerGroup, first_step: int = 0) -> StepSampler:
+    training = settings.training
+    return StepSampler(
+        split.lengths,
+        split.supervised,
+        training.global_batch_size,
+        training.micro_batch(group.size),
+        group.rank,
+        group.size,
+        settings.seed,
+        first_step,
+        weighted(split.shares),
+        split.tasks,
+    )
 
 
 def weighted(shares: Sequence[SourceShare]) -> list[tuple[int, float]] | None:

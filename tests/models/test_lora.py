@@ -60,7 +60,7 @@ def test_a_layer_casts_its_adapters_alone_and_scales_no_activation(tiny_llama: P
     """Forward and backward; peft's own layers need over twice as many operations."""
 
     def counted(peft: bool) -> Counter[str]:
-        layer = next(m for m in adapted(tiny_llama, torch.bfloat16, peft).modules() if isinstance(m, lora.Linear))
+        layer = next(module for name, module in adapted(tiny_llama, torch.bfloat16, peft).named_modules() if name.endswith("o_proj"))
         x = torch.randn(3, 5, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
         with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
             layer(x).sum().backward()
@@ -71,6 +71,42 @@ def test_a_layer_casts_its_adapters_alone_and_scales_no_activation(tiny_llama: P
     assert ours["mm"] + ours["addmm_"] + ours["addmm"] == 8, "six of the adapters, two of the frozen weight"
     assert ours["mul"] + ours["mul_"] + ours["add"] + ours["add_"] == 0, "scales and sums are within the products"
     assert theirs.total() > 1.5 * ours.total()
+
+
+def projections(model: Any) -> list[AdaptedLinear]:
+    """Of queries, keys and values, in the first layer."""
+    return [model.get_submodule(f"base_model.model.model.layers.0.self_attn.{name}_proj") for name in "qkv"]
+
+
+def test_layers_that_read_one_input_are_computed_together(tiny_llama: Path) -> None:
+    """Five products of each, three of the input; on their own, eight each."""
+    layers = projections(adapted(tiny_llama, torch.float32))
+    x = torch.randn(3, 5, layers[0].in_features, requires_grad=True)
+    with Operations() as operations:
+        sum(layer(x).sum() for layer in layers).backward()
+    assert sum(operations.counts[name] for name in ("mm", "addmm", "addmm_")) == 3 * 5 + 3
+    assert operations.counts["add"] + operations.counts["add_"] == 3, "of this test's sums; none of the input's gradient"
+
+
+def test_each_is_right_in_whatever_order_and_with_whatever_input_they_are_called(tiny_llama: Path) -> None:
+    """The second call with an input asks for what waits, or for what was never computed."""
+    model, theirs = (adapted(tiny_llama, torch.float32, peft) for peft in (False, True))
+    layers, expected = projections(model), projections(theirs)
+    one, other = torch.randn(2, 3, 5, layers[0].in_features).unbind()
+    calls = [(0, one), (1, other), (2, one), (0, other), (0, other), (2, other), (1, other), (1, one), (0, one)]
+    for number, x in calls:
+        torch.testing.assert_close(layers[number](x), expected[number](x))
+    model.base_model.model.model.layers[0].self_attn.k_proj.merge()
+    torch.testing.assert_close(layers[0](one), expected[0](one))
+    torch.testing.assert_close(layers[1](one), expected[1](one))
+
+
+def test_nothing_of_a_step_is_kept_after_it(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama, torch.float32)
+    gradients(model)
+    layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+    assert len({id(layer.siblings) for layer in layers}) < len(layers)
+    assert all(layer.siblings.input is None and not layer.siblings.waiting for layer in layers)
 
 
 def test_names_and_weights_are_those_of_peft(tiny_llama: Path) -> None:

@@ -65,9 +65,7 @@ class AlignmentSplit:
 
     supervised = lengths
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        return ("",) * len(self)
+    tasks = None
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         """Per modality: the items that the b records have (at most b), and which records these are, `present` (b,). Keys (b,)."""
