@@ -68,21 +68,23 @@ class Siblings:
 
     def __init__(self, layers: list[AdaptedLinear]) -> None:
         self.layers = layers
-        self.input: torch.Tensor | None = None
-        self.waiting = dict[AdaptedLinear, torch.Tensor]()
+        self.computed: tuple[torch.Tensor | None, dict[AdaptedLinear, torch.Tensor]] = None, {}
 
     def output(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
-        if x is not self.input or layer not in self.waiting:
+        """Of a layer for its input x."""
+        of, waiting = self.computed  # read once: another thread may put its own there
+        if x is not of or layer not in waiting:
             first = layer is self.layers[0] and all(one.is_usual() for one in self.layers)
             layers = self.layers if first else [layer]
-            self.input, self.waiting = x, dict(zip(layers, adapted(x, layers), strict=True))
-        output = self.waiting.pop(layer)
-        if not self.waiting:
-            self.input = None
+            waiting = dict(zip(layers, outputs_of(layers, x), strict=True))
+            self.computed = x, waiting
+        output = waiting.pop(layer)
+        if not waiting:
+            self.computed = None, {}
         return output
 
 
-def adapted(x: torch.Tensor, layers: list[AdaptedLinear]) -> tuple[torch.Tensor, ...]:
+def outputs_of(layers: list[AdaptedLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Outputs (.., O) of layers for their input x (.., D)."""
     tensors, scales = list[Any](), list[float]()
     for layer in layers:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,30 @@ def test_nothing_of_a_step_is_kept_after_it(tiny_llama: Path) -> None:
     gradients(model)
     layers = [module for module in model.modules() if isinstance(module, AdaptedLinear)]
     assert len({id(layer.siblings) for layer in layers}) < len(layers)
-    assert all(layer.siblings.input is None and not layer.siblings.waiting for layer in layers)
+    assert all(layer.siblings.computed == (None, {}) for layer in layers)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama, torch.float32)
+    expected = gradients(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    assert far(expected, gradients(model)) < 1e-6
+
+
+def test_threads_that_share_a_model_get_their_own_answers(tiny_llama: Path) -> None:
+    model = adapted(tiny_llama, torch.float32).eval()
+    questions = [torch.arange(12)[None] + number for number in range(30, 50)]
+
+    @torch.inference_mode()
+    def logits(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids).logits
+
+    expected = list(map(logits, questions))
+    with ThreadPoolExecutor(4) as threads:
+        for answer, right in zip(threads.map(logits, questions * 5), expected * 5, strict=True):
+            torch.testing.assert_close(answer, right)
 
 
 def test_names_and_weights_are_those_of_peft(tiny_llama: Path) -> None:
