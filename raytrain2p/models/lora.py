@@ -61,9 +61,9 @@ class AdaptedLinear(lora.Linear):
 
 
 class Siblings:
-    """Adapted layers that read the same input: when the first is called, all are computed, and the others' outputs wait for their calls.
+    """Adapted layers that read the same input: when one is called, all are computed, and the others' outputs wait for their calls.
 
-    A layer that is called with another input than the others is computed on its own.
+    Whatever is called with whatever input is right, but models in which siblings read different inputs compute what is not asked for.
     """
 
     def __init__(self, layers: list[AdaptedLinear]) -> None:
@@ -73,11 +73,12 @@ class Siblings:
     def output(self, layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
         """Of a layer for its input x."""
         of, waiting = self.computed  # read once: another thread may put its own there
-        if x is not of or layer not in waiting:
-            first = layer is self.layers[0] and all(one.is_usual() for one in self.layers)
-            layers = self.layers if first else [layer]
+        if x is not of:
+            layers = self.layers if all(one.is_usual() for one in self.layers) else [layer]
             waiting = dict(zip(layers, outputs_of(layers, x), strict=True))
             self.computed = x, waiting
+        elif layer not in waiting:
+            return outputs_of([layer], x)[0]
         output = waiting.pop(layer)
         if not waiting:
             self.computed = None, {}
@@ -109,13 +110,12 @@ class _Adapted(torch.autograd.Function):
         weights, biases, downs, ups = (tensors[kind::4] for kind in range(4))
         rows, down = x.reshape(-1, x.shape[-1]), (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)
         lows, ups = (rows @ down.t()).split([len(one) for one in downs], 1), tuple(up.to(x.dtype) for up in ups)
-        outputs = [
-            nn.functional.linear(rows, weight, bias).addmm_(low, up.t(), alpha=scale)
-            for weight, bias, low, up, scale in zip(weights, biases, lows, ups, scales, strict=True)
-        ]
+        outputs = tuple(nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        for y, low, up, scale in zip(outputs, lows, ups, scales, strict=True):
+            y.view(-1, y.shape[-1]).addmm_(low, up.t(), alpha=scale)
         ctx.save_for_backward(rows, down, *lows, *weights, *ups)
         ctx.scales, ctx.shape = scales, x.shape
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        return outputs  # and no views of others: some models clamp them in place
 
     @staticmethod
     @once_differentiable

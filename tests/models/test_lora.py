@@ -90,7 +90,7 @@ def test_layers_that_read_one_input_are_computed_together(tiny_llama: Path) -> N
 
 
 def test_each_is_right_in_whatever_order_and_with_whatever_input_they_are_called(tiny_llama: Path) -> None:
-    """The second call with an input asks for what waits, or for what was never computed."""
+    """A call asks for what waits, for what was asked for before, or for what was never computed."""
     model, theirs = (adapted(tiny_llama, torch.float32, peft) for peft in (False, True))
     layers, expected = projections(model), projections(theirs)
     one, other = torch.randn(2, 3, 5, layers[0].in_features).unbind()
@@ -100,6 +100,18 @@ def test_each_is_right_in_whatever_order_and_with_whatever_input_they_are_called
     model.base_model.model.model.layers[0].self_attn.k_proj.merge()
     torch.testing.assert_close(layers[0](one), expected[0](one))
     torch.testing.assert_close(layers[1](one), expected[1](one))
+
+
+def test_outputs_may_be_changed_in_place(tiny_llama: Path) -> None:
+    """As OLMo does with `clip_qkv`."""
+    grads = []
+    for in_place in (False, True):
+        layers = projections(adapted(tiny_llama, torch.float32))
+        x = torch.ones(3, 5, layers[0].in_features, requires_grad=True)
+        outputs = [layer(x) for layer in layers]
+        sum((y.clamp_(-0.1, 0.1) if in_place else y.clamp(-0.1, 0.1)).sum() for y in outputs).backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
 
 
 def test_nothing_of_a_step_is_kept_after_it(tiny_llama: Path) -> None:
