@@ -31,10 +31,9 @@ def with_adapters(language_model: Any, settings: dict[str, Any]) -> nn.Module:
             module.siblings = Siblings([module])
     for parent in adapted.modules():
         for names in SIBLINGS:
-            layers = [layer for name in names if isinstance(layer := getattr(parent, name, None), AdaptedLinear)]
-            for layer in layers:
-                layer.siblings = layers[0].siblings
-                layer.siblings.layers = layers
+            siblings = Siblings([layer for name in names if isinstance(layer := getattr(parent, name, None), AdaptedLinear)])
+            for layer in siblings.layers:
+                layer.siblings = siblings
     return adapted
 
 

@@ -420,7 +420,7 @@ def test_points_are_sent_during_training(each_store: Settings, started: Start, r
         thread = started(sync_of(each_store, run))
         for steps in ([1, 2], [3], [4, 5]):
             note(run, *steps)
-            until(lambda: history(each_store, run)[-1:] == values(steps[-1]))  # noqa: B023
+            until(lambda: history(each_store, run)[-1:] == values(steps[-1]), 60)  # noqa: B023
         run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(each_store, run) == values(1, 2, 3, 4, 5)
@@ -447,7 +447,7 @@ def test_an_outage_is_reported_once_and_training_continues(settings: Settings, s
         mlflow_sync = Counted(run, NOBODY.replace("//", "//me:hunter2@"))
         thread = started(mlflow_sync)
         note(run, 1)
-        until(lambda: mlflow_sync.tries > 3)
+        until(lambda: mlflow_sync.tries > 3, 60)
         run.files.write_status("FINISHED")
         assert not thread.close(0)
     (line,) = reported
@@ -484,7 +484,7 @@ def test_an_error_of_an_unknown_type_does_not_end_the_thread(
         with monkeypatch.context() as patch:
             patch.setattr(mlflow.MlflowClient, "log_batch", fail)
             thread = started(mlflow_sync)
-            until(lambda: mlflow_sync.tries > 2)
+            until(lambda: mlflow_sync.tries > 2, 60)
         run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(settings, run) == values(1)
@@ -499,13 +499,13 @@ def test_everything_is_sent_when_a_store_is_back(settings: Settings, started: St
         mlflow_sync = Counted(run, settings.tracking.uri)
         thread = started(mlflow_sync)
         note(run, 1, 2)
-        until(lambda: len(history(settings, run)) == 2)
+        until(lambda: len(history(settings, run)) == 2, 60)
         with away(settings):
             tries = mlflow_sync.tries
             note(run, 3, 4)
-            until(lambda: mlflow_sync.tries > tries + 3)
+            until(lambda: mlflow_sync.tries > tries + 3, 60)
             note(run, 5)
-        until(lambda: len(history(settings, run)) == 5)
+        until(lambda: len(history(settings, run)) == 5, 60)
         run.files.write_status("FINISHED")
         assert thread.close(60)
     assert history(settings, run) == values(1, 2, 3, 4, 5)
@@ -533,7 +533,7 @@ def test_a_failed_disk_is_not_reported_as_an_outage_of_mlflow(
     with pytest.raises(RunDirectoryError, match="no space left" if disaster == "full" else "is gone"):
         mlflow_sync.send()
     thread = started(mlflow_sync)
-    until(lambda: mlflow_sync.tries > 4)
+    until(lambda: mlflow_sync.tries > 4, 60)
     assert not thread.close(1)
     assert reported == []
 
@@ -546,7 +546,7 @@ def test_what_was_not_sent_at_the_end_is_sent_by_the_next_sync(settings: Setting
         note(run, 1, 2)
         run.files.write_status("FAILED")
         assert not thread.close(0.5)
-        until(lambda: not thread.thread.is_alive())
+        until(lambda: not thread.thread.is_alive(), 60)
     sync_of(settings, run).send()
     assert history(settings, run) == values(1, 2)
     assert mlflow_run(settings, run).info.status == "FAILED"
@@ -559,7 +559,7 @@ def test_a_working_thread_touches_the_lock(settings: Settings, started: Start) -
         lock = run.path / ".lock"
         before = lock.stat().st_mtime_ns
         thread = started(sync_of(settings, run))
-        until(lambda: lock.stat().st_mtime_ns > before)
+        until(lambda: lock.stat().st_mtime_ns > before, 60)
         thread.close(0)
 
 
