@@ -61,7 +61,7 @@ class Case:
             f"model.language_model={self.language_model}",
             f"model.encoders.image={self.encoder}",
             f"model.aligner={self.path / 'aligner.pt'}",
-            "model.system_prompt=",
+            'model.system_prompt=""',  # as the quickstart has it
             f"model.soft_tokens={self.soft_tokens}",
             "model.recall_tokens=0",
             f"model.lora.target_modules={json.dumps(TARGETS[self.targets])}",

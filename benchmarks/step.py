@@ -15,6 +15,7 @@ NAMES = {
     "module_loop": "bare torch loop, same module",
     "plain_loop": "fastest plain loop: torch + peft",
     "lightning": "plain Lightning, same module",
+    "torch_trainer": "that plain loop in the smallest TorchTrainer program",
     "hf_float32": "HF Trainer + PEFT, float32, encodes in the step",
     "hf_bf16": "HF Trainer + PEFT, bf16 autocast, encodes in the step",
     "trl_bf16": "TRL SFTTrainer + PEFT, bf16, encodes in the step",
@@ -46,15 +47,15 @@ class Setting:
         return f"LoRA on {TARGET_NAMES[self.targets]}, batch {self.batch}{workers}"
 
 
-ALL = (("module_loop", "plain_loop", "lightning"), ("hf_float32", "hf_bf16", "trl_bf16"))
+ALL = (("module_loop", "plain_loop", "lightning", "torch_trainer"), ("hf_float32", "hf_bf16", "trl_bf16"))
 LARGE = (("module_loop", "plain_loop"), ("hf_float32",), ("hf_bf16",))
 FEW = (("module_loop", "plain_loop", "hf_float32"),)
 SETTINGS = [
     Setting("all", 16, 1, ALL, turns=4, steps=4),
-    Setting("attention", 16, 1, ALL, turns=4, steps=4),
+    Setting("attention", 16, 1, ALL, turns=3, steps=4),
     Setting("all", 64, 1, LARGE, turns=2, steps=4),
     Setting("attention", 64, 1, LARGE, turns=2, steps=4),
-    Setting("all", 16, 2, FEW, turns=3, steps=4),
+    Setting("all", 16, 2, FEW, turns=2, steps=4),
 ]
 SHORT = [Setting("all", 4, 1, (("plain_loop", "hf_bf16", "trl_bf16"),), turns=1, steps=4)]
 

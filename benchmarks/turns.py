@@ -19,7 +19,7 @@ import psutil
 
 SECONDS_PER_TURN = 300.0
 SECONDS_TO_END = 15.0  # a run of the program saves first
-LOOK = 0.02  # seconds between two looks at the steps of a contestant
+LOOK = 0.1  # seconds between two looks at the steps of a contestant, which the looks slow down
 
 
 class Step(NamedTuple):
