@@ -105,8 +105,16 @@ def module_loop(case: Case, clock: Clock, options: argparse.Namespace) -> None:
     rank, world = workers()
     module = our_module(case)
     clock.watch("output layer", module.assistant.language_model.get_output_embeddings())
+    if options.rounded:
+        module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     with process_group(world):
         torch_loop(Halves(module) if options.halves else module, case, clock, rank, world)
+
+
+def rounded(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with features that have no more digits than bfloat16 has."""
+    images = batch["items"]["image"]
+    return batch | {"items": {"image": images._replace(values=images.values.bfloat16().to(images.values.dtype))}}
 
 
 class Halves(nn.Module):
@@ -336,6 +344,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "float32"], help="in place of the case's")
     parser.add_argument("--halves", action="store_true", help="half of each batch at a time: sums in another order")
+    parser.add_argument("--rounded", action="store_true", help="features in bfloat16, as an encoder within the step gives them")
     parser.add_argument("--packages", type=Path, help="folder of packages that are not installed, for TRL")
     return parser.parse_args(arguments)
 

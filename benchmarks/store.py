@@ -28,7 +28,6 @@ def measure(options: Options) -> Found:
             f"data.feature_store={options.folder / 'features'}",
             f"training.max_epochs={count}",
             f"training.global_batch_size={batch}",
-            "training.precision=float32",  # encoders compute in float32 in any case, and the aligner is small
             "launch.use_gpu=false",
             f"output.root={out}",
             f"tracking.uri=sqlite:///{out}/mlflow.db",

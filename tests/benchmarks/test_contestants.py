@@ -89,13 +89,14 @@ def test_what_a_step_does_is_counted_and_our_module_computes_fewer_logits(
 
 def test_a_contestant_with_other_losses_is_void_and_so_is_the_program() -> None:
     right = {1: 3.0, 2: 2.9}
-    references = {"float32": right, "bf16": right, "summed": {1: 3.003, 2: 2.897}}
+    references = {"float32": right, "bf16": right, "summed": {1: 3.003, 2: 2.897}, "rounded": right}
     same = {"raytrain2p": right, "plain_loop": {1: 3.002, 2: 2.9, 3: 1.0}, "hf_float32": {1: 3.0001, 2: 2.9001}}
     assert all(agreement(name, same, references)[0] for name in same), "steps after those of the reference are not compared"
     other = {"raytrain2p": {1: 6.0, 2: 6.0}, "plain_loop": {1: 3.1, 2: 2.9}, "hf_float32": {1: 3.0, 2: 2.8}}
     assert not any(agreement(name, other, references)[0] for name in other)
     assert not agreement("plain_loop", {"plain_loop": {}}, references)[0]
     assert agreement("plain_loop", same, references | {"summed": right})[0], "no noise at all leaves that of rounding"
+    assert noise(references | {"rounded": {1: 3.006, 2: 2.897}}) > noise(references)
     assert noise(references | {"summed": {1: 9.0, 2: 9.0}}) == MOST_NOISE
 
 
