@@ -21,6 +21,7 @@ NAMES = {
     "trl_bf16": "TRL SFTTrainer + PEFT, bf16, encodes in the step",
 }
 FLOAT32 = ("hf_float32",)
+ROUNDED = ("hf_bf16", "trl_bf16")  # encode within autocast, so that features have the digits of bf16
 SECONDS_PER_STEP = 20.0  # that are waited for
 MOST_NOISE = 2e-2
 TOLERANCE = 2e-3  # of float32 losses: stored features are rounded to float16, those encoded in the step are not
@@ -167,14 +168,15 @@ def reference_losses(case: Case, setting: Setting, options: Options) -> dict[str
 
 def agreement(name: str, losses: Mapping[str, Mapping[int, float]], references: Mapping[str, Mapping[int, float]]) -> tuple[bool, str]:
     """Whether a contestant's losses, the program's among them, are those of the reference, and by how much they differ on average."""
-    kind, limit = ("float32", TOLERANCE) if name in FLOAT32 else ("bf16", noise(references))
+    kind, limit = ("float32", TOLERANCE) if name in FLOAT32 else ("bf16", noise(name, references))
     by = difference(references[kind], losses[name])
     return by <= limit, f"{by:.1e} of {limit:.1e} ({kind})"
 
 
-def noise(references: Mapping[str, Mapping[int, float]]) -> float:
-    """By how much losses in bf16 may differ; never more than MOST_NOISE, which a mistake in the reference would be."""
-    return min(MOST_NOISE, max(TOLERANCE, NOISES * max(difference(references["bf16"], references[name]) for name in ("summed", "rounded"))))
+def noise(name: str, references: Mapping[str, Mapping[int, float]]) -> float:
+    """By how much a contestant's losses in bf16 may differ; never more than MOST_NOISE, which a mistake in the reference would be."""
+    sources = ("summed", "rounded") if name in ROUNDED else ("summed",)
+    return min(MOST_NOISE, max(TOLERANCE, NOISES * max(difference(references["bf16"], references[source]) for source in sources)))
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float]) -> float:

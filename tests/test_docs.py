@@ -92,7 +92,6 @@ def training_arguments(typed: list[str]) -> list[str]:
     phase = int(typed[typed.index("--phase") + 1])
     if any(word.startswith("data.train=") for word in typed):
         extra = [*LEARN[phase], f"data.test={{test: records/test{phase}.jsonl}}", "evaluation.samples=2"]
-        extra += ["model.system_prompt="] if phase == 2 else []
     else:
         extra = [*SHORT[phase], "evaluation.max_records=4", "evaluation.samples=2", "evaluation.shuffled=false"]
     extra += next((few for config, few in FEW.items() if config in typed), [])
