@@ -380,8 +380,8 @@ class InstructionModelSettings(SettingsGroup):
     encoders: EncodersSettings = EncodersSettings()  # the aligner's; one that is set says where that one is now
     init: Text | None = setting(
         None,
-        f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, recall_tokens, "
-        "tuning (unless it was frozen), and LoRA's rank, alpha and target_modules must be equal",
+        f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, recall_texts, "
+        "recall_tokens, tuning (unless it was frozen), and LoRA's rank, alpha and target_modules must be equal",
         _INIT,
     )
     aligner: Text | None = setting(
@@ -400,13 +400,14 @@ class InstructionModelSettings(SettingsGroup):
     )
     recall_tokens: Count = setting(
         0,
-        "as many soft tokens more per image or clip, before the others: the first words of the texts of phase 1 that it may show, "
-        "weighted by how likely phase 1 finds each",
+        "soft tokens more per image or clip, before the others, for each recalled text: the first words of the texts of phase 1 that are "
+        "likeliest to belong to it; 0: nothing is recalled",
         _MODEL.but(splits=True),
     )
+    recall_texts: Width = setting(2, "how many texts are recalled for each image or clip, the likeliest first", _MODEL.but(splits=True))
     recall_dropout: Fraction = setting(
         0.0,
-        "share of items in each training step whose likeliest text is hidden, so that the language model learns to use other evidence",
+        "share of items in each training step whose likeliest text is left out, so that the language model learns to use other evidence",
         _MODEL.but(trial=LIVE),
     )
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
@@ -422,7 +423,7 @@ class InstructionModelSettings(SettingsGroup):
 
     def tokens_of(self, modality: str) -> int:
         """All soft tokens of an item of this modality."""
-        return self.recall_tokens + self.soft_tokens_of(modality)
+        return self.recall_texts * self.recall_tokens + self.soft_tokens_of(modality)
 
     def soft_tokens_of(self, modality: str) -> int:
         """Those to which the encoder's output is averaged."""

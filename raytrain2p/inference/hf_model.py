@@ -46,7 +46,7 @@ class AssistantConfig(PreTrainedConfig):
 
     Args:
         text_config: of the language model.
-        aligner: its shape, see `Aligner`; the kind of `projector`; and of `recall`, the numbers of texts and of tokens of each.
+        aligner: its shape, see `Aligner`; the kind of `projector`; and of `recall`, the numbers of `Recall`.
         media: by modality: `encoder`, the configuration of its model; its `options`; `soft_tokens` of an item; `token`, which stands for an
             item in a text, and `token_id`, which is in place of each soft token; `input`, the argument of the model that has the items.
     """
@@ -57,7 +57,7 @@ class AssistantConfig(PreTrainedConfig):
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     aligner: dict[str, Any] | None = None
     projector: str = "mlp"
-    recall: tuple[int, int] | None = None
+    recall: tuple[int, int, int] | None = None
     media: dict[str, Any] | None = None
 
 
@@ -72,7 +72,7 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = _supports_flash_attn = True
     # as in training, whatever the language model's precision
-    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector", "recall.keys", "recall.log_scale")
+    _keep_in_fp32_modules_strict = ("encoders", "branches", "projector", "recall.keys")
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -88,7 +88,7 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
         language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         counts = {modality: kind["soft_tokens"] for modality, kind in media.items()}
         dimension = aligner["dimension"]
-        recall = Recall(config.recall[0], config.recall[1], dimension) if config.recall else None
+        recall = Recall(dimension, *config.recall) if config.recall else None
         self.assistant = Assistant(language_model, branches_of(aligner, media), dimension, counts, config.projector, recall)
         self.post_init()
         # transformers gathers both from direct children, which the language model is not

@@ -145,8 +145,6 @@ class Assistant(nn.Module):
         for modality in self.branches:
             self.branch(modality).map.requires_grad_(train_aligner)
         self.projector.requires_grad_(True)
-        if self.recall is not None:
-            self.recall.requires_grad_(True)
         return count_parameters(self.parts())
 
     def own_weights(self) -> dict[str, torch.Tensor]:
@@ -166,8 +164,6 @@ class Assistant(nn.Module):
             else:  # DDP waits for gradients of every trained part, FSDP's workers for each other, in validation too
                 branch = self.branch(modality)
                 idle = self.projector(branch.grid(values.new_zeros(1, 1, branch.width, dtype=branch.dtype))).sum()
-                if self.recall is not None:
-                    idle = idle + self.recall.log_scale.sum()
                 embeddings = embeddings + 0 * idle.to(embeddings.dtype)
         return embeddings
 
@@ -251,7 +247,11 @@ class AssistantShape:
     lora: dict[str, Any]
     aligner: dict[str, Any]
     projector: str = "mlp"
-    recall: tuple[int, int] | None = None  # texts, and tokens of each: these are among the soft tokens
+    recall: tuple[int, int, int] | None = None  # texts that are known, tokens of each, texts that are read: these are among the soft tokens
+
+    def __post_init__(self) -> None:
+        if self.recall is not None and len(self.recall) != 3:
+            raise TypeError("what it recalls, it recalls as an earlier version did")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -284,5 +284,5 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
 
         base = with_adapters(base, shape.lora)
     dimension = shape.aligner["dimension"]
-    recall = Recall(*shape.recall, dimension) if shape.recall is not None else None
+    recall = Recall(dimension, *shape.recall) if shape.recall is not None else None
     return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), dimension, shape.soft_tokens, shape.projector, recall)

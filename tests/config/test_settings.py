@@ -47,7 +47,7 @@ ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.
             InstructionSettings,
             ENCODER_SETTINGS
             | model("language_model", "aligner", "train_aligner", "projector", "soft_tokens", "soft_token_dropout", "tuning")
-            | model("recall_tokens", "recall_dropout")
+            | model("recall_texts", "recall_tokens", "recall_dropout")
             | model("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "system_prompt", "max_length"),
         ),
     ],
@@ -63,7 +63,8 @@ def test_what_a_resumed_run_must_keep(kind: type[BaseModel], of_the_model: set[s
         (AlignmentSettings, ENCODER_SETTINGS),
         (
             InstructionSettings,
-            ENCODER_SETTINGS | model("language_model", "soft_tokens", "recall_tokens", "system_prompt", "max_length", "aligner"),
+            ENCODER_SETTINGS
+            | model("language_model", "soft_tokens", "recall_texts", "recall_tokens", "system_prompt", "max_length", "aligner"),
         ),
     ],
 )

@@ -18,7 +18,7 @@ from raytrain2p.phases.instruction.module import build, export
 def known(dimension: int) -> dict[str, Any]:
     """Texts as an aligner.pt keeps them."""
     texts = ["red", "blue: sea, sky", "green: grass", "the colour of milk"]
-    return {"texts": texts, "vectors": F.normalize(torch.randn(len(texts), dimension), dim=-1), "scale": 5.0}
+    return {"texts": texts, "vectors": F.normalize(torch.randn(len(texts), dimension), dim=-1)}
 
 
 def trained_assistant(

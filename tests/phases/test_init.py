@@ -201,6 +201,10 @@ def test_a_model_of_other_settings_is_refused_with_both_sides_named(
     assert all(fix.endswith("or leave out model.init") for _, _, fix in found)
     ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "recall_tokens": 3}))
     assert (where, what) == ("model.recall_tokens=3", f"model.init={path} was trained with model.recall_tokens=0")
+    recalling = folder / "recalling.pt"
+    trained(settings_of(2, models[2] | RECALL), recalling)
+    ((where, what, _),) = problems(settings_of(2, models[2] | RECALL | {"init": str(recalling), "recall_texts": 1}))
+    assert (where, what) == ("model.recall_texts=1", f"model.init={recalling} was trained with model.recall_texts=2")
     ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "tuning": "full"}))
     assert (where, what) == ("model.tuning=full", f"model.init={path} was trained with model.tuning=lora")
 

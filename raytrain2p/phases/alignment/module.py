@@ -17,7 +17,7 @@ from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.media import TEXT
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.models.losses import LARGEST_SCALE, ContrastiveLoss
+from raytrain2p.models.losses import ContrastiveLoss
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.alignment.data import AlignmentSplit, build_aligner, encoder_specs
@@ -156,9 +156,8 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: 
     """Write aligner.pt. With it go the beginnings of texts of the training set, and their vectors, for `model.recall_tokens`."""
     known = {}
     if learnt is not None and learnt.texts:
-        scale = float(module.loss.log_scale.detach().clamp(max=LARGEST_SCALE).exp())
         texts = [text[:LONGEST_BEGINNING] for text in learnt.texts]
-        known = {"known": {"texts": texts, "vectors": text_vectors(module, learnt), "scale": scale}}
+        known = {"known": {"texts": texts, "vectors": text_vectors(module, learnt)}}
     save_artifact(
         path,
         ALIGNMENT,

@@ -23,7 +23,7 @@ class FoundAligner:
         encoders: name, options and fingerprint of each encoder, by modality; a model.pt has those of media alone.
         shape: arguments of `Aligner`.
         weights: of the branches, by their names in there.
-        known: an aligner.pt's `texts`, their `vectors` and the `scale` of its loss; empty in those of earlier versions.
+        known: an aligner.pt's `texts` and their `vectors`; empty in those of earlier versions.
         recall: a model.pt's state of `Recall`; empty if it has none.
         otherwise: what else than another setting helps if it does not fit; empty: train another aligner.
     """

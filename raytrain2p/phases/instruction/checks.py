@@ -56,16 +56,16 @@ def check_aligner(settings: InstructionSettings) -> None:
 
 
 def check_soft_tokens(settings: InstructionSettings, modalities: Iterable[str]) -> None:
-    """Soft tokens may be set for the aligner's modalities alone, and recalled ones if it keeps texts.
+    """Soft tokens may be set for the aligner's modalities alone, and recalled ones if it keeps more texts than are recalled.
 
     Raises:
-        InputError: they are set for others; it keeps none.
+        InputError: they are set for others; it keeps too few.
     """
-    aligner, recalled = found_aligner(settings), settings.model.recall_tokens
-    if aligner is not None and recalled and not aligner.texts:
-        what = f"{aligner.path} keeps no texts: it was trained without any, or by an earlier version"
+    aligner, model = found_aligner(settings), settings.model
+    if aligner is not None and model.recall_tokens and aligner.texts <= model.recall_texts:
+        what = f"{aligner.path} keeps {aligner.texts or 'no'} texts, required are {model.recall_texts + 1} or more"
         fix = f"set model.recall_tokens=0, or {aligner.otherwise or 'train another aligner'}"
-        raise InputError(Problem(f"model.recall_tokens={recalled}", what, fix))
+        raise InputError(Problem(f"model.recall_tokens={model.recall_tokens}", what, fix))
     known, numbers = tuple(modalities), settings.model.soft_tokens
     for modality in numbers if isinstance(numbers, dict) else ():
         if modality not in known:

@@ -251,5 +251,5 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         lora=model.lora.model_dump(),
         aligner=dict(aligner.shape),
         projector=model.projector,
-        recall=(aligner.texts, model.recall_tokens) if model.recall_tokens else None,
+        recall=(aligner.texts, model.recall_tokens, model.recall_texts) if model.recall_tokens else None,
     )

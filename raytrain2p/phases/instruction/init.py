@@ -55,10 +55,12 @@ def check_init(settings: InstructionSettings) -> list[str]:
 def _differences(settings: InstructionSettings, trained: AssistantShape) -> Iterator[Problem]:
     """Settings that must be equal to those that the weights were trained with."""
     model = settings.model
-    _, recalled = trained.recall or (0, 0)
-    if model.recall_tokens != recalled:
-        yield differs("model.recall_tokens", model.recall_tokens, model.init, recalled)
-    for modality, count in ((modality, count - recalled) for modality, count in trained.soft_tokens.items()):
+    _, tokens, texts = trained.recall or (0, 0, model.recall_texts)
+    if model.recall_tokens != tokens:
+        yield differs("model.recall_tokens", model.recall_tokens, model.init, tokens)
+    if model.recall_texts != texts:
+        yield differs("model.recall_texts", model.recall_texts, model.init, texts)
+    for modality, count in ((modality, count - tokens * texts) for modality, count in trained.soft_tokens.items()):
         if (here := model.soft_tokens_of(modality)) != count:
             setting = "model.soft_tokens" + f".{modality}" * isinstance(model.soft_tokens, dict)
             yield differs(setting, here, model.init, count)

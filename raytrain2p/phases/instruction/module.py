@@ -84,7 +84,7 @@ def remember(recall: Recall, aligner: FoundAligner, settings: InstructionSetting
         return
     chat = load_chat_format(model_directory(settings.model.language_model), {}, None)
     known = aligner.known
-    recall.fill(known["vectors"], known["scale"], known["texts"], chat.tokenizer, chat.stop_ids[0])
+    recall.fill(known["vectors"], known["texts"], chat.tokenizer, chat.stop_ids[0])
 
 
 def warm_start(module: InstructionModule, artifact: Mapping[str, Any]) -> None:

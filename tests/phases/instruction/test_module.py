@@ -446,6 +446,7 @@ def test_a_model_pt_that_lacks_weights_or_parts_is_refused_by_name(tiny_llama: P
     assert "has unknown weights: more" in refused(state_dict=content["state_dict"] | {"more": torch.zeros(1)})
     shape = {key: value for key, value in content["shape"].items() if key != "tuning"}
     assert "lacks parts of a model.pt" in refused(shape=shape)
+    assert "what it recalls, it recalls as an earlier version did" in refused(shape=content["shape"] | {"recall": (4, 2)})
     assert "lacks parts of a model.pt" in refused(language_model={"name": str(tiny_llama)})
     assert "lacks parts of a model.pt" in refused(config={})
 
@@ -455,5 +456,5 @@ def test_recalled_tokens_need_an_aligner_that_keeps_texts(tiny_llama: Path, alig
         check_soft_tokens(settings_of(tiny_llama, aligner, model={"recall_tokens": 3}), ["image"])
     (problem,) = caught.value.problems
     assert problem.where == "model.recall_tokens=3"
-    assert problem.what == f"{aligner} keeps no texts: it was trained without any, or by an earlier version"
+    assert problem.what == f"{aligner} keeps no texts, required are 3 or more"
     assert problem.fix == "set model.recall_tokens=0, or train another aligner"
