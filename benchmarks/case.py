@@ -6,6 +6,7 @@ model.pt would have before training, `aligner.pt` an untrained aligner, since th
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,23 @@ def prepare(case: Case) -> None:
         while len(batches) < case.steps:
             sampler.set_epoch(len(batches) // sampler.steps)
             for part in sampler:
-                batches.append(split[part])
+                batches.append(split[part] | {"masks": masks(split.tokens, part.records, split[part]["tokens"])})
                 media.append([ref for record in part.records for ref in records[record].media()])
         torch.save(batches[: case.steps], case.path / f"batches{rank}.pt")
         torch.save(media[: case.steps], case.path / f"media{rank}.pt")
     pl.seed_everything(settings.seed, verbose=False)
     module = instruction.build(settings, TOTAL_STEPS, case.precision)
     torch.save({name: value.detach() for name, value in module.assistant.own_weights().items()}, case.path / "initial.pt")
+
+
+def masks(tokens: Any, records: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What others take in place of places: where there are tokens, where images are, and labels; all (B, L)."""
+    ids = inputs["input_ids"]
+    attention = (torch.arange(ids.shape[1]) < torch.from_numpy(tokens.lengths[records])[:, None]).long()
+    soft, labels = torch.zeros(ids.shape, dtype=torch.bool), torch.full(ids.shape, -100)
+    soft.view(-1)[inputs["soft"]["image"]] = True
+    labels.view(-1)[inputs["supervised"] + 1] = inputs["targets"]
+    return {"attention_mask": attention, "soft": soft, "labels": labels}
 
 
 def encode(inputs: Any) -> None:

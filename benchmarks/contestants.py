@@ -126,13 +126,14 @@ class Halves(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         tokens, images = batch["tokens"], batch["items"]["image"]
-        middle = len(tokens["labels"]) // 2
-        items = int(tokens["soft"]["image"][:middle].sum()) * len(images.values) // int(tokens["soft"]["image"].sum())
-        halves = []
-        for records, part in ((slice(None, middle), slice(None, items)), (slice(middle, None), slice(items, None))):
-            cut = {name: tokens[name][records] for name in ("input_ids", "attention", "labels")}
-            cut["soft"] = {"image": tokens["soft"]["image"][records]}
-            values = images._replace(values=images.values[part])
+        records, length = tokens["input_ids"].shape
+        soft, supervised, halves = tokens["soft"]["image"], tokens["supervised"], []
+        for first, last in ((0, records // 2), (records // 2, records)):
+            placed, learnt = ((first * length <= places) & (places < last * length) for places in (soft, supervised))
+            cut = {"input_ids": tokens["input_ids"][first:last], "soft": {"image": soft[placed] - first * length}}
+            cut |= {"supervised": supervised[learnt] - first * length, "targets": tokens["targets"][learnt]}
+            of_half = placed.view(len(images.values), -1)[:, 0]
+            values = images._replace(values=images.values[of_half])
             halves.append(self.module({"tokens": cut, "items": {"image": values}, "step_tokens": batch["step_tokens"]}))
         return torch.stack(halves).sum()
 
@@ -203,14 +204,8 @@ class ItemsOfImages:
         rank = row["number"] % len(self.batches)
         mine = self.batches[rank]
         batch, media = mine[row["number"] // len(self.batches) % len(mine)]
-        tokens = batch["tokens"]
-        return {
-            "input_ids": tokens["input_ids"],
-            "attention_mask": tokens["attention"],
-            "labels": tokens["labels"],
-            "soft": tokens["soft"]["image"],
-            "pixels": torch.stack(self.encoder.preprocess([decode(ref) for ref in media])),
-        }
+        pixels = torch.stack(self.encoder.preprocess([decode(ref) for ref in media]))
+        return {"input_ids": batch["tokens"]["input_ids"], **batch["masks"], "pixels": pixels}
 
 
 def hugging_face(bf16: bool, trl: bool) -> Callable[[Case, Clock, argparse.Namespace], None]:

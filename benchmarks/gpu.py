@@ -39,6 +39,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.case import masks
+from raytrain2p.models.assistant import one_record_a_row
+
 PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16, FLOP/s
 SHAPE = {  # of Qwen2.5-0.5B
     "vocab_size": 151936,
@@ -134,23 +137,15 @@ def encode(inputs: Any) -> None:
 
 @dataclass
 class Batch:
-    """As the program collates it, and the places that a collate function could give instead of masks."""
+    """As the program collates it, on the device, with `masks` beside it; and how many tokens of how many positions are real."""
 
     batch: dict[str, Any]
-    soft_index: torch.Tensor
-    supervised_index: torch.Tensor
-    targets: torch.Tensor
     tokens: int
     padded: int
 
-    @classmethod
-    def of(cls, batch: dict[str, Any]) -> "Batch":
-        tokens = batch["tokens"]
-        labels = F.pad(tokens["labels"][:, 1:], (0, 1), value=-100).flatten()
-        supervised = (labels != -100).nonzero()[:, 0]
-        soft = tokens["soft"]["image"].flatten().nonzero()[:, 0]
-        count, padded = int(tokens["attention"].sum()), tokens["attention"].numel()
-        return cls(batch, soft.to(DEVICE), supervised.to(DEVICE), labels[supervised].to(DEVICE), count, padded)
+    @property
+    def supervised(self) -> int:
+        return len(self.batch["tokens"]["targets"])
 
 
 # Variants of the step
@@ -161,24 +156,19 @@ class Variant:
     """What differs from the program's step."""
 
     name: str
-    mask: bool = True
+    mask: bool = False  # of the padding
     grouped: bool = True  # keys and values shared by query heads, where the kernel can
-    indices: bool = False
-    fused_adamw: bool = False
     chunked_loss: bool = False
     compiled: bool = False
 
 
 VARIANTS = [
     Variant("as today (plain loop)"),
-    Variant("no padding mask", mask=False),
-    Variant("no padding mask, keys repeated", mask=False, grouped=False),
-    Variant("places instead of masks", indices=True),
-    Variant("fused AdamW", fused_adamw=True),
+    Variant("with a padding mask", mask=True),
+    Variant("keys repeated", grouped=False),
     Variant("chunked loss", chunked_loss=True),
     Variant("compiled layers", compiled=True),
-    Variant("all but compiled", mask=False, indices=True, fused_adamw=True, chunked_loss=True),
-    Variant("all", mask=False, indices=True, fused_adamw=True, chunked_loss=True, compiled=True),
+    Variant("compiled layers, chunked loss", chunked_loss=True, compiled=True),
 ]
 
 
@@ -227,34 +217,22 @@ class Contestant:
     def __init__(self, module: Any, variant: Variant) -> None:
         self.module, self.variant = module, variant
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=variant.fused_adamw or None)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, weight_decay=0.0, fused=True)
 
     def loss(self, batch: Batch) -> torch.Tensor:
         variant, assistant = self.variant, self.module.assistant
         assembled = self.module.assemble(batch.batch)
-        if not variant.mask:
-            assembled = dataclasses.replace(assembled, attention=None)
-        if not variant.indices and not variant.chunked_loss:
-            return assistant.loss_sum(assembled)
-        if variant.indices:
-            embeddings = assistant.language_model.get_input_embeddings()(assembled.input_ids)
-            soft = assistant.soft("image", *assembled.features["image"]).to(embeddings.dtype).flatten(0, 1)
-            embeddings = embeddings.flatten(0, 1).index_copy(0, batch.soft_index, soft).view_as(embeddings)
-        else:
-            embeddings = assistant.embed(assembled)
+        if variant.mask:
+            assembled = dataclasses.replace(assembled, attention=batch.batch["masks"]["attention_mask"])
+        if not variant.chunked_loss:
+            loss: torch.Tensor = assistant.loss_sum(assembled)
+            return loss
         model = assistant.language_model.get_base_model()
-        hidden = model.model(inputs_embeds=embeddings, attention_mask=assembled.attention, use_cache=False).last_hidden_state
-        if variant.indices:
-            hidden = hidden.flatten(0, 1)[batch.supervised_index]
-            targets = batch.targets
-        else:
-            assert assembled.labels is not None
-            wanted = assembled.labels[:, 1:] != -100
-            hidden, targets = hidden[:, :-1][wanted], assembled.labels[:, 1:][wanted]
-        if variant.chunked_loss:
-            total: torch.Tensor = ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, targets)
-            return total
-        return F.cross_entropy(model.lm_head(hidden).float(), targets, reduction="sum")
+        with one_record_a_row():
+            states = model.model(inputs_embeds=assistant.embed(assembled), attention_mask=assembled.attention, use_cache=False)
+        hidden = states.last_hidden_state.flatten(0, 1).index_select(0, assembled.supervised)
+        total: torch.Tensor = ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, assembled.targets)
+        return total
 
     def mean_loss(self, batch: Batch) -> torch.Tensor:
         """As it is trained."""
@@ -295,12 +273,13 @@ class HuggingFace(nn.Module):
         self.assistant = [module.assistant]  # its aligner and projector; not a submodule
         self.projector = module.assistant.projector
 
-    def forward(self, tokens: Any, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, ids: torch.Tensor, masks: Any, values: torch.Tensor) -> dict[str, torch.Tensor]:
         assistant = self.assistant[0]
-        embeddings = self.language_model.get_input_embeddings()(tokens["input_ids"])
+        embeddings = self.language_model.get_input_embeddings()(ids)
         soft = assistant.soft("image", values, None).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(tokens["soft"]["image"].unsqueeze(-1), soft)
-        out = self.language_model(inputs_embeds=embeddings, attention_mask=tokens["attention"], labels=tokens["labels"], use_cache=False)
+        embeddings = embeddings.masked_scatter(masks["soft"].unsqueeze(-1), soft)
+        options = {name: masks[name] for name in ("attention_mask", "labels")}
+        out = self.language_model(inputs_embeds=embeddings, use_cache=False, **options)
         return {"loss": out.loss}
 
 
@@ -321,7 +300,10 @@ class TrainerContestant:
                     synchronize()
                     self.times.append(time.perf_counter())
 
-        items = [{"tokens": one.batch["tokens"], "values": one.batch["items"]["image"].values} for one in batches]
+        items = [
+            {"ids": one.batch["tokens"]["input_ids"], "masks": one.batch["masks"], "values": one.batch["items"]["image"].values}
+            for one in batches
+        ]
         on_cpu = [torch.utils._pytree.tree_map(lambda value: value.cpu(), item) for item in items]
         clock = Clock()
         clock.times = []
@@ -416,7 +398,7 @@ def flops(module: Any, batches: list[Batch]) -> tuple[float, float]:
     apart = ("lora_", "embed_tokens", "lm_head")
     body = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in apart))
     tokens = statistics.mean(batch.tokens for batch in batches)
-    supervised = statistics.mean(len(batch.targets) for batch in batches)
+    supervised = statistics.mean(batch.supervised for batch in batches)
     positions = statistics.mean(batch.padded / len(batch.batch["tokens"]["input_ids"]) for batch in batches)
     attention = 12 * config.num_hidden_layers * config.hidden_size * positions
     palm = (6 * (body + head) + attention) * tokens
@@ -452,12 +434,12 @@ def read_batches(folder: Path, size: int, length: int) -> list[Batch]:
         records = np.concatenate([longest[number : number + 1], rest])
         batch: Any = split[MicroBatch(records, int(split.supervised[records].sum()))]
         tokens = batch["tokens"]
-        short = length - tokens["input_ids"].shape[1]
-        fills = {"input_ids": 0, "attention": 0, "labels": -100}
-        pads = {name: F.pad(tokens[name], (0, short), value=fill) for name, fill in fills.items()}
-        soft = {name: F.pad(mask, (0, short)) for name, mask in tokens["soft"].items()}
-        batch["tokens"] = tokens | pads | {"soft": soft}
-        made.append(Batch.of(move_data_to_device(batch, DEVICE)))
+        width = tokens["input_ids"].shape[1]
+        tokens["input_ids"] = F.pad(tokens["input_ids"], (0, length - width))
+        for places in (tokens["soft"]["image"], tokens["supervised"]):
+            places += places // width * (length - width)
+        batch["masks"] = masks(split.tokens, records, tokens)
+        made.append(Batch(move_data_to_device(batch, DEVICE), int(split.lengths[records].sum()), length * len(records)))
     return made
 
 
@@ -508,7 +490,7 @@ def measure_variants(folder: Path, options: argparse.Namespace, write: Callable[
         peak = next((value for name, value in PEAK.items() if DEVICE.type == "cuda" and name in torch.cuda.get_device_name()), None)
         tokens = statistics.mean(batch.tokens for batch in batches)
         baseline = statistics.median(seconds[VARIANTS[0].name])
-        supervised = statistics.mean(len(batch.targets) for batch in batches)
+        supervised = statistics.mean(batch.supervised for batch in batches)
         print(f"\nbatch {size} x {options.length} positions, {tokens:.0f} tokens of them real, {supervised:.0f} supervised")
         print(f"{'':32}{'ms/step':>9}{'+-':>7}{'ratio':>7}{'tokens/s':>10}{'MFU':>7}{'LoRA':>7}{'GB':>6}{'kernels':>9}{'busy ms':>9}")
         for name, contestant in contestants.items():

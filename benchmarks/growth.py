@@ -106,13 +106,12 @@ def launched(count: int, workers: int, options: Options) -> list[str]:
 def random_batch(records: int, tokens: int, soft: int, template: dict[str, Any], vocabulary: int) -> dict[str, Any]:
     """A batch of this shape, as the program collates it: an image at the beginning of each record."""
     ids = torch.randint(0, vocabulary, (records, tokens))
-    labels = torch.full_like(ids, -100)
-    labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
-    is_soft = torch.zeros(records, tokens, dtype=torch.bool)
-    is_soft[:, 1 : 1 + soft] = True
+    places = torch.arange(records * tokens).view(records, tokens)
+    learnt = places[:, -SUPERVISED:].flatten()
     images = template["items"]["image"]
     values = images.values[:1].expand(records, -1, -1).contiguous()
-    inputs = {"input_ids": ids, "attention": torch.ones_like(ids), "soft": {"image": is_soft}, "labels": labels}
+    inputs = {"input_ids": ids, "soft": {"image": places[:, 1 : 1 + soft].flatten()}}
+    inputs |= {"supervised": learnt - 1, "targets": ids.view(-1)[learnt]}
     return {"tokens": inputs, "items": {"image": images._replace(values=values)}, "step_tokens": SUPERVISED * records}
 
 

@@ -84,12 +84,12 @@ class PlainAssistant(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """The summed loss."""
-        tokens, model = batch["tokens"], self.language_model.get_base_model()
-        embeddings = model.get_input_embeddings()(tokens["input_ids"])
+        masks, model = batch["masks"], self.language_model.get_base_model()
+        embeddings = model.get_input_embeddings()(batch["tokens"]["input_ids"])
         soft = self.soft_tokens(batch["items"]["image"].values).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(tokens["soft"]["image"].unsqueeze(-1), soft)
-        hidden = model.model(inputs_embeds=embeddings, attention_mask=tokens["attention"], use_cache=False).last_hidden_state
-        targets = tokens["labels"][:, 1:]
+        embeddings = embeddings.masked_scatter(masks["soft"].unsqueeze(-1), soft)
+        hidden = model.model(inputs_embeds=embeddings, attention_mask=masks["attention_mask"], use_cache=False).last_hidden_state
+        targets = masks["labels"][:, 1:]
         supervised = targets != -100
         logits = model.get_output_embeddings()(hidden[:, :-1][supervised])
         return F.cross_entropy(logits.float(), targets[supervised], reduction="sum")

@@ -111,7 +111,9 @@ class DataSettings(SettingsGroup):
     feature_workers: Annotated[int, Field(gt=0, le=1024)] = setting(
         1, "encoder processes while features are computed (with GPUs: launch.gpus_per_worker each)", _DATA.but(sweep_resume=FREE)
     )
-    loader_workers: Annotated[int, Field(ge=0, le=128)] = setting(0, "data loader processes per training worker", _DATA)
+    loader_workers: Annotated[int, Field(ge=0, le=128)] | None = setting(
+        None, "data loader processes per training worker (default: 2 with GPUs, else 0)", _DATA
+    )
 
     @model_validator(mode="after")
     def _weights_are_of_training(self) -> "DataSettings":

@@ -10,8 +10,6 @@ import torch
 from raytrain2p.data.batches import Ragged
 from raytrain2p.data.chat import Encoded, Packed
 
-IGNORED = -100  # torch's cross entropy leaves out positions with this label
-
 
 @dataclass(frozen=True)
 class TokenRecords:
@@ -65,32 +63,38 @@ def truncated(record: Encoded, limit: int) -> Encoded | None:
 
 
 def right_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, Any]:
-    """Whole records, (B, L): input_ids, attention, soft of each modality, and labels on supervised tokens only.
+    """Whole records: input_ids (B, L), and places in them: those of `soft` tokens by modality, and those, `supervised`, after which a token
+    of `targets` is to be learnt, (M,). A place is row * L + column; they are found here, since to find them on a GPU makes Python wait.
 
-    Padding is masked by length, never by token ID: if the pad token is the end token, the end must still be learnt.
+    There is no attention mask: no token looks at what is behind it, and padding is. Padding is told by length, never by token ID: if the
+    pad token is the end token, the end must still be learnt.
     """
     lengths = tokens.lengths[records]
-    ids, index, attention = _padded(tokens, records, lengths, np.zeros_like(lengths))
-    labels = np.where(attention & tokens.supervised.flat[index], ids, IGNORED)
-    return _tensors(ids, attention, tokens.codes) | {"labels": torch.from_numpy(labels)}
+    ids, index, inside = _padded(tokens, records, lengths, np.zeros_like(lengths))
+    learnt = inside & tokens.supervised.flat[index]
+    learnt[:, 0] = False  # nothing is before it
+    places = np.flatnonzero(learnt)
+    return _tensors(ids, tokens.codes) | {"supervised": torch.from_numpy(places - 1), "targets": torch.from_numpy(ids.flat[places])}
 
 
 def left_padded(tokens: TokenRecords, records: np.ndarray) -> dict[str, Any]:
-    """Prompts of the last answers alone, (B, L), all ending in the last column, where generation continues."""
+    """Prompts of the last answers alone, all ending in the last column, where generation continues: input_ids and attention (B, L), which
+    is 0 at padding, and the places of `soft` tokens.
+    """
     lengths = tokens.prompts[records]
-    ids, _, attention = _padded(tokens, records, lengths, lengths.max() - lengths)
-    return _tensors(ids, attention, tokens.codes)
+    ids, _, inside = _padded(tokens, records, lengths, lengths.max() - lengths)
+    return _tensors(ids, tokens.codes) | {"attention": torch.from_numpy(inside.astype(np.int64))}
 
 
 def _padded(tokens: TokenRecords, records: np.ndarray, lengths: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first `lengths` tokens of each record, from column `first` on: IDs, their places in the flat array, and where there are any."""
-    places = np.arange(lengths.max()) - first[:, None]
-    attention = (places >= 0) & (places < lengths[:, None])
-    index = np.where(attention, tokens.ids.starts[records][:, None] + places, 0)
-    return np.where(attention, tokens.ids.flat[index], 0).astype(np.int64), index, attention
+    columns = np.arange(lengths.max()) - first[:, None]
+    inside = (columns >= 0) & (columns < lengths[:, None])
+    index = np.where(inside, tokens.ids.starts[records][:, None] + columns, 0)
+    return np.where(inside, tokens.ids.flat[index], 0).astype(np.int64), index, inside
 
 
-def _tensors(ids: np.ndarray, attention: np.ndarray, codes: Mapping[str, int]) -> dict[str, Any]:
-    soft = {modality: torch.from_numpy(ids == code) for modality, code in codes.items()}
+def _tensors(ids: np.ndarray, codes: Mapping[str, int]) -> dict[str, Any]:
+    soft = {modality: torch.from_numpy(np.flatnonzero(ids == code)) for modality, code in codes.items()}
     ids[ids < 0] = 0  # any valid ID: the soft token's embedding replaces it
-    return {"input_ids": torch.from_numpy(ids), "attention": torch.from_numpy(attention.astype(np.int64)), "soft": soft}
+    return {"input_ids": torch.from_numpy(ids), "soft": soft}

@@ -133,10 +133,10 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         soft, features, tokens = {}, {}, input_ids
         for modality, kind in self.config.media.items():
-            soft[modality] = input_ids == kind["token_id"]
-            tokens = tokens.masked_fill(soft[modality], 0)
+            is_soft = input_ids == kind["token_id"]
+            soft[modality], tokens = is_soft.flatten().nonzero()[:, 0], tokens.masked_fill(is_soft, 0)
             items = [] if media[modality] is None else list(media[modality])
-            if (found := int(soft[modality].sum())) != len(items) * kind["soft_tokens"]:
+            if (found := len(soft[modality])) != len(items) * kind["soft_tokens"]:
                 what = f"{found} tokens {kind['token']}; required are {kind['soft_tokens']} for each"
                 raise ValueError(f"{len(items)} items of {modality} in `{kind['input']}`, and {what}")
             if items:
@@ -144,7 +144,7 @@ class AssistantForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 with torch.autocast(input_ids.device.type, enabled=False):  # on a CPU it takes no float16
                     # cloned, because training takes no tensors of inference mode
                     features[modality] = padded([grid.clone() for grid in encoder.encode(items)])
-        return tokens, self.assistant.embed(AssistantBatch(tokens, torch.ones_like(tokens), soft, features))
+        return tokens, self.assistant.embed(AssistantBatch(tokens, soft, features))
 
 
 class AssistantProcessor(ProcessorMixin):

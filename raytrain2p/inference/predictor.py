@@ -147,8 +147,8 @@ class Predictor(ModelFile):
         stop = list(self.chat.stop_ids)
         with self.lock, torch.inference_mode():
             grids = {modality: padded(self.encoder(modality)(decoded)) for modality, decoded in items.items()}
-            soft = {modality: mask.to(self.device) for modality, mask in batch["soft"].items()}
-            assembled = AssistantBatch(batch["input_ids"].to(self.device), batch["attention"].to(self.device), soft, grids)
+            soft = {modality: places.to(self.device) for modality, places in batch["soft"].items()}
+            assembled = AssistantBatch(batch["input_ids"].to(self.device), soft, grids, batch["attention"].to(self.device))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 ids: Any = self.assistant.generate(assembled, max_new_tokens, stop, stop[0], stream)
         found: list[list[int]] = ids.tolist()

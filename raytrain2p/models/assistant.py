@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, masking_utils
 
 from raytrain2p.models.aligner import Branch, Grids, branches_of
 from raytrain2p.models.encoders import ENCODERS
@@ -25,18 +25,19 @@ from raytrain2p.models.recall import Recall
 
 @dataclass
 class AssistantBatch:
-    """Token records of equal padded length.
+    """Token records of equal padded length. Places in them are counted row by row: row * L + column.
 
-    input_ids (B, L) has any valid ID at soft-token positions; attention (B, L) is 0 at padding; soft (B, L) by modality is
-    True at the K positions of each item, in the order of the modality's features (P, T, D); labels (B, L) is -100 where there
-    is no loss.
+    input_ids (B, L) has any valid ID at soft-token places; soft (P * K,) by modality are the places of the items, in the order of the
+    modality's features (P, T, D). attention (B, L) is 0 at padding; None if that is on the right, where no token looks. To learn from,
+    there are the places before supervised tokens, supervised (M,), and these tokens, targets (M,).
     """
 
     input_ids: torch.Tensor
-    attention: torch.Tensor
     soft: Mapping[str, torch.Tensor]
     features: Mapping[str, Grids]
-    labels: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    supervised: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
 
 
 class Projector(nn.Module):
@@ -158,9 +159,8 @@ class Assistant(nn.Module):
         for modality in self.branches:
             values, positions = batch.features.get(modality, (embeddings.new_empty(0), None))
             if len(values):
-                embeddings = embeddings.masked_scatter(
-                    batch.soft[modality].unsqueeze(-1), self.soft(modality, values, positions).to(embeddings.dtype)
-                )
+                soft = self.soft(modality, values, positions).to(embeddings.dtype)
+                embeddings = embeddings.flatten(0, 1).index_copy(0, batch.soft[modality], soft.flatten(0, 1)).view_as(embeddings)
             else:  # DDP waits for gradients of every trained part, FSDP's workers for each other, in validation too
                 branch = self.branch(modality)
                 idle = self.projector(branch.grid(values.new_zeros(1, 1, branch.width, dtype=branch.dtype))).sum()
@@ -184,12 +184,11 @@ class Assistant(nn.Module):
 
         The vocabulary is by far the widest layer: computed at every position, it needs more memory than the rest of the model.
         """
-        assert batch.labels is not None
-        targets = batch.labels[:, 1:]
-        supervised = targets != -100
-        with at_positions(self.language_model.get_output_embeddings(), supervised):
+        assert batch.supervised is not None
+        assert batch.targets is not None
+        with at_places(self.language_model.get_output_embeddings(), batch.supervised), one_record_a_row():
             out = self.language_model(inputs_embeds=self.embed(batch), attention_mask=batch.attention, use_cache=False)
-        return out.logits, targets[supervised]
+        return out.logits, batch.targets
 
     def loss_sum(self, batch: AssistantBatch) -> torch.Tensor:
         """Cross entropy summed over the supervised positions; the caller divides by their number in the whole step."""
@@ -221,20 +220,31 @@ class Assistant(nn.Module):
 
 
 @contextmanager
-def at_positions(head: nn.Module, mask: torch.Tensor) -> Iterator[None]:
-    """Within, the output layer sees only the positions where `mask` (B, L - 1) is True, as (M, E).
+def at_places(head: nn.Module, places: torch.Tensor) -> Iterator[None]:
+    """Within, the output layer sees only these places (M,), as (M, E).
 
     A hook, because the model's own forward may also scale or cap the logits.
     """
 
     def select(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        return (inputs[0][:, :-1][mask],)
+        return (inputs[0].flatten(0, 1).index_select(0, places),)
 
     hook = head.register_forward_pre_hook(select)
     try:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def one_record_a_row() -> Iterator[None]:
+    """Within, transformers does not look whether a row without a mask holds several records: Python would wait for the GPU's answer."""
+    kept = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
 
 
 @dataclass(frozen=True)

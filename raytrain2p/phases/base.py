@@ -148,7 +148,7 @@ class PhaseModule(pl.LightningModule):
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
-    """The value of a norm; that of sharded parameters is in parts."""
+    """The value of a norm, or of a parameter; if it is sharded, gathered from all workers."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from raytrain2p.config import Settings
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.phases.base import Batch, PhaseModule
+from raytrain2p.phases.base import Batch, PhaseModule, whole
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
@@ -46,6 +46,16 @@ class ShardedStrategy(ModelParallelStrategy):
     def root_device(self) -> torch.device:
         return ray.train.torch.get_device()
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What trains, whole, on rank 0, and nothing on the others. Frozen weights are not gathered: a checkpoint does not hold them."""
+        assert self.lightning_module is not None
+        gathered = dict[str, torch.Tensor]()
+        for name, parameter in self.lightning_module.named_parameters():
+            if parameter.requires_grad:
+                value = whole(parameter.detach())
+                gathered |= {name: value.cpu()} if self.is_global_zero else {}
+        return gathered
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As every other strategy does, through the checkpoint plugin; the state is gathered by now."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options=storage_options)
@@ -56,7 +66,7 @@ def build_trainer(
 ) -> pl.Trainer:
     """Lightning's trainer with Ray's environment and our callbacks."""
     settings, training = job.settings, job.settings.training
-    return pl.Trainer(
+    trainer = pl.Trainer(
         accelerator="gpu" if settings.launch.gpus else "cpu",
         devices="auto",
         strategy=build_strategy(settings, group),
@@ -76,6 +86,9 @@ def build_trainer(
         limit_val_batches=0,
         use_distributed_sampler=False,
     )
+    # Lightning's own word that rank 0 got a SIGTERM: each pass would wait for it, and so for the GPU. StopOnRequest does that.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 def build_strategy(settings: Settings, group: WorkerGroup) -> Strategy:

@@ -12,6 +12,8 @@ from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.phases.inputs import TRAIN, VAL, Batch, SourceShare, Split
 
+WORKERS_BESIDE_A_GPU = 2  # so that it never waits for a batch
+
 
 @dataclass(frozen=True)
 class Loaders:
@@ -25,8 +27,11 @@ class Loaders:
 def build_loaders(settings: Settings, data: Mapping[str, Split], group: WorkerGroup, first_step: int) -> Loaders:
     """Training in steps drawn by seed, beginning after `first_step`; validation in shares of equal stride."""
     sampler = train_sampler(settings, data[TRAIN], group, first_step)
-    options: dict[str, Any] = {"batch_size": None, "num_workers": settings.data.loader_workers, "pin_memory": settings.launch.gpus > 0}
-    train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=settings.data.loader_workers > 0, **options)
+    on_gpu, workers = settings.launch.gpus > 0, settings.data.loader_workers
+    if workers is None:
+        workers = WORKERS_BESIDE_A_GPU if on_gpu else 0  # a CPU computes the step, and would have to wait for itself
+    options: dict[str, Any] = {"batch_size": None, "num_workers": workers, "pin_memory": on_gpu}
+    train = DataLoader(_as_dataset(data[TRAIN]), sampler=sampler, persistent_workers=workers > 0, **options)
 
     def places(step: int) -> list[str]:
         return [data[TRAIN].places[record] for record in sorted(sampler.records_of(step))]

@@ -82,7 +82,7 @@ def test_what_a_step_does_is_counted_and_our_module_computes_fewer_logits(
         assert of["copies"] < of["operations"], name
     batch = torch.load(case.path / "batches0.pt", weights_only=False)[PROFILED - 1]
     assert counts["module_loop"]["output layer rows"] == batch["step_tokens"]
-    assert counts["hf_float32"]["output layer rows"] == batch["tokens"]["labels"].numel()
+    assert counts["hf_float32"]["output layer rows"] == batch["tokens"]["input_ids"].numel()
     assert counts["hf_float32"]["encoder calls"] == 1
     assert "encoder calls" not in counts["module_loop"]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from raytrain2p.data.chat import Encoded, soft_codes
-from raytrain2p.data.tokens import IGNORED, TokenRecords, left_padded, right_padded, truncated
+from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded, truncated
 from tests.conftest import byte_tokenizer
 
 END = byte_tokenizer().eos_token_id
@@ -42,56 +42,50 @@ def test_tokens_take_five_bytes() -> None:
     assert (TOKENS.ids.flat.dtype, TOKENS.supervised.flat.dtype) == (np.int32, np.bool_)
 
 
-def test_labels_are_the_response_only() -> None:
-    labels = right_padded(TOKENS, ALL)["labels"]
-    assert labels.shape == (3, 6)
-    for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        rest = [IGNORED] * (6 - len(prompt) - len(response))
-        assert labels[row].tolist() == [IGNORED] * len(prompt) + response + rest
+def learnt(tokens: TokenRecords, *records: int) -> dict[int, list[tuple[int, int]]]:
+    """By row: the column before each token that is to be learnt, and that token."""
+    batch, rows = right_padded(tokens, np.array(records)), {row: list[tuple[int, int]]() for row in range(len(records))}
+    for place, target in zip(batch["supervised"].tolist(), batch["targets"].tolist(), strict=True):
+        row, column = divmod(place, batch["input_ids"].shape[1])
+        rows[row].append((column, target))
+    return rows
 
 
-def test_labels_are_the_answers_of_every_turn() -> None:
-    labels = right_padded(TokenRecords.of([TWO_TURNS], CODES), np.array([0]))["labels"]
-    assert labels[0].tolist() == [IGNORED] * 3 + [12, END] + [IGNORED] * 8 + [14, END]
+def test_the_response_alone_is_learnt_each_token_from_the_one_before_it() -> None:
+    assert learnt(TOKENS, 0, 1, 2) == {0: [(3, 13), (4, END)], 1: [(0, 22), (1, 23), (2, 24), (3, END)], 2: [(4, END)]}
 
 
-def test_the_end_token_is_supervised_though_it_is_the_pad_token() -> None:
+def test_the_answers_of_every_turn_are_learnt() -> None:
+    assert learnt(TokenRecords.of([TWO_TURNS], CODES), 0) == {0: [(2, 12), (3, END), (12, 14), (13, END)]}
+
+
+def test_the_end_token_is_learnt_though_it_is_the_pad_token() -> None:
     assert byte_tokenizer().pad_token_id == END
-    batch = right_padded(TOKENS, ALL)
-    assert (batch["labels"] == END).sum() == 3
-    assert batch["attention"][batch["labels"] == END].tolist() == [1, 1, 1]
+    assert (right_padded(TOKENS, ALL)["targets"] == END).sum() == 3
 
 
-def test_padding_is_neither_attended_to_nor_learnt_from() -> None:
-    batch = right_padded(TOKENS, ALL)
-    assert batch["attention"].sum(1).tolist() == TOKENS.lengths.tolist()
-    assert batch["attention"][1].tolist() == [1, 1, 1, 1, 1, 0]
-    assert (batch["labels"][batch["attention"] == 0] == IGNORED).all()
-
-
-def test_padding_has_no_label_even_if_the_very_first_token_is_supervised() -> None:
+def test_nothing_is_learnt_across_rows_even_if_the_very_first_token_is_supervised() -> None:
     tokens = TokenRecords.of([Encoded([11], [True], 0), Encoded([21, 22], [False, True], 1)], CODES)
-    assert right_padded(tokens, np.array([1, 0]))["labels"].tolist() == [[IGNORED, 22], [11, IGNORED]]
+    assert learnt(tokens, 1, 0) == {0: [(0, 22)], 1: []}
 
 
-def test_soft_places_are_marked_by_modality_and_hold_a_valid_id() -> None:
+def test_soft_places_are_given_by_modality_and_hold_a_valid_id() -> None:
     batch = right_padded(TOKENS, ALL)
     assert batch["soft"].keys() == {"image", "audio"}
-    assert batch["soft"]["image"].dtype == torch.bool
-    assert batch["soft"]["image"].nonzero().tolist() == [[0, 0], [0, 1], [2, 1], [2, 2]]
-    assert not batch["soft"]["audio"].any()
+    assert batch["soft"]["image"].tolist() == [0, 1, 13, 14]
+    assert batch["soft"]["audio"].tolist() == []
     assert batch["input_ids"].dtype == torch.int64
     assert (batch["input_ids"] >= 0).all()
     both = right_padded(TokenRecords.of([TWO_TURNS], CODES), np.array([0]))["soft"]
-    assert both["image"].nonzero()[:, 1].tolist() == [0, 1, 5, 6, 7, 8]
-    assert both["audio"].nonzero()[:, 1].tolist() == [9, 10, 11]
+    assert both["image"].tolist() == [0, 1, 5, 6, 7, 8]
+    assert both["audio"].tolist() == [9, 10, 11]
 
 
 def test_all_other_ids_are_prompt_and_response_in_order() -> None:
     batch = right_padded(TOKENS, ALL)
-    kept = (batch["attention"] == 1) & ~batch["soft"]["image"]
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        assert batch["input_ids"][row][kept[row]].tolist() == [token for token in prompt + response if token != SOFT]
+        record = prompt + response
+        assert batch["input_ids"][row][: len(record)].tolist() == [max(token, 0) for token in record]
 
 
 def test_a_batch_is_as_wide_as_its_own_longest_record_and_in_the_given_order() -> None:
@@ -105,7 +99,7 @@ def test_left_padded_prompts_end_together_and_hold_no_response() -> None:
     assert set(batch) == {"input_ids", "attention", "soft"}
     assert batch["input_ids"].tolist() == [[0, 0, 0, 11, 12], [0, 0, 0, 0, 21], [31, 0, 0, 32, 33]]
     assert batch["attention"].tolist() == [[0, 1, 1, 1, 1], [0, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
-    assert batch["soft"]["image"].nonzero().tolist() == [[0, 1], [0, 2], [2, 1], [2, 2]]
+    assert batch["soft"]["image"].tolist() == [1, 2, 11, 12]
 
 
 def test_a_record_within_the_limit_is_not_truncated() -> None:

@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.models.artifacts import load_artifact
-from raytrain2p.models.distributed import GatherWithGradient, WorkerGroup
+from raytrain2p.models.distributed import GatherWithGradient, NumberOfFirst, WorkerGroup
 from tests.chaos.killing import Launch, kill_rank_zero, last, losses
 from tests.launch.launching import run_command, start_command
 from tests.serving.serving import Server, image_url, with_image
@@ -279,7 +279,8 @@ def test_collectives_work_over_nccl(nccl: torch.device) -> None:
     """With the size of a larger group, so that none takes the short way of a single worker."""
     group = WorkerGroup(0, 2)
     assert group.from_first(lambda: {"run": "a"}) == {"run": "a"}
-    assert group.number_of_first(2, nccl) == 2
+    number = NumberOfFirst(group)
+    assert [number.exchange(2), number.exchange(0)] == [0, 2]
     assert group.mean(torch.full((3,), 4.0, device=nccl)).tolist() == [2.0] * 3
     rows = torch.ones(2, 3, device=nccl, requires_grad=True)
     GatherWithGradient.apply(rows).sum().backward()

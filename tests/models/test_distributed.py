@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.models.distributed import NumberOfFirst, WorkerGroup
 from raytrain2p.models.precision import agree_on_precision
 
 CPU = torch.device("cpu")
@@ -16,6 +16,7 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     group, calls = WorkerGroup.current(), list[int]()
+    number = NumberOfFirst(group)
 
     def make() -> dict[str, int | None]:
         calls.append(rank)
@@ -28,7 +29,7 @@ def one_of_two(rank: int, folder: str) -> None:
         "gather": group.gather(rank * 10),
         "from_first": group.from_first(make),
         "calls": len(calls),
-        "number": [group.number_of_first(rank + 3, CPU), group.number_of_first(5 - rank, CPU)],
+        "number": [number.exchange(rank + 3), number.exchange(5 - rank), number.exchange(0)],
         "precision": agree_on_precision("bf16" if rank else "float32", CPU, group),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -52,7 +53,7 @@ def test_two_workers_agree(tmp_path: Path) -> None:
         "mean": [1.5],
         "gather": [0, 10],
         "from_first": {"rank": 0, "nothing": None},
-        "number": [3, 5],
+        "number": [0, 3, 5],
         "precision": "float32",
     }
 
@@ -65,5 +66,5 @@ def test_a_single_worker_needs_no_process_group() -> None:
     assert group.mean(torch.tensor([3.0])).tolist() == [3.0]
     assert group.gather("x") == ["x"]
     assert group.from_first(lambda: "x") == "x"
-    assert [group.number_of_first(number, CPU) for number in (2, 0)] == [2, 0]
+    assert [NumberOfFirst(group).exchange(number) for number in (2, 0)] == [2, 0]
     assert agree_on_precision("bf16", CPU, group) == "bf16"

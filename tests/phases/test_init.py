@@ -80,9 +80,10 @@ def loss(module: Module, settings: Settings) -> float:
             items = {"image": images, "text": Features(torch.randn(RECORDS, 1, WIDTH, generator=random))}
             return float(module({"items": items, "present": dict.fromkeys(items, every), "keys": torch.arange(RECORDS)}, alone=True))
         ids = torch.randint(3, 200, (RECORDS, 12), generator=random)
-        soft = torch.zeros_like(ids, dtype=torch.bool)
-        soft[:, 1:5] = True
-        tokens = {"input_ids": ids, "attention": torch.ones_like(ids), "soft": {"image": soft}, "labels": ids.masked_fill(soft, -100)}
+        places = torch.arange(ids.numel()).view_as(ids)
+        learnt = places[:, 5:].flatten()
+        soft = {"image": places[:, 1:5].flatten()}
+        tokens = {"input_ids": ids, "soft": soft, "supervised": learnt - 1, "targets": ids.view(-1)[learnt]}
         return float(module({"items": {"image": images}, "tokens": tokens}))
 
 

@@ -84,7 +84,7 @@ class InstructionSplit:
         return self.tokens.supervised_counts
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        """Whole records, padded on the right, with labels."""
+        """Whole records, padded on the right, to learn from."""
         return self.batch(micro_batch, right_padded(self.tokens, micro_batch.records))
 
     def prompts(self, micro_batch: MicroBatch) -> Batch:

@@ -103,9 +103,10 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
     for start in range(0, len(mine), size):
         batch = module.assemble(module.transfer_batch_to_device(split[MicroBatch(mine[start : start + size], 0)], module.device, 0))
         logits, targets = module.assistant.supervised_logits(batch)
-        assert batch.labels is not None
-        owner = (batch.labels[:, 1:] != -100).nonzero()[:, 0]
-        wrong = torch.zeros(len(batch.labels), device=logits.device).index_add_(0, owner, (logits.argmax(-1) != targets).float())
+        assert batch.supervised is not None
+        records, length = batch.input_ids.shape
+        wrong = torch.zeros(records, device=logits.device)
+        wrong.index_add_(0, batch.supervised // length, (logits.argmax(-1) != targets).float())
         total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += len(targets)
         right[start : start + size] = (wrong == 0).cpu().numpy()

@@ -48,7 +48,7 @@ class InstructionModule(PhaseModule):
         return self(batch) * (shares / batch["step_tokens"])
 
     def val_sums(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        return self(batch), int((batch["tokens"]["labels"] != -100).sum())
+        return self(batch), len(batch["tokens"]["targets"])
 
 
 def build(settings: InstructionSettings, total_steps: int, precision: str) -> InstructionModule:

@@ -9,11 +9,11 @@ import pytorch_lightning as pl
 import ray
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.models.distributed import NumberOfFirst, WorkerGroup
 from raytrain2p.worker.callbacks.checkpoint import ends_epoch
 from raytrain2p.worker.channel import RunChannel
 
-# What rank 0 sends to the others after each step
+# What rank 0 sends to the others after each step, which is read after the next one
 CONTINUE, STOP, REGROUP, CHECK = range(4)
 # Ray's own answer to whether a node is taken away is a call to an actor by every worker: 1 to 2 ms, so not at each step.
 SECONDS_BETWEEN_CHECKS = 2.0
@@ -28,9 +28,9 @@ class Regroup(SIGTERMException):
 
 
 class StopOnRequest(pl.Callback):
-    """Ends training with a SIGTERMException at the first step after the request, or, if that step ends an epoch, after the
-    epoch's end: this callback must come after those that log and save it. At the run's last step there is nothing to stop.
-    With Regroup, if the group is to start again.
+    """Ends training with a SIGTERMException at the first step after the request (with several workers, at the second), or, if that step
+    ends an epoch, after the epoch's end: this callback must come after those that log and save it. At the run's last step there is
+    nothing to stop. With Regroup, if the group is to start again.
 
     Args:
         channel: brings requests; None on every worker but the first.
@@ -39,7 +39,8 @@ class StopOnRequest(pl.Callback):
     """
 
     def __init__(self, channel: RunChannel | None, group: WorkerGroup, preempted: Callable[[], bool] | None = None) -> None:
-        self.channel, self.group, self.preempted = channel, group, preempted
+        self.channel, self.preempted = channel, preempted
+        self.asked = NumberOfFirst(group)
         self.requested, self.regroup = threading.Event(), threading.Event()
         self.seen_step, self.checked = -1, time.monotonic()
         if channel is not None:
@@ -69,11 +70,8 @@ class StopOnRequest(pl.Callback):
             self._end_if_requested(trainer)
 
     def _end_if_requested(self, trainer: pl.Trainer) -> None:
-        """Raise what rank 0 was asked for, on every worker: one that raised alone would leave the others waiting for it.
-
-        Costs what Lightning's own check before each pass costs, which cannot be used: in it, rank 0 raises first.
-        """
-        asked = self.group.number_of_first(self._asked(), trainer.strategy.root_device)
+        """Raise what rank 0 was asked for, on every worker: one that raised alone would leave the others waiting for it."""
+        asked = self.asked.exchange(self._asked())
         if asked == STOP:
             raise SIGTERMException
         preempted = asked == CHECK and self.preempted is not None and self.preempted()

@@ -13,6 +13,7 @@ from tests.operations import Operations
 
 WIDTH, SOFT = 10, 4
 RECORDS, LENGTH, SUPERVISED = 3, 12, 2
+WAITS = {"aten::nonzero", "aten::item", "aten::_local_scalar_dense", "aten::masked_select", "aten::masked_scatter"}
 MOST_KERNELS = 165  # of a layer, forward and backward
 
 
@@ -21,6 +22,7 @@ class Step(NamedTuple):
 
     operations: Operations
     logits: torch.Size
+    waits: set[str]
 
 
 def step(folder: Path, tokenizer: Path, layers: int) -> Step:
@@ -35,17 +37,19 @@ def step(folder: Path, tokenizer: Path, layers: int) -> Step:
     shape = AssistantShape(str(folder / str(layers)), {"image": SOFT}, "lora", lora, aligner.shape)
     assistant = build_assistant(shape, "eager", torch.bfloat16).train()
     assistant.freeze("lora", train_aligner=False)
-    soft = torch.zeros(RECORDS, LENGTH, dtype=torch.bool)
-    soft[:, 1 : 1 + SOFT] = True
     ids = torch.randint(3, 200, (RECORDS, LENGTH))
-    labels = torch.full_like(ids, -100)
-    labels[:, -SUPERVISED:] = ids[:, -SUPERVISED:]
-    batch = AssistantBatch(ids, torch.ones_like(ids), {"image": soft}, {"image": (torch.randn(RECORDS, 16, WIDTH), None)}, labels)
+    places = torch.arange(RECORDS * LENGTH).view(RECORDS, LENGTH)
+    learnt = places[:, -SUPERVISED:].flatten()
+    features = {"image": (torch.randn(RECORDS, 16, WIDTH), None)}
+    soft = {"image": places[:, 1 : 1 + SOFT].flatten()}
+    batch = AssistantBatch(ids, soft, features, supervised=learnt - 1, targets=ids.view(-1)[learnt])
     shapes: list[torch.Size] = []
     assistant.language_model.get_output_embeddings().register_forward_hook(lambda _, inputs, logits: shapes.append(logits.shape))
     with Operations() as operations, torch.autocast("cpu", torch.bfloat16):
         assistant(batch).backward()
-    return Step(operations, *shapes)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace, torch.autocast("cpu", torch.bfloat16):
+        assistant(batch).backward()
+    return Step(operations, shapes[0], WAITS & {event.name for event in trace.events()})
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,11 @@ def test_a_layer_casts_no_activation_but_in_its_norms_and_its_attention(steps: d
 def test_a_layer_takes_at_most_so_many_kernels(steps: dict[int, Step]) -> None:
     """With the layers of peft and the norms of transformers it were 245."""
     assert (steps[3].operations.kernels - steps[1].operations.kernels) / 2 <= MOST_KERNELS
+
+
+def test_python_waits_for_no_number_in_a_step(steps: dict[int, Step]) -> None:
+    """Each of these would make it wait for the GPU. Where tokens, images and targets are, the collate function says."""
+    assert not steps[1].waits
 
 
 def test_logits_are_computed_at_supervised_positions_alone(steps: dict[int, Step]) -> None:
