@@ -142,7 +142,8 @@ def prepare(case: Case) -> None:
         while len(batches) < case.steps:
             sampler.set_epoch(len(batches) // sampler.steps)
             for part in sampler:
-                batches.append(split[part] | {"masks": masks(split.tokens, part.records, split[part]["tokens"])})
+                batch = split[part]
+                batches.append(batch | {"masks": masks(split.tokens, part.records, batch["tokens"])})
                 media.append([ref for record in part.records for ref in records[record].media()])
         torch.save(batches[: case.steps], case.path / f"batches{rank}.pt")
         torch.save(media[: case.steps], case.path / f"media{rank}.pt")

@@ -1,6 +1,5 @@
 """Collectives of a worker group: over two real processes, and of a single worker without a process group."""
 
-import multiprocessing
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ import torch.distributed as dist
 
 from raytrain2p.models.distributed import NumberOfFirst, WorkerGroup
 from raytrain2p.models.precision import agree_on_precision
+from tests.two_workers import found_by_two
 
 CPU = torch.device("cpu")
 
@@ -37,14 +37,7 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_two_workers_agree(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=one_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = found_by_two(one_of_two, tmp_path, seconds=120)
     assert (first.pop("first"), second.pop("first")) == (True, False)
     assert (first.pop("share"), second.pop("share")) == ([10, 12], [11])
     assert (first.pop("calls"), second.pop("calls")) == (1, 0)

@@ -1,7 +1,6 @@
 """Contrastive losses: by hand, and over two real workers."""
 
 import math
-import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raytrain2p.models.losses import LARGEST_SCALE, ContrastiveLoss
+from tests.two_workers import found_by_two
 
 FORMS = ("softmax", "sigmoid")
 CASES = [(form, absent) for form in FORMS for absent in (False, True)]
@@ -66,15 +66,7 @@ def half_of_the_union(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two real workers found."""
-    folder = tmp_path_factory.mktemp("workers")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=half_of_the_union, args=(rank, str(folder))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return found_by_two(half_of_the_union, tmp_path_factory.mktemp("workers"), seconds=60)
 
 
 @pytest.mark.parametrize(("form", "absent"), CASES)

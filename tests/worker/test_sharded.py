@@ -1,6 +1,5 @@
 """What FSDP exchanges, counted over two real processes."""
 
-import multiprocessing
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raytrain2p.worker.lightning_trainer import ShardedStrategy
+from tests.two_workers import found_by_two
 
 FROZEN, TRAINED = 64, 8
 
@@ -50,13 +50,6 @@ def one_of_two(rank: int, folder: str) -> None:
 
 
 def test_a_checkpoint_gathers_what_trains_and_not_the_frozen_base(tmp_path: Path) -> None:
-    spawn = multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=one_of_two, args=(rank, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = found_by_two(one_of_two, tmp_path, seconds=120)
     assert first == {"names": ["adapter.weight"], "right": ["adapter.weight"], "bytes": 4 * FROZEN * TRAINED}
     assert second == {"names": [], "right": [], "bytes": 4 * FROZEN * TRAINED}

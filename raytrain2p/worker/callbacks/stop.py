@@ -40,7 +40,7 @@ class StopOnRequest(pl.Callback):
 
     def __init__(self, channel: RunChannel | None, group: WorkerGroup, preempted: Callable[[], bool] | None = None) -> None:
         self.channel, self.preempted = channel, preempted
-        self.asked = NumberOfFirst(group)
+        self.of_first = NumberOfFirst(group)
         self.requested, self.regroup = threading.Event(), threading.Event()
         self.seen_step, self.checked = -1, time.monotonic()
         if channel is not None:
@@ -71,7 +71,7 @@ class StopOnRequest(pl.Callback):
 
     def _end_if_requested(self, trainer: pl.Trainer) -> None:
         """Raise what rank 0 was asked for, on every worker: one that raised alone would leave the others waiting for it."""
-        asked = self.asked.exchange(self._asked())
+        asked = self.of_first.exchange(self._asked())
         if asked == STOP:
             raise SIGTERMException
         preempted = asked == CHECK and self.preempted is not None and self.preempted()
