@@ -129,6 +129,10 @@ class Assistant(nn.Module):
     def branch(self, modality: str) -> Branch:
         return cast(Branch, self.branches[modality])
 
+    def layers(self) -> nn.ModuleList:
+        """The language model's, all of one shape."""
+        return max((module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)), key=len)
+
     def parts(self) -> dict[str, nn.Module]:
         parts = {"language model": self.language_model, "aligner": self.branches, "projector": self.projector}
         return parts | ({"recall": self.recall} if self.recall is not None else {})
@@ -147,6 +151,15 @@ class Assistant(nn.Module):
             self.branch(modality).map.requires_grad_(train_aligner)
         self.projector.requires_grad_(True)
         return count_parameters(self.parts())
+
+    def convert(self, dtype: torch.dtype) -> None:
+        """The language model's weights to float32 where they train, else to `dtype`."""
+
+        def converted(value: torch.Tensor) -> torch.Tensor:
+            is_weight = isinstance(value, nn.Parameter) and value.is_floating_point()
+            return value.to(torch.float32 if value.requires_grad else dtype) if is_weight else value
+
+        self.language_model._apply(converted)
 
     def own_weights(self) -> dict[str, torch.Tensor]:
         """What model.pt holds, once `freeze` was called: all but the language model's frozen weights and buffers, which come with it."""
@@ -199,11 +212,14 @@ class Assistant(nn.Module):
         return self.loss_sum(batch)
 
     @torch.inference_mode()
-    def generate(self, batch: AssistantBatch, max_new_tokens: int, stop_ids: list[int], pad_id: int, streamer: Any = None) -> torch.Tensor:
+    def generate(
+        self, batch: AssistantBatch, max_new_tokens: int, stop_ids: list[int], pad_id: int, streamer: Any = None, together: bool = False
+    ) -> torch.Tensor:
         """Greedy answers, token IDs (B, at most max_new_tokens). The records must be padded on the left.
 
         Args:
             streamer: of transformers; gets each token of a single record.
+            together: go on until all workers have their answers: each has a part of the weights.
         """
         return self.language_model.generate(
             inputs_embeds=self.embed(batch),
@@ -216,6 +232,7 @@ class Assistant(nn.Module):
             eos_token_id=stop_ids,
             pad_token_id=pad_id,
             streamer=streamer,
+            synced_gpus=together,
         )
 
 
@@ -267,7 +284,7 @@ class AssistantShape:
         return asdict(self)
 
 
-def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False) -> Assistant:
+def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False, as_stored: bool = False) -> Assistant:
     """The pretrained language model, with adapters if `shape.tuning` is `lora`; the aligner's branches and projector untrained.
 
     Which weights train is for `Assistant.freeze` to set.
@@ -276,17 +293,20 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
         attention: kernel, as transformers names it.
         dtype: of the frozen weights; those that train are float32.
         empty: build from the configuration alone, without reading weights (for counting, on the meta device).
+        as_stored: the language model's weights are as its files have them, and mapped into memory, which all processes of a machine share;
+            `Assistant.convert` is for later.
     """
     directory = model_directory(shape.language_model, "model.language_model")
+    stored = "auto" if as_stored or shape.tuning == "full" else dtype
     if empty:
         base = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(directory, trust_remote_code=False), dtype=dtype, attn_implementation=attention
         )
     else:
-        base = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation=attention, trust_remote_code=False)
+        base = AutoModelForCausalLM.from_pretrained(directory, dtype=stored, attn_implementation=attention, trust_remote_code=False)
     base.generation_config = GenerationConfig()
     if shape.tuning == "full":
-        base = base.float()
+        base = base if as_stored else base.float()
     elif not empty:
         replace_norms(base)
     if shape.tuning == "lora":

@@ -1,6 +1,6 @@
 """The workers of a run and their collectives: the one place where ranks are compared."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -33,6 +33,14 @@ class WorkerGroup:
     def share(self, items: Items) -> Items:
         """Every `size`-th item, beginning at `rank`."""
         return items[self.rank :: self.size]
+
+    def batches(self, items: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """This worker's share in batches, and whether each counts. All workers get equally many: those whose share is too short for the
+        last one get one that does not count."""
+        mine = self.share(items)
+        for start in range(0, -(-len(items) // self.size), size):
+            batch = mine[start : start + size]
+            yield (batch, True) if len(batch) else (items[:1], False)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over the workers, on each of them."""

@@ -1,20 +1,22 @@
 """What the LightningModules of both phases share: optimizer, schedule, the step's loss, checkpoints of what trains."""
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from raytrain2p.config.settings import TrainingSettings
+from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.parameters import ParameterCount
 from raytrain2p.phases.inputs import Batch, warmup_of
 
+T = TypeVar("T")
 Answer = dict[str, Any]  # a row of the table of sample answers
 
 
@@ -35,8 +37,8 @@ class PhaseModule(pl.LightningModule):
     def passes_per_step(self) -> int:
         return self.training_settings.gradient_accumulation_steps(self.trainer.world_size)
 
-    def shardable(self) -> list[nn.Module]:
-        """Submodules that FSDP shards one by one, innermost first."""
+    def shardable(self) -> list[tuple[nn.Module, MixedPrecisionPolicy]]:
+        """Modules that FSDP shards one by one, innermost first, and this one last; and the precision in which each is gathered."""
         raise NotImplementedError
 
     def total_loss(self, batch: Batch) -> torch.Tensor:
@@ -51,9 +53,13 @@ class PhaseModule(pl.LightningModule):
         """Shard, if the strategy is FSDP: then, and only then, there is a device mesh."""
         mesh = self.device_mesh
         if mesh is not None and not isinstance(self, FSDPModule):
-            for part in self.shardable():
-                fully_shard(part, mesh=mesh["data_parallel"])
-            fully_shard(self, mesh=mesh["data_parallel"])
+            for part, precision in self.shardable():
+                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=precision)
+            register_fsdp_forward_method(self, "as_forward")
+
+    def as_forward(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which calls parts of this module. Where it is sharded, all workers must do so, and equally often."""
+        return work()
 
     def on_train_start(self) -> None:
         """Sets the rates of the settings: a checkpoint has its own, and population-based training resumes with others."""
@@ -111,6 +117,8 @@ class PhaseModule(pl.LightningModule):
                 counts = min(on_device["step_tokens"], 1)  # 0: a batch that does not count: it keeps this worker in step with the others
                 parts += counts * torch.stack([total.detach().float(), total.new_tensor(float(count), dtype=torch.float32)])
         self.train()
+        if isinstance(self, FSDPModule):  # a forward pass leaves the outermost weights gathered, for the backward pass
+            self.reshard()
         total, count = strategy.reduce(parts, reduce_op="sum")
         return float(total / count)
 
@@ -150,6 +158,31 @@ class PhaseModule(pl.LightningModule):
 def whole(value: torch.Tensor) -> torch.Tensor:
     """The value of a norm, or of a parameter; if it is sharded, gathered from all workers."""
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def whole_on_first(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Named tensors on rank 0's CPU, and nothing on the others; those that are sharded are gathered one after the other."""
+    first, kept = WorkerGroup.current().is_first, dict[str, torch.Tensor]()
+    for name, value in tensors:
+        gathered = whole(value.detach())
+        kept |= {name: gathered.cpu()} if first else {}
+    return kept
+
+
+@torch.no_grad()
+def take_over(parameter: torch.Tensor, value: torch.Tensor) -> bool:
+    """Copy a value, which every worker has, into a parameter, which may be sharded: then only this worker's shard of the value is read.
+
+    Returns:
+        Whether what was read is finite.
+    """
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(value)
+        return bool(value.isfinite().all())
+    shard = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    mine = shard.to_local()
+    parameter.to_local().copy_(mine)
+    return bool(mine.isfinite().all())
 
 
 def _fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

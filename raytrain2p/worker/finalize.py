@@ -14,7 +14,7 @@ from raytrain2p.data.media import MEDIA, MediaRef, decode
 from raytrain2p.data.records import spread
 from raytrain2p.models.artifacts import recorded_digest
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.phases.base import Answer, PhaseModule
+from raytrain2p.phases.base import Answer, PhaseModule, take_over
 from raytrain2p.phases.inputs import Split
 from raytrain2p.phases.registry import PhaseFunctions
 from raytrain2p.storage.errors import reporting_disk_errors
@@ -50,21 +50,21 @@ def whole_checkpoint(run: Run) -> Path | None:
     return best if best is not None and damage(best) is None else last_checkpoint(run.checkpoints)
 
 
-def restored(module: PhaseModule, checkpoint: Path, device: torch.device) -> PhaseModule:
-    """A new module with a checkpoint's trained weights, whole on this worker, in evaluation mode.
+def restored(module: PhaseModule, checkpoint: Path, device: torch.device, group: WorkerGroup) -> PhaseModule:
+    """The module with a checkpoint's trained weights, in evaluation mode. What is sharded stays so.
 
     Raises:
         DivergedError: they are not finite: a version that did not check them saved them.
     """
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    if not all(bool(value.isfinite().all()) for value in weights.values()):
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    finite = [take_over(parameter, weights[name]) for name, parameter in module.to(device).named_parameters() if name in weights]
+    if not all(group.gather(all(finite))):
         raise DivergedError(f"{checkpoint} has weights that are not finite; begin a new run")
-    module.load_state_dict(weights, strict=False)
-    return module.to(device).eval()
+    return module.eval()
 
 
-def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int, learnt: Split) -> None:
-    """Write the artifact. Results of the earlier one that it replaces are moved away first.
+def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int, learnt: Split, group: WorkerGroup) -> None:
+    """Rank 0 writes the artifact, with what the others have of it. Results of the earlier one that it replaces are moved away first.
 
     Raises:
         StorageError: the disk is full, or gone.
@@ -74,7 +74,8 @@ def export(phase: PhaseFunctions, module: PhaseModule, run: Run, steps: int, lea
     with reporting_disk_errors(path, size):
         config = run.files.read_config()
         assert config is not None, "open_run_writer has written it"
-        set_aside_results(run, steps)
+        if group.is_first:
+            set_aside_results(run, steps)
         phase.export(module, path, config, learnt)
 
 

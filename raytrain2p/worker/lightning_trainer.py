@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from raytrain2p.config import Settings
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.phases.base import Batch, PhaseModule, whole
+from raytrain2p.phases.base import Batch, PhaseModule, whole_on_first
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_writer import RunWriter
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
@@ -49,12 +49,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, whole, on rank 0, and nothing on the others. Frozen weights are not gathered: a checkpoint does not hold them."""
         assert self.lightning_module is not None
-        gathered = dict[str, torch.Tensor]()
-        for name, parameter in self.lightning_module.named_parameters():
-            if parameter.requires_grad:
-                value = whole(parameter.detach())
-                gathered |= {name: value.cpu()} if self.is_global_zero else {}
-        return gathered
+        return whole_on_first((name, value) for name, value in self.lightning_module.named_parameters() if value.requires_grad)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """As every other strategy does, through the checkpoint plugin; the state is gathered by now."""

@@ -63,9 +63,8 @@ def train(job: TrainJob) -> None:
             return
 
         best = checkpoint_to_export(run, group)
-        module = restored(phase.build(settings, steps, precision), best, trainer.strategy.root_device)
-        if writer is not None:  # before anything is measured: the trained weights are safe then
-            export(phase, module, run, steps, data[TRAIN])
+        module = restored(module, best, trainer.strategy.root_device, group)
+        export(phase, module, run, steps, data[TRAIN], group)  # before anything is measured: the trained weights are safe then
         metrics, answers = evaluate(phase, module, data, job, group, precision)
         if writer is not None:
             writer.write_metrics(metrics, steps)

@@ -39,9 +39,6 @@ class Small(PhaseModule):
         self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.stop, self.noted = stop, list[tuple[int, int, list[float], float]]()
 
-    def shardable(self) -> list[nn.Module]:
-        return []
-
     def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
         loss = (self.net(batch["x"][:, None] / RECORDS) - 1).square().mean()
         self.noted.append((self.trainer.global_step, self.trainer.current_epoch, batch["x"].tolist(), float(loss)))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.storage.files import read_json, write_json
 from raytrain2p.tracking.run import Run
 from raytrain2p.worker.callbacks.nonfinite import DivergedError
@@ -56,7 +57,7 @@ def test_weights_that_are_not_finite_never_become_an_artifact(tmp_path: Path, nu
     module: Any = torch.nn.Linear(2, 1)
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": module.state_dict()}, path)
-    assert restored(module, path, torch.device("cpu")) is module
+    assert restored(module, path, torch.device("cpu"), WorkerGroup()) is module
     torch.save({"state_dict": {"weight": torch.tensor([[1.0, number]])}}, path)
     with pytest.raises(DivergedError, match=r"last\.ckpt has weights that are not finite"):
-        restored(module, path, torch.device("cpu"))
+        restored(module, path, torch.device("cpu"), WorkerGroup())

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from scipy.sparse import coo_array
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from raytrain2p.config import AlignmentSettings
 from raytrain2p.config.phases import ALIGNMENT
@@ -22,7 +24,7 @@ from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.pretrained import fingerprint
 from raytrain2p.phases.alignment.data import AlignmentSplit, build_aligner, encoder_specs
 from raytrain2p.phases.alignment.retrieval import retrieval_metrics
-from raytrain2p.phases.base import Answer, PhaseModule
+from raytrain2p.phases.base import Answer, PhaseModule, whole_on_first
 from raytrain2p.phases.inputs import Batch
 from raytrain2p.phases.online import OnlineEncoders
 
@@ -41,8 +43,9 @@ class AlignmentModule(PhaseModule):
         self.parameter_counts = count_parameters({"aligner": self.aligner, "loss": self.loss})
         self.encoders = OnlineEncoders(encoder_specs(settings.model))
 
-    def shardable(self) -> list[nn.Module]:
-        return list(self.aligner.branches.values())
+    def shardable(self) -> list[tuple[nn.Module, MixedPrecisionPolicy]]:
+        parts: list[nn.Module] = [*self.aligner.branches.values(), self]
+        return [(part, MixedPrecisionPolicy()) for part in parts]
 
     def vectors(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Unit vectors by modality of the items that the records have, (at most b, S)."""
@@ -126,12 +129,12 @@ def evaluate(
 
 def split_vectors(module: AlignmentModule, split: AlignmentSplit, group: WorkerGroup) -> dict[str, np.ndarray]:
     """Unit vectors by modality, in the order of the records that have it. Each worker maps its share of the records."""
-    size, mine = module.settings.evaluation.batch_size, group.share(np.arange(len(split)))
     vectors: dict[str, list[np.ndarray]] = {modality: [] for modality in split.tables}
-    for start in range(0, len(mine), size):
-        batch = module.transfer_batch_to_device(split[MicroBatch(mine[start : start + size], 0)], module.device, 0)
-        for modality, rows in module.vectors(batch).items():
-            vectors[modality].append(rows.cpu().numpy())
+    for records, counts in group.batches(np.arange(len(split)), module.settings.evaluation.batch_size):
+        batch = module.transfer_batch_to_device(split[MicroBatch(records, 0)], module.device, 0)
+        for modality, rows in module.as_forward(partial(module.vectors, batch)).items():
+            if counts:
+                vectors[modality].append(rows.cpu().numpy())
     parts = group.gather({modality: np.concatenate(rows) for modality, rows in vectors.items() if rows})
     whole: dict[str, np.ndarray] = {}
     for modality, table in split.tables.items():
@@ -148,16 +151,22 @@ def text_vectors(module: AlignmentModule, split: AlignmentSplit) -> torch.Tensor
     for start in range(0, len(numbers), TEXTS_AT_ONCE):
         features = table.load(numbers[start : start + TEXTS_AT_ONCE], None)
         batch = module.transfer_batch_to_device({"items": {TEXT: features}}, module.device, 0)
-        vectors.append(module.vectors(batch)[TEXT])
+        vectors.append(module.as_forward(partial(module.vectors, batch))[TEXT])
     return torch.cat(vectors).cpu()
 
 
 def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: AlignmentSplit | None = None) -> None:
-    """Write aligner.pt. With it go the beginnings of texts of the training set, and their vectors, for `model.recall_tokens`."""
+    """Write aligner.pt. With it go the beginnings of texts of the training set, and their vectors, for `model.recall_tokens`.
+
+    A collective: rank 0 writes.
+    """
     known = {}
     if learnt is not None and learnt.texts:
         texts = [text[:LONGEST_BEGINNING] for text in learnt.texts]
         known = {"known": {"texts": texts, "vectors": text_vectors(module, learnt)}}
+    weights, scale = (whole_on_first(part.state_dict().items()) for part in (module.aligner, module.loss))
+    if not WorkerGroup.current().is_first:
+        return
     save_artifact(
         path,
         ALIGNMENT,
@@ -167,7 +176,7 @@ def export(module: AlignmentModule, path: Path, config: dict[str, Any], learnt: 
             for modality, spec in encoder_specs(module.settings.model).items()
         },
         shape=module.aligner.shape,
-        state_dict={key: value.detach().cpu() for key, value in module.aligner.state_dict().items()},
-        loss={"form": module.loss.form, "state_dict": {key: value.detach().cpu() for key, value in module.loss.state_dict().items()}},
+        state_dict=weights,
+        loss={"form": module.loss.form, "state_dict": scale},
         **known,
     )

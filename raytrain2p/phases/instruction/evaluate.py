@@ -4,11 +4,13 @@ import copy
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from raytrain2p.data.batches import MicroBatch, Ragged
 from raytrain2p.data.chat import ChatFormat, load_chat_format
@@ -43,7 +45,7 @@ def evaluate(
             found = score(module, split, chosen, group)
             metrics[f"{name}/loss/{task}"] = found.loss
             metrics[f"{name}/exact_match/{task}"] = found.exact
-            metrics[f"{name}/token_f1/{task}"] = found.exact + sum(group.gather(f1_sum(module, split, found.wrong, chat))) / len(chosen)
+            metrics[f"{name}/token_f1/{task}"] = found.exact + f1_sum(module, split, found.wrong, group, chat) / len(chosen)
             learnt = slice(-1, None) if module.settings.data.loss_on == "last" else slice(None)
             commonest = Counter(tuple(split.records[record].answers[learnt]) for record in chosen).most_common(1)[0][1]
             metrics[f"{name}/majority/{task}"] = commonest / len(chosen)
@@ -83,7 +85,7 @@ def shuffle_items(items: Ragged, chosen: np.ndarray, seed: int) -> Ragged:
 
 
 class Score(NamedTuple):
-    """Mean loss per token, the share of records that are answered exactly, and the numbers of this worker's others."""
+    """Mean loss per token, the share of records that are answered exactly, and the numbers of the others."""
 
     loss: float
     exact: float
@@ -97,39 +99,44 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
     Greedy decoding gives the reference, up to the stop token, if and only if each of its tokens is the most likely one after
     the tokens before it: one forward pass decides that, without generating.
     """
-    mine = group.share(chosen[np.argsort(split.lengths[chosen], kind="stable")])
-    total, tokens, right = 0.0, 0, np.zeros(len(mine), bool)
-    size = module.settings.evaluation.batch_size
-    for start in range(0, len(mine), size):
-        batch = module.assemble(module.transfer_batch_to_device(split[MicroBatch(mine[start : start + size], 0)], module.device, 0))
-        logits, targets = module.assistant.supervised_logits(batch)
+    total, tokens, wrong_here = 0.0, 0, list[int]()
+    ordered = chosen[np.argsort(split.lengths[chosen], kind="stable")]
+    for mine, counts in group.batches(ordered, module.settings.evaluation.batch_size):
+        batch = module.assemble(module.transfer_batch_to_device(split[MicroBatch(mine, 0)], module.device, 0))
+        logits, targets = module.as_forward(partial(module.assistant.supervised_logits, batch))
+        if not counts:
+            continue
         assert batch.supervised is not None
         records, length = batch.input_ids.shape
         wrong = torch.zeros(records, device=logits.device)
         wrong.index_add_(0, batch.supervised // length, (logits.argmax(-1) != targets).float())
         total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
         tokens += len(targets)
-        right[start : start + size] = (wrong == 0).cpu().numpy()
-    sums = np.array(group.gather((total, tokens, int(right.sum())))).sum(axis=0)
-    return Score(float(sums[0] / sums[1]), float(sums[2] / len(chosen)), mine[~right])
+        wrong_here += mine[(wrong > 0).cpu().numpy()].tolist()
+    totals, counts_of_tokens, wrongs = zip(*group.gather((total, tokens, wrong_here)), strict=True)
+    is_wrong = np.isin(ordered, np.concatenate(wrongs))
+    return Score(sum(totals) / sum(counts_of_tokens), float((~is_wrong).mean()), ordered[is_wrong])
 
 
-def f1_sum(module: InstructionModule, split: InstructionSplit, records: np.ndarray, chat: ChatFormat) -> float:
+def f1_sum(module: InstructionModule, split: InstructionSplit, records: np.ndarray, group: WorkerGroup, chat: ChatFormat) -> float:
     """The token F1 of the last answers of records, added up. Of those that are answered exactly it is 1, without generating."""
-    answers = generated(module, split, records, chat)
+    answers = generated(module, split, records, group, chat)
     ids, prompts = split.tokens.ids, split.tokens.prompts
-    expected = (chat.text(ids[number][prompts[number] :].tolist()) for number in records.tolist())
-    return sum(map(token_f1, answers, expected))
+    return sum(token_f1(answer, chat.text(ids[number][prompts[number] :].tolist())) for number, answer in answers.items())
 
 
-def generated(module: InstructionModule, split: InstructionSplit, records: np.ndarray, chat: ChatFormat) -> list[str]:
-    """Greedy answers to records, of at most `evaluation.max_new_tokens`."""
-    settings, stop, texts = module.settings.evaluation, list(chat.stop_ids), list[str]()
-    for start in range(0, len(records), settings.batch_size):
-        prompts = split.prompts(MicroBatch(records[start : start + settings.batch_size], 0))
-        batch = module.assemble(module.transfer_batch_to_device(prompts, module.device, 0))
-        texts += map(chat.text, module.assistant.generate(batch, settings.max_new_tokens, stop, stop[0]).tolist())
-    return texts
+def generated(
+    module: InstructionModule, split: InstructionSplit, records: np.ndarray, group: WorkerGroup, chat: ChatFormat
+) -> dict[int, str]:
+    """Greedy answers to records, of at most `evaluation.max_new_tokens`, by record; on each worker."""
+    settings, stop, answers = module.settings.evaluation, list(chat.stop_ids), dict[int, str]()
+    for mine, counts in group.batches(records, settings.batch_size):
+        batch = module.assemble(module.transfer_batch_to_device(split.prompts(MicroBatch(mine, 0)), module.device, 0))
+        generate = partial(module.assistant.generate, together=isinstance(module, FSDPModule))
+        tokens = module.as_forward(partial(generate, batch, settings.max_new_tokens, stop, stop[0]))
+        if counts:
+            answers |= zip(mine.tolist(), map(chat.text, tokens.tolist()), strict=True)
+    return {record: answer for part in group.gather(answers) for record, answer in part.items()}
 
 
 def sample_answers(
@@ -137,9 +144,7 @@ def sample_answers(
 ) -> list[Answer]:
     """Generated answers to a few records of a split, as rows of a table."""
     chosen = np.sort(np.random.default_rng(module.settings.seed).permutation(len(split))[:most])
-    mine = group.share(chosen)
-    answers = zip(mine.tolist(), generated(module, split, mine, chat), strict=True)
-    texts = {record: text for part in group.gather(list(answers)) for record, text in part}
+    texts = generated(module, split, chosen, group, chat)
     return [answer_row(name, split.records[number], texts[number]) for number in chosen.tolist()]
 
 

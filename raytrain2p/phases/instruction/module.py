@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from raytrain2p.config import InstructionSettings
 from raytrain2p.config.phases import INSTRUCTION
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.assistant import Assistant, AssistantBatch, build_assistant
+from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import fingerprint, model_directory
 from raytrain2p.models.recall import Recall
-from raytrain2p.phases.base import PhaseModule
+from raytrain2p.phases.base import PhaseModule, whole_on_first
 from raytrain2p.phases.inputs import Batch
 from raytrain2p.phases.instruction.aligner import FoundAligner, required_aligner
 from raytrain2p.phases.instruction.checks import encoder_specs
@@ -26,15 +28,24 @@ from raytrain2p.phases.online import OnlineEncoders
 class InstructionModule(PhaseModule):
     """The assistant as a LightningModule."""
 
-    def __init__(self, settings: InstructionSettings, assistant: Assistant, total_steps: int) -> None:
+    def __init__(self, settings: InstructionSettings, assistant: Assistant, total_steps: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(settings.training, settings.seed, total_steps)
         self.settings = settings
-        self.assistant = assistant
+        self.assistant, self.dtype_of_products = assistant, dtype
         self.encoders = OnlineEncoders(encoder_specs(settings))
 
-    def shardable(self) -> list[nn.Module]:
-        layers = max((m for m in self.assistant.language_model.modules() if isinstance(m, nn.ModuleList)), key=len)
-        return [*layers, *(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
+    def configure_model(self) -> None:
+        """What was left as its files have it, is converted shard by shard."""
+        super().configure_model()
+        self.assistant.convert(self.dtype_of_products)
+
+    def shardable(self) -> list[tuple[nn.Module, MixedPrecisionPolicy]]:
+        """A language model that trains is gathered as autocast would cast it: in float32 it would be twice as much to send and to keep."""
+        float32 = as_is = MixedPrecisionPolicy()
+        if self.settings.model.tuning == "full":
+            as_is = MixedPrecisionPolicy(self.dtype_of_products, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        own = [*(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
+        return [*((layer, as_is) for layer in self.assistant.layers()), *((part, float32) for part in own), (self, as_is)]
 
     def assemble(self, batch: Batch) -> AssistantBatch:
         return AssistantBatch(features=self.encoders.features(batch["items"], self.device), **batch["tokens"])
@@ -62,7 +73,8 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
         attention = "sdpa" if settings.launch.gpus else "eager"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     aligner = required_aligner(settings)
-    assistant = build_assistant(assistant_shape(settings), attention, dtype)
+    sharded = settings.launch.strategy == "fsdp"
+    assistant = build_assistant(assistant_shape(settings), attention, dtype, as_stored=sharded)
     wanted = tuple(f"{modality}." for modality in assistant.branches)
     assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
     if assistant.recall is not None:
@@ -72,7 +84,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # from_pretrained returns the model in evaluation mode, which has neither dropout nor checkpointed activations
-    module = InstructionModule(settings, assistant.train(), total_steps)
+    module = InstructionModule(settings, assistant.train(), total_steps, dtype)
     module.parameter_counts = assistant.freeze(model.tuning, model.train_aligner)
     return module
 
@@ -102,8 +114,13 @@ def online(module: InstructionModule, data: Mapping[str, InstructionSplit]) -> d
 
 
 def export(module: InstructionModule, path: Path, config: dict[str, Any], learnt: InstructionSplit | None = None) -> None:
-    """Write model.pt: the trained weights, the aligner's branches, the shape to build them into, and the most items of a record."""
-    model, assistant = module.settings.model, module.assistant
+    """Write model.pt: the trained weights, the aligner's branches, the shape to build them into, and the most items of a record.
+
+    A collective: rank 0 writes.
+    """
+    model, weights = module.settings.model, whole_on_first(module.assistant.own_weights().items())
+    if not WorkerGroup.current().is_first:
+        return
     trained = required_aligner(module.settings).encoders
     save_artifact(
         path,
@@ -113,6 +130,6 @@ def export(module: InstructionModule, path: Path, config: dict[str, Any], learnt
         encoders={modality: {**trained[modality], "name": spec.name} for modality, spec in encoder_specs(module.settings).items()},
         system_prompt=model.system_prompt,
         shape=assistant_shape(module.settings).to_dict(),
-        state_dict={name: value.detach().cpu() for name, value in assistant.own_weights().items()},
+        state_dict=weights,
         most_media={modality: int(table.items.lengths.max()) for modality, table in (learnt.tables if learnt else {}).items()},
     )
