@@ -323,3 +323,21 @@ def test_an_assistant_can_be_counted_without_reading_weights(families: dict[str,
 def test_a_shape_survives_as_plain_types(families: dict[str, Path]) -> None:
     shape = AssistantShape(str(families["llama"]), {"image": K}, "lora", LORA, ALIGNER)
     assert AssistantShape(**shape.to_dict()) == shape
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped into memory")
+@pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
+def test_weights_as_stored_are_mapped_from_their_file_so_that_a_machine_has_one_copy(families: dict[str, Path], tuning: str) -> None:
+    file = families["llama"] / "model.safetensors"
+    assistant = built(families["llama"], tuning, torch.bfloat16, as_stored=True)
+    spans = [line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
+    mapped = [range(*(int(end, 16) for end in span)) for span in spans]
+    base = {name: weight for name, weight in assistant.language_model.named_parameters() if "lora_" not in name}
+    assert [name for name, weight in base.items() if not any(weight.data_ptr() in span for span in mapped)] == []
+
+    before = {name: weight.detach().clone() for name, weight in base.items()}
+    assistant.convert(torch.bfloat16)
+    for name, weight in base.items():
+        assert weight.dtype == (torch.float32 if tuning == "full" else torch.bfloat16)
+        assert torch.equal(weight, before[name].to(weight.dtype)), name
+    assert all(weight.dtype == torch.float32 for name, weight in assistant.named_parameters() if weight.requires_grad)
