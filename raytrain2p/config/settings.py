@@ -422,6 +422,9 @@ class InstructionModelSettings(SettingsGroup):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = setting(
         "auto", "attention kernel; `auto`: eager on CPUs (measured: 1.6x the speed of sdpa there), sdpa on GPUs", _MODEL.but(resume=FREE)
     )
+    compile: bool = setting(
+        False, "compile the language model's layers: shorter steps on GPUs, after a minute or more at the first", _MODEL.but(resume=FREE)
+    )
 
     def tokens_of(self, modality: str) -> int:
         """All soft tokens of an item of this modality."""

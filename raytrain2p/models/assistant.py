@@ -133,6 +133,11 @@ class Assistant(nn.Module):
         """The language model's, all of one shape."""
         return max((module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Each layer is one graph from its first pass on, and all of them, at any length, share what is compiled."""
+        for layer in self.layers():
+            layer.compile(backend=backend, dynamic=True)
+
     def parts(self) -> dict[str, nn.Module]:
         parts = {"language model": self.language_model, "aligner": self.branches, "projector": self.projector}
         return parts | ({"recall": self.recall} if self.recall is not None else {})

@@ -50,7 +50,16 @@ class AdaptedLinear(lora.Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not self.is_usual():
             return super().forward(x, *args, **kwargs)
-        return self.siblings.output(self, x)
+        return self.plain(x) if torch.compiler.is_compiling() else self.siblings.output(self, x)
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """The formula of `_Adapted` in operations that torch.compile joins, and differentiates, itself."""
+        name, weight = self.active_adapters[0], self.base_layer.weight
+        with torch.autocast(x.device.type, enabled=False):
+            down, up = (of[name].weight.to(weight.dtype) for of in (self.lora_A, self.lora_B))
+            rows = x.to(weight.dtype)
+            low = nn.functional.linear(rows, down)
+            return nn.functional.linear(rows, weight, self.base_layer.bias) + self.scaling[name] * nn.functional.linear(low, up)
 
     def is_usual(self) -> bool:
         name, *others = self.active_adapters or [""]

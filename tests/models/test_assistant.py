@@ -341,3 +341,20 @@ def test_weights_as_stored_are_mapped_from_their_file_so_that_a_machine_has_one_
         assert weight.dtype == (torch.float32 if tuning == "full" else torch.bfloat16)
         assert torch.equal(weight, before[name].to(weight.dtype)), name
     assert all(weight.dtype == torch.float32 for name, weight in assistant.named_parameters() if weight.requires_grad)
+
+
+def test_compiled_layers_share_their_graphs_at_any_length_and_compute_the_same(families: dict[str, Path]) -> None:
+    """A graph for layers whose input needs a gradient, and one for a first layer whose input does not. No part of a layer is left out."""
+    counters = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counters.clear()
+    plain, compiled = (built(families["llama"]).train() for _ in range(2))
+    compiled.compile_layers("aot_eager")
+    for numbers in ([0, 1], [1, 2], [0, 1, 2]):
+        batch, found = batch_of(*numbers), []
+        for assistant in (plain, compiled):
+            loss = assistant(batch)
+            found.append([loss, *torch.autograd.grad(loss, [weight for weight in assistant.parameters() if weight.requires_grad])])
+        torch.testing.assert_close(found[1], found[0])
+    assert counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]
