@@ -29,6 +29,7 @@ class PhaseModule(pl.LightningModule):
         self.total_steps = total_steps
         self.steps_per_epoch: int | None = None  # set before a resume
         self.strict_loading = False  # the frozen weights are not in the checkpoint
+        self.compiled = False  # whether parts of it run through torch.compile
         self.parameter_counts: dict[str, ParameterCount] = {}  # by part
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
         self.gradient_norm = torch.zeros(())  # of the step, before clipping; equal on all workers

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -104,7 +104,8 @@ def evaluate(
     tests = list(job.settings.data.test)
     if group.is_first and tests:
         job.channel.put(Stage(f"evaluating on {', '.join(tests)}"))
-    with torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
+    as_it_is = torch.compiler.set_stance("force_eager") if module.compiled else nullcontext()  # each length of an answer would be compiled
+    with as_it_is, torch.autocast(module.device.type, torch.bfloat16, enabled=precision == "bf16"):
         return phase.evaluate(module, data, tests, group)
 
 

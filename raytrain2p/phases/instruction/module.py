@@ -83,10 +83,11 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
         assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if model.compile:
-        assistant.compile_layers()
     # from_pretrained returns the model in evaluation mode, which has neither dropout nor checkpointed activations
     module = InstructionModule(settings, assistant.train(), total_steps, dtype)
+    if model.compile:
+        assistant.compile_layers()
+        module.compiled = True
     module.parameter_counts = assistant.freeze(model.tuning, model.train_aligner)
     return module
 
