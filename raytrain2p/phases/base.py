@@ -32,6 +32,7 @@ class PhaseModule(pl.LightningModule):
         self.compiled = False  # whether parts of it run through torch.compile
         self.parameter_counts: dict[str, ParameterCount] = {}  # by part
         self.pass_loss = torch.zeros(())  # this worker's share of the step's loss: summed over passes, averaged over workers
+        self.pass_tokens = 0  # that this worker's language model has read in the pass; padding does not count
         self.gradient_norm = torch.zeros(())  # of the step, before clipping; equal on all workers
 
     @property
@@ -80,7 +81,7 @@ class PhaseModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
         loss = self.total_loss(batch)
-        self.pass_loss = loss.detach() / self.passes_per_step
+        self.pass_loss, self.pass_tokens = loss.detach() / self.passes_per_step, batch.get("tokens_read", 0)
         return loss
 
     def configure_gradient_clipping(

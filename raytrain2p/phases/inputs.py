@@ -29,7 +29,7 @@ TRAIN, VAL = "train", "val"
 SAMPLED = 128  # items from which the size of all features is estimated
 ABSENT = {"val": "no validation loss", "test": "nothing is evaluated after training"}  # what the user should know if it is
 Preprocess = Callable[[Sequence[Any]], list[torch.Tensor]]  # decoded items to what their encoder takes
-Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, and `step_tokens`
+Batch = dict[str, Any]  # tensors of one worker's part of a forward pass, `step_tokens`, and in phase 2 `tokens_read`
 
 
 @dataclass(frozen=True)

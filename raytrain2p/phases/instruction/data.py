@@ -96,7 +96,8 @@ class InstructionSplit:
         items = {
             modality: table.load(table.of(micro_batch.records), self.preprocess.get(modality)) for modality, table in self.tables.items()
         }
-        return {"tokens": padded, "items": items, "step_tokens": micro_batch.step_tokens}
+        read = int(self.lengths[micro_batch.records].sum())
+        return {"tokens": padded, "items": items, "tokens_read": read, "step_tokens": micro_batch.step_tokens}
 
 
 @dataclass(frozen=True)

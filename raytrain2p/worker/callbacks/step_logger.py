@@ -1,5 +1,7 @@
 """Loss and learning rate of each training step: kept on the device, and written every few steps."""
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,6 +62,7 @@ class StepLogger(pl.Callback):
         self.gradient_norms: list[torch.Tensor] = []
         self.steps: list[tuple[int, float, float]] = []  # number, learning rate, time
         self.passes: torch.Tensor | float = 0.0
+        self.tokens, self.pass_tokens = list[int](), 0  # of this worker, by step, and of the passes of a step that is not over
         self.seen_step = -1
         self.since = 0.0
         self.of_epoch, self.since_checkpoint = Mean(), Mean()
@@ -79,6 +82,7 @@ class StepLogger(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.passes = self.passes + pl_module.pass_loss
+        self.pass_tokens += pl_module.pass_tokens
         if trainer.global_step == self.seen_step:
             return  # not the last pass of its step
         self.seen_step = trainer.global_step
@@ -86,7 +90,8 @@ class StepLogger(pl.Callback):
         self.losses.append(self.passes)
         self.gradient_norms.append(pl_module.gradient_norm)
         self.steps.append((self.seen_step, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
-        self.passes = 0.0
+        self.tokens.append(self.pass_tokens)
+        self.passes, self.pass_tokens = 0.0, 0
         if self.seen_step % self.every == 0:
             self.flush(trainer)
 
@@ -111,13 +116,17 @@ class StepLogger(pl.Callback):
         """
         if not self.losses:
             return
-        means = self.mean(torch.stack(self.losses))
-        losses, norms = torch.stack([means, torch.stack(self.gradient_norms).to(means)]).tolist()
+        here = torch.stack(self.losses)
+        means = self.mean(torch.stack([here, torch.tensor(self.tokens).to(here)]))
+        losses, tokens, norms = torch.stack([*means, torch.stack(self.gradient_norms).to(means)]).tolist()
         now = time.perf_counter()
         seconds_per_step = (now - self.since) / len(losses)
         speed = self.records_per_step / seconds_per_step
         if self.write is not None:
-            self.write(self._points(losses, speed))
+            speeds = {"samples_per_second": speed}
+            if any(tokens):
+                speeds["tokens_per_second"] = sum(tokens) * trainer.world_size / (now - self.since)
+            self.write(self._points(losses, speeds | {"peak_memory_megabytes": peak_megabytes(trainer.strategy.root_device)}))
         for (number, *_), loss, norm in zip(self.steps, losses, norms, strict=True):
             if self.nonfinite.check(number, loss, norm):  # a step that is left out does not hide the others' mean
                 self.of_epoch.add(loss)
@@ -126,15 +135,23 @@ class StepLogger(pl.Callback):
             step = self.steps[-1][0]
             left = (trainer.max_steps - step) * seconds_per_step
             self.show(StepProgress(self._epoch(step), step, trainer.max_steps, losses[-1], speed, left))
-        self.losses, self.gradient_norms, self.steps, self.since = [], [], [], now
+        self.losses, self.gradient_norms, self.steps, self.tokens, self.since = [], [], [], [], now
 
-    def _points(self, losses: list[float], speed: float) -> list[MetricPoint]:
+    def _points(self, losses: list[float], speeds: dict[str, float]) -> list[MetricPoint]:
         points = []
         for loss, (step, rate, at) in zip(losses, self.steps, strict=True):
             values = {"train_loss": loss, "learning_rate": rate, "epoch": float(self._epoch(step))}
             points += [MetricPoint(name, value, step, at) for name, value in values.items()]
         step, _, at = self.steps[-1]
-        return [*points, MetricPoint("samples_per_second", speed, step, at)]
+        return [*points, *(MetricPoint(name, value, step, at) for name, value in speeds.items())]
 
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.steps_per_epoch
+
+
+def peak_megabytes(device: torch.device) -> float:
+    """The most memory that was in use at once so far: of a GPU what PyTorch's tensors took, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

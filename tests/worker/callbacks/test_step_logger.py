@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -20,6 +21,7 @@ from raytrain2p.worker.callbacks.step_logger import Mean, StepLogger
 from raytrain2p.worker.channel import StepProgress
 from tests.training import ScriptedMetrics, trainer_in
 
+SPEEDS = {"samples_per_second", "tokens_per_second", "peak_memory_megabytes"}  # at each write
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 
 
@@ -30,7 +32,7 @@ class Counting(pl.LightningModule):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
         self.accumulate = accumulate
-        self.pass_loss = torch.zeros(())
+        self.pass_loss, self.pass_tokens = torch.zeros(()), 5
         self.gradient_norm = torch.ones(())
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
@@ -96,8 +98,18 @@ def test_no_metric_has_two_points_at_one_step(tmp_path: Path) -> None:
     kept = Kept()
     train(tmp_path, kept.log, passes=3, epochs=2)
     counts = Counter((point.name, point.step) for points in kept.writes for point in points)
-    assert {name for name, _ in counts} == {"train_loss", "learning_rate", "epoch", "samples_per_second", "train_loss_epoch"}
+    assert {name for name, _ in counts} == {"train_loss", "learning_rate", "epoch", *SPEEDS, "train_loss_epoch"}
     assert {place: count for place, count in counts.items() if count > 1} == {}
+
+
+def test_speeds_are_of_the_same_time_and_memory_is_that_of_the_process(tmp_path: Path) -> None:
+    kept = Kept(every=2)
+    train(tmp_path, kept.log, passes=6, accumulate=3)
+    ((_, samples),), ((_, tokens),), ((_, memory),) = (
+        kept.values(name) for name in ("samples_per_second", "tokens_per_second", "peak_memory_megabytes")
+    )
+    assert tokens / samples == pytest.approx(3 * 5 / 8), "three passes a step of five tokens each, eight records a step"
+    assert memory * 1e6 > psutil.Process().memory_info().rss / 2
 
 
 def test_accumulated_passes_sum_to_the_loss_of_their_step(tmp_path: Path) -> None:
@@ -154,7 +166,7 @@ def test_every_worker_joins_the_mean_though_it_writes_nothing(tmp_path: Path) ->
     sizes: list[int] = []
 
     def mean(losses: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(losses))
+        sizes.append(losses.shape[1])
         return losses
 
     train(tmp_path, StepLogger(2, 8, 3, mean, None, None, NonFinite(3, lambda step: [], None)), passes=3)
