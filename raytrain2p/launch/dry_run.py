@@ -14,7 +14,8 @@ from raytrain2p.models.precision import resolve_precision
 from raytrain2p.phases.inputs import TRAIN, PhaseInputs, planned_steps
 
 PROCESS_MB = 700  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
-GRADIENT_AND_ADAM = 4 + 8  # bytes per trained parameter beside its float32 weight: gradient, two moments
+KEPT_BY_MALLOC = 1.1  # memory of a process for each byte of its tensors, measured: freed blocks are not all given back
+WEIGHT_AND_MOMENTS = 4 + 8  # bytes per trained parameter: in float32, and two moments of Adam
 
 
 def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
@@ -56,13 +57,14 @@ def data_lines(inputs: PhaseInputs) -> list[str]:
 
 
 def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> float:
-    """Of a worker: weights, gradients, optimizer state and activations for the backward pass. An estimate: kernels add to it.
+    """Of a worker that trains: weights, optimizer state, and what a pass over the longest records takes. An estimate.
 
     Args:
         frozen, trained: parameters.
     """
-    on_cpu = resolve_precision(settings.training.precision, torch.device("cpu"))
-    width = 2 if "bf16" in (settings.training.precision, on_cpu) or settings.launch.gpus else 4
-    positions, activations = inputs.widest()
-    kept = settings.training.micro_batch(settings.launch.min_workers) * positions * activations * width
-    return PROCESS_MB + (frozen * width + trained * (4 + GRADIENT_AND_ADAM) + kept) / 1e6
+    chosen, on_cpu = settings.training.precision, resolve_precision(settings.training.precision, torch.device("cpu"))
+    precision = "bf16" if settings.launch.gpus and chosen == "auto" else on_cpu
+    width = 2 if precision == "bf16" else 4
+    sharing = settings.launch.min_workers if settings.launch.strategy == "fsdp" else 1
+    held = (frozen * width + trained * WEIGHT_AND_MOMENTS) / sharing
+    return PROCESS_MB + KEPT_BY_MALLOC * (held + inputs.bytes_of_pass(precision)) / 1e6

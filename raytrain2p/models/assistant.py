@@ -133,6 +133,10 @@ class Assistant(nn.Module):
         """The language model's, all of one shape."""
         return max((module for module in self.language_model.modules() if isinstance(module, nn.ModuleList)), key=len)
 
+    def checkpoint_layers(self) -> None:
+        """The layers' activations are computed again in the backward pass, and not kept until then. In training mode alone."""
+        self.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def compile_layers(self, backend: str = "inductor") -> None:
         """Each layer is one graph from its first pass on, and all of them, at any length, share what is compiled."""
         for layer in self.layers():

@@ -74,8 +74,13 @@ class PhaseModule(pl.LightningModule):
             group["weight_decay"] = settings.weight_decay if group["params"][0].ndim >= 2 else 0.0
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
-        """Dropout depends on the worker and the pass alone: a resumed run draws the same."""
+        """Dropout depends on the worker and the pass alone: a resumed run draws the same.
+
+        Lightning lets go of a step's gradients after the next forward pass, which would need memory for them and its activations at once.
+        """
         passes = self.passes_per_step
+        if index % passes == 0:
+            self.optimizers(use_pl_optimizer=False).zero_grad()
         place = [self.seed, self.trainer.global_rank, self.trainer.global_step * passes + index % passes]
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 

@@ -222,8 +222,8 @@ class PhaseInputs(Protocol):
     def tokens_per_step(self) -> int:
         """Expected tokens of a step, over all workers."""
 
-    def widest(self) -> tuple[int, int]:
-        """(positions, width of a position's activations), for the memory estimate."""
+    def bytes_of_pass(self, precision: str) -> int:
+        """The most memory that a worker's forward and backward pass takes at once, with gradients, without weights."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The assistant over small random language models of several families."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from raytrain2p.models.assistant import (
     build_assistant,
     pool_grid,
 )
+from raytrain2p.models.tracing import BytesInUse, most_bytes
 
 K, WIDTH, DIMENSION = 4, 10, 12
 SOFT = -1
@@ -358,3 +360,22 @@ def test_compiled_layers_share_their_graphs_at_any_length_and_compute_the_same(f
         torch.testing.assert_close(found[1], found[0])
     assert counters["stats"]["unique_graphs"] <= 2
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
+def test_a_pass_without_numbers_takes_as_much_memory_as_a_real_one(families: dict[str, Path], tuning: str, checkpointing: bool) -> None:
+    """In bytes of tensors. The two differ in norms that wait for numbers to be replaced, and in what autograd frees a little sooner."""
+    real, batch = built(families["llama"], tuning, torch.bfloat16).train(), batch_of(0, 1, 2)
+    with torch.device("meta"):
+        empty = built(families["llama"], tuning, torch.bfloat16, empty=True).train()
+    for assistant in (real, empty) if checkpointing else ():
+        assistant.checkpoint_layers()
+
+    def loss(assistant: Assistant) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return assistant(batch)
+
+    with BytesInUse() as in_use:
+        loss(real).backward()
+    assert most_bytes(empty, partial(loss, empty)) == pytest.approx(in_use.most, rel=0.1)

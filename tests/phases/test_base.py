@@ -38,8 +38,10 @@ class Small(PhaseModule):
         super().__init__(settings, 5, STEPS)
         self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.stop, self.noted = stop, list[tuple[int, int, list[float], float]]()
+        self.had_gradients: list[bool] = []  # at the beginning of each pass
 
     def total_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        self.had_gradients.append(any(parameter.grad is not None for parameter in self.parameters()))
         loss = (self.net(batch["x"][:, None] / RECORDS) - 1).square().mean()
         self.noted.append((self.trainer.global_step, self.trainer.current_epoch, batch["x"].tolist(), float(loss)))
         return loss
@@ -82,6 +84,11 @@ def train(
         with pytest.raises(SIGTERMException):
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=first > 0)
     return module
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_steps_gradients_are_gone_before_the_next_forward_pass_needs_memory(tmp_path: Path, passes: int) -> None:
+    assert train(tmp_path, passes).had_gradients == [number % passes > 0 for number in range(STEPS * passes)]
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -126,9 +126,9 @@ class AlignmentInputs(CheckedRecords):
         """There are no tokens in phase 1; a step is measured in records."""
         return self.settings.training.global_batch_size
 
-    def widest(self) -> tuple[int, int]:
-        """(positions, width) of the activations, for the memory estimate."""
-        return 64, self.settings.model.hidden
+    def bytes_of_pass(self, precision: str) -> int:
+        """An estimate, of 64 positions an item."""
+        return 4 * 64 * self.settings.model.hidden * self.settings.training.micro_batch(self.settings.launch.min_workers)
 
 
 def some_texts(items: Iterable[Mapping[str, MediaRef | str]], seed: int) -> dict[str, int]:

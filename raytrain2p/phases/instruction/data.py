@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from raytrain2p.config import Findings, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT
@@ -20,9 +19,10 @@ from raytrain2p.data.features import FeatureStore
 from raytrain2p.data.media import TEXT, MediaRef
 from raytrain2p.data.records import Record
 from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
-from raytrain2p.models.assistant import AssistantShape, build_assistant
+from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import content_of, model_directory
+from raytrain2p.models.tracing import most_bytes
 from raytrain2p.phases.init import facts_of
 from raytrain2p.phases.inputs import (
     TRAIN,
@@ -148,27 +148,44 @@ class InstructionInputs(CheckedRecords):
 
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts, for counting; without memory for their weights."""
-        model = self.settings.model
         encoders = {
             f"{modality} encoder": spec.without_weights()
             for modality, spec in encoder_specs(self.settings).items()
             if any(job.modality == modality for job in self.jobs)
         }
-        with torch.device("meta"):
-            assistant = build_assistant(assistant_shape(self.settings), "eager", torch.bfloat16, empty=True)
-        assistant.freeze(model.tuning, model.train_aligner)
-        return encoders | assistant.parts()
+        return encoders | self.without_weights(torch.bfloat16).parts()
 
     def tokens_per_step(self) -> int:
         """Expected number, from the mean length of the training records."""
         return round(self.settings.training.global_batch_size * float(self.tokens[TRAIN].lengths.mean()))
 
-    def widest(self) -> tuple[int, int]:
-        """(positions, width of a position's activations over all layers), for the memory estimate."""
-        config = AutoConfig.from_pretrained(model_directory(self.settings.model.language_model), trust_remote_code=False)
-        per_layer = 10 * config.hidden_size + 4 * getattr(config, "intermediate_size", 4 * config.hidden_size)
-        layers = 1 if self.settings.training.gradient_checkpointing else config.num_hidden_layers
-        return int(self.tokens[TRAIN].lengths.max()), per_layer * layers
+    def bytes_of_pass(self, precision: str) -> int:
+        """Of the longest records."""
+        settings, tokens = self.settings, self.tokens[TRAIN]
+        records = np.argsort(tokens.lengths)[-settings.training.micro_batch(settings.launch.min_workers) :]
+        padded, dtype = right_padded(tokens, records), torch.bfloat16 if precision == "bf16" else torch.float32
+        assistant = self.without_weights(dtype)
+        features = {}
+        for modality, places in padded["soft"].items():
+            items, positions = len(places) // settings.model.tokens_of(modality), settings.model.soft_tokens_of(modality)
+            features[modality] = (torch.zeros(items, positions, assistant.branch(modality).width, dtype=torch.float16), None)
+        batch = AssistantBatch(features=features, **padded)
+
+        def loss() -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                return assistant.train()(batch)
+
+        return most_bytes(assistant, loss)
+
+    def without_weights(self, dtype: torch.dtype) -> Assistant:
+        """The assistant on the meta device, as workers train it."""
+        model, training = self.settings.model, self.settings.training
+        with torch.device("meta"):
+            assistant = build_assistant(assistant_shape(self.settings), attention_of(self.settings), dtype, empty=True)
+        assistant.freeze(model.tuning, model.train_aligner)
+        if training.gradient_checkpointing:
+            assistant.checkpoint_layers()
+        return assistant
 
 
 def read_inputs(settings: InstructionSettings) -> InstructionInputs:
@@ -254,3 +271,9 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         projector=model.projector,
         recall=(aligner.texts, model.recall_tokens, model.recall_texts) if model.recall_tokens else None,
     )
+
+
+def attention_of(settings: InstructionSettings) -> str:
+    """The attention kernel, as transformers names it."""
+    chosen = settings.model.attention
+    return ("sdpa" if settings.launch.gpus else "eager") if chosen == "auto" else chosen

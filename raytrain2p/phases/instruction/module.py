@@ -21,7 +21,7 @@ from raytrain2p.phases.base import PhaseModule, whole_on_first
 from raytrain2p.phases.inputs import Batch
 from raytrain2p.phases.instruction.aligner import FoundAligner, required_aligner
 from raytrain2p.phases.instruction.checks import encoder_specs
-from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape
+from raytrain2p.phases.instruction.data import InstructionSplit, assistant_shape, attention_of
 from raytrain2p.phases.online import OnlineEncoders
 
 
@@ -68,13 +68,11 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     Raises:
         InputError: the aligner is not on storage that this node shares.
     """
-    model, attention = settings.model, settings.model.attention
-    if attention == "auto":
-        attention = "sdpa" if settings.launch.gpus else "eager"
+    model = settings.model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     aligner = required_aligner(settings)
     sharded = settings.launch.strategy == "fsdp"
-    assistant = build_assistant(assistant_shape(settings), attention, dtype, as_stored=sharded)
+    assistant = build_assistant(assistant_shape(settings), attention_of(settings), dtype, as_stored=sharded)
     wanted = tuple(f"{modality}." for modality in assistant.branches)
     assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
     if assistant.recall is not None:
@@ -82,7 +80,7 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
         assistant.recall.dropout = model.recall_dropout
     assistant.soft_token_dropout = model.soft_token_dropout
     if settings.training.gradient_checkpointing:
-        assistant.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        assistant.checkpoint_layers()
     # from_pretrained returns the model in evaluation mode, which has neither dropout nor checkpointed activations
     module = InstructionModule(settings, assistant.train(), total_steps, dtype)
     if model.compile:
