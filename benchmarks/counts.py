@@ -62,6 +62,7 @@ def messages() -> tuple[int, int, int]:
 
     class Module(pl.LightningModule):
         pass_loss = gradient_norm = torch.ones(())
+        pass_tokens = 1
 
         def __init__(self) -> None:
             super().__init__()

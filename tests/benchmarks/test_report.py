@@ -56,4 +56,4 @@ def test_what_a_save_adds_is_told_from_a_step() -> None:
 def test_messages_of_a_run_are_counted() -> None:
     writes, shown, points = messages()
     assert (writes, shown) == (11, 10)  # every 10 of 100 steps, and the epoch's mean
-    assert points == 3 * 100 + 10 + 1
+    assert points == 3 * 100 + 3 * 10 + 1  # of steps, of writes, of the epoch
