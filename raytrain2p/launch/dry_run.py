@@ -37,7 +37,7 @@ def dry_run(settings: Settings, inputs: PhaseInputs) -> str:
         f"feature store      {size(bytes_needed(inputs.jobs))} more; {size(free_space(str(settings.data.feature_store)))} are free there",
         f"tokens per step    {inputs.tokens_per_step():,}",
         f"steps              {steps:,}",
-        f"memory per worker  about {memory_mb(settings, inputs, held, trained):,.0f} MB",
+        f"memory per worker  {memory(settings, inputs, held, trained)}",
         "nothing was started",
     ]
     return "\n".join(lines)
@@ -56,7 +56,7 @@ def data_lines(inputs: PhaseInputs) -> list[str]:
     return lines
 
 
-def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> float:
+def memory(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int) -> str:
     """Of a worker that trains: weights, optimizer state, and what a pass over the longest records takes. An estimate.
 
     Args:
@@ -67,4 +67,8 @@ def memory_mb(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int
     width = 2 if precision == "bf16" else 4
     sharing = settings.launch.min_workers if settings.launch.strategy == "fsdp" else 1
     held = (frozen * width + trained * WEIGHT_AND_MOMENTS) / sharing
-    return PROCESS_MB + KEPT_BY_MALLOC * (held + inputs.bytes_of_pass(precision)) / 1e6
+    try:
+        of_pass, word, more = inputs.bytes_of_pass(precision), "about", ""
+    except Exception as error:  # of a foreign model's own code, which may look at numbers
+        of_pass, word, more = 0, "more than", f": what a pass takes cannot be told of this language model ({type(error).__name__})"
+    return f"{word} {PROCESS_MB + KEPT_BY_MALLOC * (held + of_pass) / 1e6:,.0f} MB{more}"

@@ -14,7 +14,7 @@ import pytest
 import ray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Mamba2Config, Mamba2ForCausalLM
+from transformers import Mamba2Config, Mamba2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from raytrain2p import predict, train
 from raytrain2p.config import InputError
@@ -178,6 +178,22 @@ def test_a_dry_run_starts_nothing_and_prints_the_sizes(
     ):
         assert part in output, part
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_dry_run_says_so_if_a_pass_over_the_model_needs_numbers(
+    tmp_path: Path, tiny_config: Path, aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which experts of a mixture work depends on what they are given."""
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+    tokenizer, folder = byte_tokenizer(), tmp_path / "mixtral"
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, max_position_embeddings=256, **size)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    more = [f"model.aligner={aligner}", f"model.language_model={folder}", "model.lora.target_modules=[q_proj]"]
+    assert train.main(["--phase", "2", "--config", str(tiny_config / "phase2.yaml"), "--dry-run", *more]) == 0
+    assert "memory per worker  more than 70" in (output := capsys.readouterr().out)
+    assert "cannot be told of this language model" in output
     assert not ray.is_initialized()
 
 

@@ -178,10 +178,11 @@ class InstructionInputs(CheckedRecords):
         return most_bytes(assistant, loss)
 
     def without_weights(self, dtype: torch.dtype) -> Assistant:
-        """The assistant on the meta device, as workers train it."""
+        """The assistant on the meta device, as workers train it; for flash attention stands sdpa, which takes as much and needs no GPU."""
         model, training = self.settings.model, self.settings.training
+        attention = "eager" if attention_of(self.settings) == "eager" else "sdpa"
         with torch.device("meta"):
-            assistant = build_assistant(assistant_shape(self.settings), attention_of(self.settings), dtype, empty=True)
+            assistant = build_assistant(assistant_shape(self.settings), attention, dtype, empty=True)
         assistant.freeze(model.tuning, model.train_aligner)
         if training.gradient_checkpointing:
             assistant.checkpoint_layers()
