@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from raytrain2p.data.batches import MicroBatch
 from raytrain2p.data.chat import load_chat_format
 from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.distributed import WorkerGroup
+from raytrain2p.phases.base import whole
 from raytrain2p.phases.instruction.data import InstructionSplit
 from raytrain2p.phases.instruction.evaluate import evaluate
 from raytrain2p.phases.instruction.module import InstructionModule, build, export
@@ -104,26 +104,27 @@ def checkpoint_of(module: InstructionModule, path: Path, rank: int) -> dict[str,
     """Written as the strategy gathers it."""
     strategy = ShardedStrategy.__new__(ShardedStrategy)  # Ray's context gives it no more than the number of workers
     strategy._lightning_module = module
+    right = {name: whole(parameter.detach()) for name, parameter in module.named_parameters() if parameter.requires_grad}
     with Gathered() as gathered:
         state = strategy.lightning_module_state_dict()
     if rank == 0:
         torch.save({"state_dict": state}, path)
     dist.barrier()
-    return {"names": list(state), "gathered": gathered.bytes}
+    return {"names": list(state), "gathered": gathered.bytes, "right": [name for name in state if torch.equal(state[name], right[name])]}
 
 
 def sharded_and_whole(rank: int, folder: Path, tuning: str, mesh: Any) -> dict[str, Any]:
     """What the tests look at, of the same steps with whole copies and with shards."""
-    group, whole = WorkerGroup.current(), module_of(folder, tuning, "ddp")
-    chat = load_chat_format(Path(whole.settings.model.language_model), {"image": K}, None)
+    group, copy = WorkerGroup.current(), module_of(folder, tuning, "ddp")
+    chat = load_chat_format(Path(copy.settings.model.language_model), {"image": K}, None)
     split = split_in(folder / str(rank), chat)
     module = module_of(folder, tuning, "fsdp", mesh)
-    found: dict[str, Any] = {"losses": [losses_of(one, split, rank) for one in (whole, module)]}
+    found: dict[str, Any] = {"losses": [losses_of(one, split, rank) for one in (copy, module)]}
     found["bytes"] = {
-        "layer": max(size(layer.parameters()) for layer in whole.assistant.layers()),
-        "embeddings": size(whole.assistant.language_model.get_input_embeddings().parameters()),
-        "whole": size(whole.parameters()),
-        "trained": size(whole.trained_parameters()),
+        "layer": max(size(layer.parameters()) for layer in copy.assistant.layers()),
+        "embeddings": size(copy.assistant.language_model.get_input_embeddings().parameters()),
+        "whole": size(copy.parameters()),
+        "trained": size(copy.trained_parameters()),
         "shards": size(parameter.to_local() for parameter in module.parameters()),
     }
     found["checkpoint"] = checkpoint_of(module, folder / f"{tuning}.ckpt", rank)
@@ -140,9 +141,9 @@ def sharded_and_whole(rank: int, folder: Path, tuning: str, mesh: Any) -> dict[s
         found["measures"] = [evaluate(module, {"seen": split}, ["seen"], group)]
     found["bytes"]["most whole"] = max(bytes_whole)
     dist.barrier()
-    whole.assistant.load_state_dict(load_artifact(folder / f"{tuning}.pt", INSTRUCTION)["state_dict"], strict=False)
+    copy.assistant.load_state_dict(load_artifact(folder / f"{tuning}.pt", INSTRUCTION)["state_dict"], strict=False)
     with torch.autocast("cpu", torch.bfloat16):
-        found["measures"].append(evaluate(whole.eval(), {"seen": split}, ["seen"], WorkerGroup()))
+        found["measures"].append(evaluate(copy.eval(), {"seen": split}, ["seen"], WorkerGroup()))
     return found
 
 
@@ -150,8 +151,7 @@ def one_of_two(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    with mock.patch.object(ShardedStrategy, "is_global_zero", rank == 0):
-        found = {tuning: sharded_and_whole(rank, Path(folder), tuning, mesh) for tuning in TUNINGS}
+    found = {tuning: sharded_and_whole(rank, Path(folder), tuning, mesh) for tuning in TUNINGS}
     torch.save(json.dumps(found), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -193,7 +193,8 @@ def test_a_checkpoint_gathers_what_trains_and_not_the_frozen_base(found: list[di
     assert first["bytes"]["trained"] <= first["checkpoint"]["gathered"] < 1.01 * first["bytes"]["trained"], "shards are of equal size"
     assert any("lora_" in name for name in first["checkpoint"]["names"]) == (tuning == "lora")
     assert any("embed_tokens" in name for name in first["checkpoint"]["names"]) == (tuning == "full")
-    assert second["checkpoint"] == {"names": [], "gathered": first["checkpoint"]["gathered"]}
+    assert first["checkpoint"]["right"] == first["checkpoint"]["names"]
+    assert second["checkpoint"] == {"names": [], "right": [], "gathered": first["checkpoint"]["gathered"]}
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
