@@ -58,8 +58,9 @@ class AdaptedLinear(lora.Linear):
         with torch.autocast(x.device.type, enabled=False):
             down, up = (of[name].weight.to(weight.dtype) for of in (self.lora_A, self.lora_B))
             rows = x.to(weight.dtype)
-            low = nn.functional.linear(rows, down)
-            return nn.functional.linear(rows, weight, self.base_layer.bias) + self.scaling[name] * nn.functional.linear(low, up)
+            low = nn.functional.linear(rows, down).flatten(0, -2)
+            y = torch.addmm(self.scaling[name] * nn.functional.linear(low, up), rows.flatten(0, -2), weight.t())
+            return (y if self.base_layer.bias is None else y + self.base_layer.bias).view(*x.shape[:-1], -1)
 
     def is_usual(self) -> bool:
         name, *others = self.active_adapters or [""]
@@ -110,6 +111,9 @@ class _Adapted(torch.autograd.Function):
     Through peft and autocast a layer makes about 25 operations more: casts of x, A, B and their gradients, products with s, and sums, each
     over all activations. Here the low-rank products are added to the others' results where those are, s is a factor of products, and
     the A of several layers are one matrix.
+
+    What LoRA adds comes first, and x W^T is added to it before the sum is rounded. The other way round, the sum of a rounded x W^T and of
+    something smaller than half of its last bit is x W^T again: in bfloat16, weights that have begun to learn would change next to nothing.
     """
 
     @staticmethod
@@ -118,9 +122,12 @@ class _Adapted(torch.autograd.Function):
         weights, biases, downs, ups = (tensors[kind::4] for kind in range(4))
         rows, down = x.reshape(-1, x.shape[-1]), (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)
         lows, ups = (rows @ down.t()).split([len(one) for one in downs], 1), tuple(up.to(x.dtype) for up in ups)
-        outputs = tuple(nn.functional.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-        for y, low, up, scale in zip(outputs, lows, ups, scales, strict=True):
-            y.view(-1, y.shape[-1]).addmm_(low, up.t(), alpha=scale)
+        outputs = tuple(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
+        for y, weight, bias, low, up, scale in zip(outputs, weights, biases, lows, ups, scales, strict=True):
+            flat = y.view(-1, len(weight))
+            flat.addmm_(low, up.t(), beta=0, alpha=scale).addmm_(rows, weight.t())
+            if bias is not None:
+                flat.add_(bias)
         ctx.save_for_backward(rows, down, *lows, *weights, *ups)
         ctx.scales, ctx.shape = scales, x.shape
         return outputs  # and no views of others: some models clamp them in place

@@ -57,6 +57,26 @@ def test_in_bf16_the_gradients_are_as_near_to_those_of_float32_as_peft_s(tiny_ll
     assert far(exact, gradients(adapted(tiny_llama, torch.bfloat16), autocast=True)) < 1.3 * theirs
 
 
+def test_in_bf16_adapters_that_have_just_begun_to_learn_count_in_full(tiny_llama: Path) -> None:
+    """What they give is less than a thousandth of the output here. peft's own layer adds it to a product that is rounded already."""
+    torch.manual_seed(2)
+    x, counted = torch.randn(4000, 32, dtype=torch.bfloat16), dict[str, float]()
+    for kind in ("ours", "with bias", "compiled", "peft"):
+        model = adapted(tiny_llama, torch.bfloat16, peft=kind == "peft")
+        layer = next(module for name, module in model.named_modules() if name.endswith("o_proj"))
+        base, down, up = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        up.data.mul_(3e-4)
+        if kind == "with bias":
+            base.bias = torch.nn.Parameter(0.1 * torch.randn(32, dtype=torch.bfloat16), requires_grad=False)
+        without = torch.nn.functional.linear(x.double(), base.weight.double(), None if base.bias is None else base.bias.double())
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            exact = layer.scaling["default"] * x.double() @ down.T.double() @ up.T.double()
+            found = (layer.plain if kind == "compiled" else layer)(x).double() - without
+        counted[kind] = float((found * exact).sum() / (exact * exact).sum())
+    assert counted.pop("peft") < 0.7
+    assert counted == pytest.approx(dict.fromkeys(counted, 1), abs=0.1)
+
+
 def test_a_layer_casts_its_adapters_alone_and_scales_no_activation(tiny_llama: Path) -> None:
     """Forward and backward; peft's own layers need over twice as many operations."""
 
