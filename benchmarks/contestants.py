@@ -102,9 +102,17 @@ def process_group(world: int) -> Iterator[None]:
 
 def module_loop(case: Case, clock: Clock, options: argparse.Namespace) -> None:
     """A bare torch loop with the program's module: the difference to the program is what Ray and Lightning cost."""
+    from peft.tuners import lora
+
+    from raytrain2p.models.lora import AdaptedLinear
+
     rank, world = workers()
     module = our_module(case)
     clock.watch("output layer", module.assistant.language_model.get_output_embeddings())
+    if options.peft:
+        for layer in module.modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.__class__ = lora.Linear
     if options.rounded:
         module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0]),))
     with process_group(world):
@@ -339,6 +347,7 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--precision", choices=["bf16", "float32"], help="in place of the case's")
     parser.add_argument("--halves", action="store_true", help="half of each batch at a time: sums in another order")
+    parser.add_argument("--peft", action="store_true", help="peft's own LoRA layers, which round what they compute twice")
     parser.add_argument("--rounded", action="store_true", help="features in bfloat16, as an encoder within the step gives them")
     parser.add_argument("--packages", type=Path, help="folder of packages that are not installed, for TRL")
     return parser.parse_args(arguments)

@@ -22,6 +22,7 @@ NAMES = {
 }
 FLOAT32 = ("hf_float32",)
 ROUNDED = ("hf_bf16", "trl_bf16")  # encode within autocast, so that features have the digits of bf16
+PEFT = ("plain_loop", "torch_trainer", *ROUNDED)  # in bf16 peft's layers round the base's product before they add to it; ours do not
 SECONDS_PER_STEP = 20.0  # that are waited for
 MOST_NOISE = 2e-2
 TOLERANCE = 2e-3  # of float32 losses: stored features are rounded to float16, those encoded in the step are not
@@ -119,6 +120,9 @@ def compare(case: Case, setting: Setting, options: Options, found: Found) -> Non
             if right and name != OURS:
                 found.bars.append(Bar(NAMES[name], ratio, f"step, {setting}"))
     columns = ["who", "samples/s", "their time / ours, median (quartiles)", "steps", "losses differ by, of at most", "agree"]
+    exact = references["float32"]
+    lost = {kind: difference(exact, references[kind]) for kind in ("bf16", "peft")}
+    notes.append(f"From the losses of float32, those of bf16 differ by {lost['bf16']:.1e}; with peft's LoRA layers by {lost['peft']:.1e}.")
     if rows:
         found.tables.append(Table(str(setting), columns, rows, notes))
 
@@ -149,13 +153,14 @@ def raced(names: tuple[str, ...], case: Case, setting: Setting, folder: Path, op
 
 
 def reference_losses(case: Case, setting: Setting, options: Options) -> dict[str, dict[int, float]]:
-    """Of our own module in a bare loop: in float32; in bf16; in bf16 with half of each batch at a time, which sums in another order, and
-    with features in bf16."""
+    """Of our own module in a bare loop, in float32 and in bf16. The latter with our LoRA layers and with peft's; each also with half of a
+    batch at a time, which sums in another order. And with features in bf16."""
     losses = {}
     of = case.path / "references"
     # rounding grows from step to step: by the eighth, that of stored features has moved a loss by 3 %
     steps = 6 if setting.batch == 16 and not options.short else 4
-    for name, more in {"float32": ["--precision", "float32"], "bf16": [], "summed": ["--halves"], "rounded": ["--rounded"]}.items():
+    peft = {"peft": ["--peft"], "peft, summed": ["--peft", "--halves"], "peft, rounded": ["--peft", "--rounded"]}
+    for name, more in {"float32": ["--precision", "float32"], "bf16": [], "bf16, summed": ["--halves"], **peft}.items():
         out = of / name
         contestant = command("module_loop", case, out, options, "--steps", str(steps), *more)
         try:
@@ -168,15 +173,17 @@ def reference_losses(case: Case, setting: Setting, options: Options) -> dict[str
 
 def agreement(name: str, losses: Mapping[str, Mapping[int, float]], references: Mapping[str, Mapping[int, float]]) -> tuple[bool, str]:
     """Whether a contestant's losses, the program's among them, are those of the reference, and by how much they differ on average."""
-    kind, limit = ("float32", TOLERANCE) if name in FLOAT32 else ("bf16", noise(name, references))
+    kind = "float32" if name in FLOAT32 else "peft" if name in PEFT else "bf16"
+    limit = TOLERANCE if name in FLOAT32 else noise(name, references)
     by = difference(references[kind], losses[name])
     return by <= limit, f"{by:.1e} of {limit:.1e} ({kind})"
 
 
 def noise(name: str, references: Mapping[str, Mapping[int, float]]) -> float:
     """By how much a contestant's losses in bf16 may differ; never more than MOST_NOISE, which a mistake in the reference would be."""
-    sources = ("summed", "rounded") if name in ROUNDED else ("summed",)
-    return min(MOST_NOISE, max(TOLERANCE, NOISES * max(difference(references["bf16"], references[source]) for source in sources)))
+    kind = "peft" if name in PEFT else "bf16"
+    sources = [f"{kind}, summed", *(["peft, rounded"] if name in ROUNDED else [])]
+    return min(MOST_NOISE, max(TOLERANCE, NOISES * max(difference(references[kind], references[source]) for source in sources)))
 
 
 def difference(one: Mapping[int, float], other: Mapping[int, float]) -> float:

@@ -64,7 +64,8 @@ def test_the_contestants_have_our_losses_in_every_step(made: tuple[Path, dict[st
     for name, theirs in found.items():
         assert theirs.keys() == ours.keys(), name
         assert difference(ours, theirs) < (TOLERANCE if name == "hf_float32" else 1e-5), name
-    assert difference(ours, losses("module_loop", case, tmp_path, "--halves")) < 1e-5
+    for more in ("--halves", "--peft"):
+        assert difference(ours, losses("module_loop", case, tmp_path / more, more)) < 1e-5, more
 
 
 def test_so_they_have_with_adapters_in_attention_alone(case: Case, tmp_path: Path) -> None:
@@ -89,16 +90,20 @@ def test_what_a_step_does_is_counted_and_our_module_computes_fewer_logits(
 
 def test_a_contestant_with_other_losses_is_void_and_so_is_the_program() -> None:
     right = {1: 3.0, 2: 2.9}
-    references = {"float32": right, "bf16": right, "summed": {1: 3.003, 2: 2.897}, "rounded": right}
+    summed = {1: 3.003, 2: 2.897}
+    references = {"float32": right, "bf16": right, "bf16, summed": right, "peft": right, "peft, summed": summed, "peft, rounded": right}
     same = {"raytrain2p": right, "plain_loop": {1: 3.002, 2: 2.9, 3: 1.0}, "hf_float32": {1: 3.0001, 2: 2.9001}}
     assert all(agreement(name, same, references)[0] for name in same), "steps after those of the reference are not compared"
     other = {"raytrain2p": {1: 6.0, 2: 6.0}, "plain_loop": {1: 3.1, 2: 2.9}, "hf_float32": {1: 3.0, 2: 2.8}}
     assert not any(agreement(name, other, references)[0] for name in other)
     assert not agreement("plain_loop", {"plain_loop": {}}, references)[0]
-    assert agreement("plain_loop", same, references | {"summed": right})[0], "no noise at all leaves that of rounding"
-    assert noise("plain_loop", references | {"summed": {1: 9.0, 2: 9.0}}) == MOST_NOISE
-    far = references | {"rounded": {1: 3.006, 2: 2.897}}
+    assert agreement("plain_loop", same, references | {"peft, summed": right})[0], "no noise at all leaves that of rounding"
+    assert noise("plain_loop", references | {"peft, summed": {1: 9.0, 2: 9.0}}) == MOST_NOISE
+    far = references | {"peft, rounded": {1: 3.006, 2: 2.897}}
     assert noise("hf_bf16", far) > noise("plain_loop", far) == noise("hf_bf16", references), "for those that encode in bf16 alone"
+    lower = references | {"peft": {1: 3.3, 2: 3.2}, "peft, summed": {1: 3.3, 2: 3.2}}
+    assert agreement("raytrain2p", same, lower)[0]
+    assert not agreement("plain_loop", same, lower)[0], "peft's layers are compared with peft's layers"
 
 
 def test_initial_weights_of_another_model_are_refused(case: Case) -> None:
