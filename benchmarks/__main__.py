@@ -31,6 +31,7 @@ PARTS = {  # a module each, in the order of the page
     "mlflow_cost": "MLflow",
     "sweeps": "Eight trials against eight commands",
     "growth": "Growth",
+    "on_paper": "On many GPUs",
 }
 BUILD = Path("build/benchmarks")
 

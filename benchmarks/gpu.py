@@ -41,8 +41,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.case import masks
 from raytrain2p.models.assistant import one_record_a_row
+from raytrain2p.worker.callbacks.step_logger import peak_flops
 
-PEAK = {"H100": 989.4e12, "H200": 989.4e12, "A100": 312e12}  # dense bf16, FLOP/s
 SHAPE = {  # of Qwen2.5-0.5B
     "vocab_size": 151936,
     "hidden_size": 896,
@@ -68,8 +68,12 @@ def synchronize() -> None:
 # What is trained
 
 
-def make_inputs(folder: Path, shape: dict[str, Any], length: int, records: int) -> None:
-    """Language model, image encoder, aligner, images and records, all random."""
+def make_inputs(folder: Path, shape: dict[str, Any], length: int, records: int, hollow: bool = False) -> None:
+    """Language model, image encoder, aligner, images and records, all random.
+
+    Args:
+        hollow: the language model's file has the names and shapes of its weights, and zeros that take no place on a disk.
+    """
     from PIL import Image
     from transformers import Qwen2Config, Qwen2ForCausalLM, ViTConfig, ViTImageProcessorPil, ViTModel
 
@@ -81,9 +85,13 @@ def make_inputs(folder: Path, shape: dict[str, Any], length: int, records: int) 
 
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    with torch.device(DEVICE):  # drawn there: a CPU takes a minute
+    with torch.device("meta" if hollow else DEVICE):  # drawn there: a CPU takes a minute
         model = Qwen2ForCausalLM(Qwen2Config(**(SHAPE | shape), bos_token_id=1, eos_token_id=2, dtype=torch.bfloat16)).bfloat16()
-    model.save_pretrained(folder / "model")
+    if hollow:
+        model.config.save_pretrained(folder / "model")
+        write_hollow(model, folder / "model" / "model.safetensors")
+    else:
+        model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     of_vit = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     ViTModel(ViTConfig(image_size=32, patch_size=8, **of_vit), add_pooling_layer=False).save_pretrained(folder / "vit")
@@ -101,6 +109,17 @@ def make_inputs(folder: Path, shape: dict[str, Any], length: int, records: int) 
         text = ["".join(chr(97 + letter) for letter in random.integers(0, 26, max(1, size))) for size in (tokens - answer, answer)]
         rows.append({"instruction": text[0], "response": text[1], "image": f"{number % 8}.png"})
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_hollow(model: nn.Module, path: Path) -> None:
+    """A file of safetensors, of which only the head is written."""
+    tensors, end = dict[str, Any](), 0
+    for name, weight in model.named_parameters():
+        tensors[name] = {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [end, end := end + 2 * weight.numel()]}
+    head = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
+    with path.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        file.truncate(8 + len(head) + end)
 
 
 def overrides(folder: Path, batch: int, steps: int) -> list[str]:
@@ -487,7 +506,7 @@ def measure_variants(folder: Path, options: argparse.Namespace, write: Callable[
         for _ in range(options.repeats):
             for name, contestant in contestants.items():
                 seconds[name].append(contestant.run(batches, options.steps))
-        peak = next((value for name, value in PEAK.items() if DEVICE.type == "cuda" and name in torch.cuda.get_device_name()), None)
+        peak = peak_flops(DEVICE)
         tokens = statistics.mean(batch.tokens for batch in batches)
         baseline = statistics.median(seconds[VARIANTS[0].name])
         supervised = statistics.mean(batch.supervised for batch in batches)

@@ -6,14 +6,18 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from raytrain2p.config import base_directory, load_settings
+from raytrain2p.config import InputError, Problem, base_directory, load_settings
 from raytrain2p.config.cli import ACCEPT_HELP, FAILED, Parser, describe_settings, exit_code, say
-from raytrain2p.config.phases import PHASES
+from raytrain2p.config.phases import INSTRUCTION, PHASES
 from raytrain2p.interrupts import StoppedError, stoppable
 from raytrain2p.launch.api import TrainModule, fetched, resumed
 
-DRY_RUN = "--dry-run"
+if TYPE_CHECKING:
+    from raytrain2p.launch.cost import Machines
+
+DRY_RUN, ON, CALIBRATE = "--dry-run", "--on", "--calibrate"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -35,6 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="RUN", help="resume a run: directory, run ID (or its start), launch ID, or `latest`")
     parser.add_argument("--accept-changed-inputs", action="store_true", help=ACCEPT_HELP)
     parser.add_argument(DRY_RUN, action="store_true", help="check everything, print what would run, and start nothing")
+    parser.add_argument(
+        ON,
+        metavar="MACHINES",
+        help="with --dry-run: what a step takes on nodes=8,gpus=8,gpu=h100, on paper (network=400: Gbit/s of a node)",
+    )
+    parser.add_argument(CALIBRATE, action="store_true", help="with --dry-run: what a step takes here, by 20 seconds of measurements")
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON object, the last line on stdout")
     parser.add_argument("--ray-logs", action="store_true", help="print Ray's own output too")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings by dotted path, over those of the file")
@@ -56,7 +66,10 @@ def train(options: argparse.Namespace) -> int:
     Raises:
         InputError: bad input; nothing was started.
     """
+    machines = machines_of(options)
     settings = load_settings(options.phase, fetched(options.config), options.overrides)
+    if machines is not None:  # refuses a global batch that cannot be divided among so many
+        load_settings(options.phase, fetched(options.config), [*options.overrides, f"launch.num_workers={machines.workers}"])
     if options.resume is not None:
         settings, options.launch_id = resumed(settings, options.phase, options.resume, options.launch_id, options.config, options.overrides)
 
@@ -70,8 +83,11 @@ def train(options: argparse.Namespace) -> int:
     console = Console()
     if options.dry_run:
         run = run_to_resume(settings, checked_launch_id(options.launch_id), options.phase) if options.launch_id else None
-        say(dry_run(*check(settings, options.phase, console, run, options.accept_changed_inputs)))
-        say("\n".join(next_lines([typed_command("raytrain2p.train", leave_out=DRY_RUN)])))
+        checked = check(settings, options.phase, console, run, options.accept_changed_inputs)
+        say(dry_run(*checked, machines, options.calibrate))
+        asked = (DRY_RUN, CALIBRATE, ON, options.on, f"{ON}={options.on}")
+        more = [f"launch.num_workers={machines.workers}"] if machines else []
+        say("\n".join(next_lines([typed_command("raytrain2p.train", asked, more)])))
         return 0
     try:
         with stoppable():
@@ -86,6 +102,24 @@ def train(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(asdict(outcome)), flush=True)
     return 0
+
+
+def machines_of(options: argparse.Namespace) -> "Machines | None":
+    """What `--on` names.
+
+    Raises:
+        InputError: it names no machines, or nothing is told of a step without `--dry-run`, or in phase 1.
+    """
+    asked = [flag for flag, given in ((ON, options.on), (CALIBRATE, options.calibrate)) if given]
+    if asked and not options.dry_run:
+        raise InputError(Problem(" ".join(asked), "starts nothing, and so goes with --dry-run alone", f"add {DRY_RUN}"))
+    if asked and options.phase != INSTRUCTION.number:
+        raise InputError(Problem(" ".join(asked), "tells what a step of phase 2 takes; one of phase 1 is small", "take --phase 2"))
+    if not options.on:
+        return None
+    from raytrain2p.launch.cost import parsed_machines
+
+    return parsed_machines(options.on)
 
 
 sys.modules[__name__].__class__ = TrainModule

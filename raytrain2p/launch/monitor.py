@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 
@@ -215,16 +215,17 @@ def storage_environment(settings: Settings) -> dict[str, str]:
     return environment() | {SCRATCH: str(scratch_directory())} if any(path and is_remote(path) for path in paths) else {}
 
 
-def typed_command(module: str, leave_out: str | None = None) -> str:
+def typed_command(module: str, leave_out: Container[str] = (), more: Iterable[str] = ()) -> str:
     """The command line of this process, without credentials: Ray keeps it with the job.
 
     Args:
-        leave_out: an argument.
+        leave_out: arguments.
+        more: others, after them.
     """
     typed = sys.argv[1:]
     if typed[:1] == [module.rpartition(".")[2]]:  # `raytrain2p VERB ...`
         typed = typed[1:]
-    return " ".join([f"python -m {module}", *(shlex.quote(masked(argument)) for argument in typed if argument != leave_out)])
+    return " ".join([f"python -m {module}", *(shlex.quote(masked(argument)) for argument in [*typed, *more] if argument not in leave_out)])
 
 
 def record_end(job: TrainJob, status: str, console: Console) -> None:

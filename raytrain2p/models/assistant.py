@@ -161,6 +161,17 @@ class Assistant(nn.Module):
         self.projector.requires_grad_(True)
         return count_parameters(self.parts())
 
+    def flops_per_token(self, positions: float) -> float:
+        """Of a forward and a backward pass over records of so many tokens: 6 N + 12 L H Q T, PaLM's formula (arXiv:2204.02311,
+        appendix B), but 4 for each weight that does not train and so needs no gradient.
+        """
+        model, config = self.language_model, self.language_model.config
+        head = model.get_output_embeddings().weight
+        weights = {id(one): one for one in model.parameters() if one is not model.get_input_embeddings().weight} | {id(head): head}
+        products = sum((6 if one.requires_grad else 4) * one.numel() for one in weights.values())
+        width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        return products + 12 * len(self.layers()) * width * positions
+
     def convert(self, dtype: torch.dtype) -> None:
         """The language model's weights to float32 where they train, else to `dtype`."""
 

@@ -1,40 +1,120 @@
-"""What a pass takes, found by making it without numbers: each operation is given shapes alone (PyTorch's FakeTensor)."""
+"""What a pass takes and does, found by making it without numbers: each operation is given shapes alone (PyTorch's FakeTensor)."""
 
+import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_flatten, tree_iter
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+FLOPS = flop_registry | {  # and of those that it lacks: on CPUs flash attention has names of its own
+    aten.addmm_: flop_registry[aten.addmm],
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+}
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+LOOKUPS = (aten.embedding, aten.gather, aten.index, aten.index_select)  # read as much as they write
 
 
-class BytesInUse(TorchDispatchMode):
-    """Within, adds up the memory of tensors that operations make, until Python or autograd lets go of it."""
+@dataclass(frozen=True)
+class Shape:
+    """What an operation is given in place of a tensor."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of its elements; one that is repeated counts once."""
+        return self.dtype.itemsize * math.prod(size for size, stride in zip(self.sizes, self.strides, strict=True) if stride)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kernel and what it is given; equal ones take equally long.
+
+    Args:
+        arguments: the leaves of its positional and named arguments; tensors are Shapes.
+        nesting: of these leaves.
+        flops: of matrix products and attention; 0 of all else.
+        bytes: that it reads and writes.
+    """
+
+    kernel: torch._ops.OpOverload
+    arguments: tuple[Any, ...]
+    nesting: Any = field(compare=False, repr=False)
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and a backward pass.
+
+    Args:
+        most_bytes: that they take at once, with gradients, without the module's weights.
+        gradient_bytes: of these.
+        operations: and how often each is made; views of what is there are none.
+    """
+
+    most_bytes: int
+    gradient_bytes: int
+    operations: Counter[Operation]
+
+
+class Recorder(TorchDispatchMode):
+    """Within, keeps the operations, and adds up the memory of tensors that they make, until Python or autograd lets go of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = 0
         self.sizes: dict[int, int] = {}  # of what is in use, by address
+        self.operations = Counter[Operation]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
-            if isinstance(tensor, torch.Tensor) and (memory := tensor.untyped_storage())._cdata not in self.sizes:
+        given, new = {one.untyped_storage()._cdata for one in tensors((args, kwargs))}, False
+        for tensor in tensors(made):
+            memory = tensor.untyped_storage()
+            new = new or memory._cdata not in given
+            if memory._cdata not in self.sizes:
                 self.sizes[memory._cdata] = memory.nbytes()
                 self.now += memory.nbytes()
                 weakref.finalize(memory, self._let_go, memory._cdata)
         self.most = max(self.most, self.now)
+        if (new or func._schema.is_mutable) and func.overloadpacket not in ALLOCATIONS:
+            self.operations[operation(func, args, kwargs or {}, made)] += 1
         return made
 
     def _let_go(self, address: int) -> None:
         self.now -= self.sizes.pop(address)
 
 
-def most_bytes(module: nn.Module, loss: Callable[[], torch.Tensor]) -> int:
-    """The most memory that a forward and a backward pass take at once, with gradients, without the module's weights.
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def operation(func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> Operation:
+    leaves, nesting = tree_flatten((args, kwargs))
+    arguments = tuple(Shape(tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    count = FLOPS.get(func.overloadpacket)
+    read = sum(one.bytes for one in arguments if isinstance(one, Shape))
+    written = sum(one.numel() * one.element_size() for one in tensors(made))
+    moved = 2 * written if func.overloadpacket in LOOKUPS else read + written
+    return Operation(func, arguments, nesting, count(*args, **kwargs, out_val=made) if count else 0, moved)
+
+
+def traced(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Pass:
+    """Make a pass without numbers.
 
     Args:
         module: on the meta device. Its weights are replaced.
@@ -42,9 +122,10 @@ def most_bytes(module: nn.Module, loss: Callable[[], torch.Tensor]) -> int:
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_shapes(module)
-        with BytesInUse() as in_use:
+        with Recorder() as recorder:
             loss().backward()
-    return in_use.most
+    gradients = sum(one.grad.nbytes for one in module.parameters() if one.grad is not None)
+    return Pass(recorder.most, gradients, recorder.operations)
 
 
 def give_shapes(module: nn.Module) -> None:

@@ -51,6 +51,10 @@ class PhaseModule(pl.LightningModule):
         """A batch's summed loss and the number of its terms."""
         raise NotImplementedError
 
+    def flops_per_token(self, positions: float) -> float:
+        """That a forward and a backward pass need, in records of so many tokens; of a phase that counts its tokens."""
+        raise NotImplementedError
+
     def configure_model(self) -> None:
         """Shard, if the strategy is FSDP: then, and only then, there is a device mesh."""
         mesh = self.device_mesh

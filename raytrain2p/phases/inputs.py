@@ -24,6 +24,7 @@ from raytrain2p.phases.init import init_content
 
 if TYPE_CHECKING:  # transformers
     from raytrain2p.models.encoders import EncoderSpec
+    from raytrain2p.models.tracing import Pass
 
 TRAIN, VAL = "train", "val"
 SAMPLED = 128  # items from which the size of all features is estimated
@@ -222,8 +223,11 @@ class PhaseInputs(Protocol):
     def tokens_per_step(self) -> int:
         """Expected tokens of a step, over all workers."""
 
-    def bytes_of_pass(self, precision: str) -> int:
-        """The most memory that a worker's forward and backward pass takes at once, with gradients, without weights."""
+    def pass_of(self, precision: str, workers: int, longest: bool = True) -> "Pass":
+        """A worker's forward and backward pass, over the longest records or over usual ones."""
+
+    def flops_per_token(self) -> float:
+        """That a forward and a backward pass need."""
 
 
 @dataclass(frozen=True)

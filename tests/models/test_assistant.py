@@ -21,7 +21,7 @@ from raytrain2p.models.assistant import (
     build_assistant,
     pool_grid,
 )
-from raytrain2p.models.tracing import BytesInUse, most_bytes
+from raytrain2p.models.tracing import Recorder, traced
 
 K, WIDTH, DIMENSION = 4, 10, 12
 SOFT = -1
@@ -376,6 +376,6 @@ def test_a_pass_without_numbers_takes_as_much_memory_as_a_real_one(families: dic
         with torch.autocast("cpu", torch.bfloat16):
             return assistant(batch)
 
-    with BytesInUse() as in_use:
+    with Recorder() as recorder:
         loss(real).backward()
-    assert most_bytes(empty, partial(loss, empty)) == pytest.approx(in_use.most, rel=0.1)
+    assert traced(empty, partial(loss, empty)).most_bytes == pytest.approx(recorder.most, rel=0.1)

@@ -1,5 +1,6 @@
 """The inputs of phase 1: items of several modalities that belong together, checked, as features of frozen encoders."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import check_fingerprint, check_weights, option_problems
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.losses import ContrastiveLoss
+from raytrain2p.models.tracing import Pass
 from raytrain2p.phases.init import WITHOUT, differs, init_facts
 from raytrain2p.phases.inputs import (
     TRAIN,
@@ -126,9 +128,12 @@ class AlignmentInputs(CheckedRecords):
         """There are no tokens in phase 1; a step is measured in records."""
         return self.settings.training.global_batch_size
 
-    def bytes_of_pass(self, precision: str) -> int:
-        """An estimate, of 64 positions an item."""
-        return 4 * 64 * self.settings.model.hidden * self.settings.training.micro_batch(self.settings.launch.min_workers)
+    def pass_of(self, precision: str, workers: int, longest: bool = True) -> Pass:
+        """Its memory alone, an estimate, of 64 positions an item."""
+        return Pass(4 * 64 * self.settings.model.hidden * self.settings.training.micro_batch(workers), 0, Counter())
+
+    def flops_per_token(self) -> float:
+        return 0.0
 
 
 def some_texts(items: Iterable[Mapping[str, MediaRef | str]], seed: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from raytrain2p.config import Findings, InstructionSettings, Problem
 from raytrain2p.config.phases import ALIGNMENT
 from raytrain2p.config.problems import ReportedError
 from raytrain2p.config.settings import ALIGNER
-from raytrain2p.data.batches import MicroBatch
+from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.data.features import FeatureStore
 from raytrain2p.data.media import TEXT, MediaRef
 from raytrain2p.data.records import Record
@@ -22,7 +22,7 @@ from raytrain2p.data.tokens import TokenRecords, left_padded, right_padded
 from raytrain2p.models.assistant import Assistant, AssistantBatch, AssistantShape, build_assistant
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import content_of, model_directory
-from raytrain2p.models.tracing import most_bytes
+from raytrain2p.models.tracing import Pass, traced
 from raytrain2p.phases.init import facts_of
 from raytrain2p.phases.inputs import (
     TRAIN,
@@ -159,10 +159,10 @@ class InstructionInputs(CheckedRecords):
         """Expected number, from the mean length of the training records."""
         return round(self.settings.training.global_batch_size * float(self.tokens[TRAIN].lengths.mean()))
 
-    def bytes_of_pass(self, precision: str) -> int:
-        """Of the longest records."""
+    def pass_of(self, precision: str, workers: int, longest: bool = True) -> Pass:
         settings, tokens = self.settings, self.tokens[TRAIN]
-        records = np.argsort(tokens.lengths)[-settings.training.micro_batch(settings.launch.min_workers) :]
+        micro_batch = settings.training.micro_batch(workers)
+        records = np.argsort(tokens.lengths)[-micro_batch:] if longest else self.usual_records(micro_batch, workers)
         padded, dtype = right_padded(tokens, records), torch.bfloat16 if precision == "bf16" else torch.float32
         assistant = self.without_weights(dtype)
         features = {}
@@ -175,7 +175,19 @@ class InstructionInputs(CheckedRecords):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return assistant.train()(batch)
 
-        return most_bytes(assistant, loss)
+        return traced(assistant, loss)
+
+    def usual_records(self, count: int, workers: int) -> np.ndarray:
+        """A worker's of a pass, of which the longest is as long as it is on average."""
+        lengths, size = self.tokens[TRAIN].lengths, self.settings.training.global_batch_size
+        tasks = [record.task for record in self.splits[TRAIN]]
+        sampler = StepSampler(lengths, np.ones_like(lengths), size, count, 0, workers, self.settings.seed, tasks=tasks)
+        batches = [batch.records for batch in sampler]
+        padded = np.array([lengths[records].max() for records in batches])
+        return batches[abs(padded - padded.mean()).argmin()]
+
+    def flops_per_token(self) -> float:
+        return self.without_weights(torch.bfloat16).flops_per_token(float(self.tokens[TRAIN].lengths.mean()))
 
     def without_weights(self, dtype: torch.dtype) -> Assistant:
         """The assistant on the meta device, as workers train it; for flash attention stands sdpa, which takes as much and needs no GPU."""

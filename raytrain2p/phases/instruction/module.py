@@ -47,6 +47,9 @@ class InstructionModule(PhaseModule):
         own = [*(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
         return [*((layer, as_is) for layer in self.assistant.layers()), *((part, float32) for part in own), (self, as_is)]
 
+    def flops_per_token(self, positions: float) -> float:
+        return self.assistant.flops_per_token(positions)
+
     def assemble(self, batch: Batch) -> AssistantBatch:
         return AssistantBatch(features=self.encoders.features(batch["items"], self.device), **batch["tokens"])
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from raytrain2p.models.gpus import gpu_of
 from raytrain2p.tracking.metrics_file import MetricPoint
 from raytrain2p.worker.callbacks.nonfinite import NonFinite
 from raytrain2p.worker.channel import StepProgress
@@ -125,7 +126,7 @@ class StepLogger(pl.Callback):
         if self.write is not None:
             speeds = {"samples_per_second": speed}
             if any(tokens):
-                speeds["tokens_per_second"] = sum(tokens) * trainer.world_size / (now - self.since)
+                speeds |= self._token_speeds(sum(tokens) * trainer.world_size, len(losses), now - self.since, trainer)
             self.write(self._points(losses, speeds | {"peak_memory_megabytes": peak_megabytes(trainer.strategy.root_device)}))
         for (number, *_), loss, norm in zip(self.steps, losses, norms, strict=True):
             if self.nonfinite.check(number, loss, norm):  # a step that is left out does not hide the others' mean
@@ -137,6 +138,18 @@ class StepLogger(pl.Callback):
             self.show(StepProgress(self._epoch(step), step, trainer.max_steps, losses[-1], speed, left))
         self.losses, self.gradient_norms, self.steps, self.tokens, self.since = [], [], [], [], now
 
+    def _token_speeds(self, tokens: float, steps: int, seconds: float, trainer: pl.Trainer) -> dict[str, float]:
+        """And, on a GPU whose peak is known, the model FLOPs utilization.
+
+        Args:
+            tokens: of these steps, over all workers.
+        """
+        speeds, peak = {"tokens_per_second": tokens / seconds}, peak_flops(trainer.strategy.root_device)
+        if peak is not None:
+            needed = tokens * trainer.lightning_module.flops_per_token(tokens / steps / self.records_per_step)
+            speeds["mfu"] = needed / seconds / trainer.world_size / peak
+        return speeds
+
     def _points(self, losses: list[float], speeds: dict[str, float]) -> list[MetricPoint]:
         points = []
         for loss, (step, rate, at) in zip(losses, self.steps, strict=True):
@@ -147,6 +160,12 @@ class StepLogger(pl.Callback):
 
     def _epoch(self, step: int) -> int:
         return (step - 1) // self.steps_per_epoch
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Of a GPU in bfloat16, a second."""
+    gpu = gpu_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return gpu.flops if gpu else None
 
 
 def peak_megabytes(device: torch.device) -> float:

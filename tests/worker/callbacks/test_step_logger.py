@@ -35,6 +35,9 @@ class Counting(pl.LightningModule):
         self.pass_loss, self.pass_tokens = torch.zeros(()), 5
         self.gradient_norm = torch.ones(())
 
+    def flops_per_token(self, positions: float) -> float:
+        return 1000 * positions
+
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
         self.pass_loss = torch.tensor(float(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1)) / self.accumulate
         return self.weight * 0
@@ -110,6 +113,14 @@ def test_speeds_are_of_the_same_time_and_memory_is_that_of_the_process(tmp_path:
     )
     assert tokens / samples == pytest.approx(3 * 5 / 8), "three passes a step of five tokens each, eight records a step"
     assert memory * 1e6 > psutil.Process().memory_info().rss / 2
+
+
+def test_the_share_of_the_peak_is_that_of_the_flops_that_the_tokens_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raytrain2p.worker.callbacks.step_logger.peak_flops", lambda device: 1e9)
+    kept = Kept(every=2)
+    train(tmp_path, kept.log, passes=6, accumulate=3)
+    ((_, tokens),), ((_, mfu),) = (kept.values(name) for name in ("tokens_per_second", "mfu"))
+    assert mfu == pytest.approx(tokens * 1000 * (3 * 5 / 8) / 1e9), "fifteen tokens in eight records"
 
 
 def test_accumulated_passes_sum_to_the_loss_of_their_step(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What a step would take elsewhere: `--dry-run --on` and `--calibrate`."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from raytrain2p import train
+from raytrain2p.config import InputError
+from raytrain2p.launch.cost import LATENCY, REACHED, START, Cost, Machines, Speed, exchange_seconds, parsed_machines, speed_on_paper
+from raytrain2p.models.assistant import Assistant, one_record_a_row
+from raytrain2p.models.gpus import GPUS
+from raytrain2p.models.tracing import Operation, traced
+
+ONE, EIGHT, MANY = (Machines(nodes, gpus, "h100", 3200e9) for nodes, gpus in ((1, 1), (1, 8), (8, 8)))
+
+
+def operation(flops: int, moved: int) -> Operation:
+    return Operation(torch.ops.aten.mm.default, (), None, flops, moved)
+
+
+def test_a_product_takes_as_long_as_the_slower_of_arithmetic_and_memory() -> None:
+    gpu = GPUS["h100"]
+    arithmetic, memory = operation(round(gpu.flops), 1), operation(1, round(gpu.bandwidth * 2))
+    assert speed_on_paper(Counter({arithmetic: 3, memory: 1}), gpu).of_pass == pytest.approx((3 + 2) / REACHED)
+    assert speed_on_paper(Counter({operation(1, 1): 5000}), gpu).of_pass == pytest.approx(5000 * START), "Python starts them one by one"
+
+
+def test_gradients_go_round_a_ring_and_shards_are_gathered_in_each_pass() -> None:
+    assert exchange_seconds(ONE, "ddp", 10**9, 10**9, 24, 1) == 0
+    assert exchange_seconds(EIGHT, "ddp", 10**9, 6 * 10**6, 24, 4) == pytest.approx(2 * 7 / 8 * 24e6 / 450e9 + 2 * 3 * LATENCY), (
+        "once a step"
+    )
+    sharded = 7 / 8 * (4 * (10**9 + 10**6) + 4 * 10**6) / 450e9 + 3 * 24 * 3 * LATENCY
+    assert exchange_seconds(EIGHT, "fsdp", 10**9, 10**6, 24, 2) == pytest.approx(2 * sharded), "in both passes of two"
+    assert MANY.link == 400e9, "the network of a node, which is slower than NVLink"
+
+
+def test_a_step_is_as_long_as_its_passes_and_what_is_not_hidden_behind_them() -> None:
+    cost = Cost(MANY, 64, Speed(0.2, 1e12, ""), 3, 0.1, 0.5, 64_000, 64_000 * 6e9, 1000)
+    assert cost.seconds == pytest.approx((0.7, 1.2))
+    assert cost.mfu == pytest.approx([64_000 * 6e9 / seconds / 64 / 989.4e12 for seconds in (1.2, 0.7)])
+    assert "MFU                0.5% to 0.9%" in cost.lines(1e9)
+
+
+def test_machines_are_read_and_all_that_is_wrong_is_said_at_once() -> None:
+    assert parsed_machines("nodes=8,gpus=4,gpu=H100,network=400") == Machines(8, 4, "h100", 400e9)
+    assert parsed_machines("gpu=l4") == Machines(1, 1, "l4", 100e9)
+    with pytest.raises(InputError) as refused:
+        parsed_machines("nodes=0,gpus=two,gpu=h99,cards=3,,")
+    text = str(refused.value)
+    assert "5 problems" in text
+    for part in ("nodes=0", "gpus=two", "gpu=h99", "a100, h100", "cards"):
+        assert part in text, part
+
+
+def test_flops_of_a_token_are_those_of_a_pass(tmp_path: Path) -> None:
+    """PaLM's formula against the operations of a pass, all of whose logits are computed."""
+    size = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config, ids = LlamaConfig(vocab_size=128, **size), torch.zeros(3, 40, dtype=torch.int64)
+    for trained in (True, False):
+        with torch.device("meta"):
+            model = LlamaForCausalLM._from_config(config, attn_implementation="eager").requires_grad_(trained)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        needed = Assistant(model, {}, 8, {}).flops_per_token(40) * ids.numel()
+        with one_record_a_row():
+            counted = traced(model, lambda model=model: model(input_ids=ids, use_cache=False).logits.sum()).operations  # type: ignore[misc]
+        assert sum(count * one.flops for one, count in counted.items()) == pytest.approx(needed, rel=0.01)
+
+
+def dry_run(tiny_config: Path, aligner: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
+    code = train.main(["--phase", "2", "--config", str(tiny_config / "phase2.yaml"), f"model.aligner={aligner}", *more])
+    said = capsys.readouterr()
+    return code, said.err + said.out
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAYTRAIN2P_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_step_elsewhere_is_told_and_nothing_is_started(
+    home: Path, tiny_config: Path, untrained_aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--dry-run", "--on", "nodes=2,gpus=2,gpu=h100"]
+    monkeypatch.setattr("sys.argv", ["raytrain2p", "train", "--phase", "2", *asked])
+    code, said = dry_run(tiny_config, untrained_aligner, capsys, *asked)
+    assert code == 0, said
+    for part in ("on                 2 x 2 h100: 4 workers", "GB a GPU", "NVIDIA's figures", "MFU", "400 GB/s", "nothing was started"):
+        assert part in said, part
+    assert said.rstrip().endswith("python -m raytrain2p.train --phase 2 launch.num_workers=4"), "the command that trains there"
+    assert not list(home.glob("checkpoints*"))
+
+
+def test_this_machine_is_measured(
+    home: Path, tiny_config: Path, untrained_aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("raytrain2p.launch.cost.CALIBRATION", 5.0)
+    code, said = dry_run(tiny_config, untrained_aligner, capsys, "--dry-run", "--calibrate")
+    assert code == 0, said
+    found = re.search(r"(\d+) of (\d+) operations were measured on this machine, (\d+)% of the bytes", said)
+    assert found is not None, said
+    assert int(found[3]) > 90
+    assert "MFU" not in said, "the peak of this machine is not known"
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--on", "gpu=h100"], "goes with --dry-run alone"),
+        (["--calibrate"], "goes with --dry-run alone"),
+        (["--dry-run", "--on", "nodes=3,gpus=5,gpu=h100"], "cannot be divided evenly among 15 workers"),
+        (["--dry-run", "--on", "gpu=tpu"], "is not in the table"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    home: Path, tiny_config: Path, untrained_aligner: Path, capsys: pytest.CaptureFixture[str], more: list[str], why: str
+) -> None:
+    code, said = dry_run(tiny_config, untrained_aligner, capsys, *more)
+    assert (code, why in said) == (2, True), said
+
+
+def test_phase_1_is_refused(home: Path, tiny_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments: list[Any] = ["--phase", "1", "--config", str(tiny_config / "phase1.yaml"), "--dry-run", "--on", "gpu=h100"]
+    assert train.main(arguments) == 2
+    assert "phase 2" in capsys.readouterr().err
