@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # MLflow
 SETTINGS, INPUTS, METRICS, RUN = "settings", "inputs, by sha256", "metrics, at the end", "run"  # sections of the table
 MISSING = "-"
 # Their last values say nothing of a model, or repeat another's. JSON has them.
-NOT_IN_TABLE = re.compile(r"epoch|learning_rate|(samples|tokens)_per_second|peak_memory_megabytes|train_loss_epoch|objective|system/.*")
+NOT_IN_TABLE = re.compile(r"epoch|learning_rate|(samples|tokens)_per_second|mfu|peak_memory_megabytes|train_loss_epoch|objective|system/.*")
 IN_RUN_DIRECTORY = re.compile(rf"([0-9a-f]{{8}})[0-9a-f]{{{RUN_ID_LENGTH - 8}}}_\d{{8}}_\d{{6}}")
 LONG = 6  # characters of a common beginning that are worth leaving out
 TRAIN_RECORDS = "data.train records"

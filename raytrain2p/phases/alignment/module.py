@@ -107,11 +107,13 @@ def online(module: AlignmentModule, data: Mapping[str, AlignmentSplit]) -> dict[
 def evaluate(
     module: AlignmentModule, data: Mapping[str, AlignmentSplit], tests: list[str], group: WorkerGroup
 ) -> tuple[dict[str, float], list[Answer]]:
-    """Recall at 1 and 5 from each modality to each other one, on each test split, and of random retrieval."""
+    """Recall at 1 and 5 from each modality to each other one, on each test split, and of random retrieval; on rank 0 alone."""
     metrics: dict[str, float] = {}
     for name in tests:
         split = data[name]
         vectors = split_vectors(module, split, group)
+        if not group.is_first:
+            continue
         concepts = np.unique(split.keys, return_inverse=True)[1]
         firsts, belongs = {}, {}
         for modality, table in split.tables.items():
@@ -120,7 +122,7 @@ def evaluate(
             of_record = concepts[table.items.lengths > 0]
             belongs[modality] = coo_array((np.ones(len(items)), (items, of_record)), (items.max() + 1, concepts.max() + 1)).tocsr()
         for source, target in itertools.permutations(split.tables, 2):
-            right = (belongs[source] @ belongs[target].T).toarray() > 0
+            right = belongs[source] @ belongs[target].T
             asked, offered = firsts[source], firsts[target]
             found = retrieval_metrics(vectors[source][asked], vectors[target][offered], right)
             metrics |= {f"{name}/{source}_to_{target}_{metric}": value for metric, value in found.items()}

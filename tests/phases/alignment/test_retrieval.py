@@ -1,7 +1,10 @@
 """Recall and chance, by hand."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from raytrain2p.phases.alignment.retrieval import retrieval_metrics
 
@@ -63,3 +66,18 @@ def test_a_query_without_a_right_candidate_does_not_count() -> None:
     right = np.array([[True, False], [False, False]])
     assert retrieval_metrics(at_angles(0, 90), at_angles(0, 90), right)["recall_at_1"] == 1
     assert retrieval_metrics(at_angles(90), at_angles(0, 90), right[1:]) == {}
+
+
+def test_queries_are_compared_some_at_a_time() -> None:
+    """All scores of 6,000 x 6,000 are 144 MB; equal candidates are found in their order."""
+    random = np.random.default_rng(0)
+    vectors = random.normal(size=(6000, 4)).astype(np.float32)
+    vectors[1::2] = vectors[::2]
+    belongs = csr_array((np.ones(6000), (np.arange(6000), np.arange(6000) // 2 * 2)), (6000, 6000))
+    tracemalloc.start()
+    metrics = retrieval_metrics(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), vectors, belongs)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 72e6
+    assert metrics["chance_at_5"] == pytest.approx(5 / 6000)
+    assert retrieval_metrics(at_angles(0, 0), at_angles(0, 0), np.array([[1, 0], [1, 0]]))["recall_at_1"] == 1
