@@ -415,6 +415,9 @@ class InstructionModelSettings(SettingsGroup):
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
     tuning: Literal["lora", "full", "frozen"] = setting("lora", "what trains in the language model", _MODEL)
     lora: LoraSettings = LoraSettings()
+    rate_factors: dict[Literal["aligner", "projector", "language_model"], PositiveFloat] = setting(
+        {}, "parts that learn faster or slower, by times training.learning_rate: `{projector: 2, language_model: 0.5}`", _MODEL
+    )
     system_prompt: str | None = setting(None, "system message; null leaves it to the tokenizer's chat template", _MODEL.but(splits=True))
     max_length: PositiveInt | None = setting(
         None, "longest record in tokens (default: the context of the language model)", _MODEL.but(splits=True)
@@ -425,6 +428,17 @@ class InstructionModelSettings(SettingsGroup):
     compile: bool = setting(
         False, "compile the language model's layers: shorter steps on GPUs, after a minute or more at the first", _MODEL.but(resume=FREE)
     )
+
+    @model_validator(mode="after")
+    def _rates_are_of_what_trains(self) -> "InstructionModelSettings":
+        trains = {"aligner": (self.train_aligner, "set model.train_aligner=true"), "projector": (True, "")}
+        trains["language_model"] = (self.tuning != "frozen", "set model.tuning=lora or full")
+        for part in self.rate_factors:
+            if not trains[part][0]:
+                raise ValueError(
+                    f"rate_factors names the {part.replace('_', ' ')}, which does not train: leave it out, or {trains[part][1]}"
+                )
+        return self
 
     def tokens_of(self, modality: str) -> int:
         """All soft tokens of an item of this modality."""

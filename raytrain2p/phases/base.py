@@ -71,10 +71,10 @@ class PhaseModule(pl.LightningModule):
         """Sets the rates of the settings: a checkpoint has its own, and population-based training resumes with others."""
         settings = self.training_settings
         scheduler, optimizer = self.lr_schedulers(), self.optimizers(use_pl_optimizer=False)
-        scheduler.base_lrs = [settings.learning_rate] * len(scheduler.base_lrs)
-        for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-            group["initial_lr"] = settings.learning_rate
-            group["lr"] = settings.learning_rate * factor(scheduler.last_epoch)
+        scheduler.base_lrs = [settings.learning_rate * factor for factor, _ in self.groups()]
+        for group, rate, schedule in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] = rate * schedule(scheduler.last_epoch)
             group["weight_decay"] = settings.weight_decay if group["params"][0].ndim >= 2 else 0.0
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
@@ -109,6 +109,19 @@ class PhaseModule(pl.LightningModule):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def rate_factor(self, name: str) -> float:
+        """By which the learning rate of the parameter of this name is multiplied."""
+        return 1.0
+
+    def groups(self) -> list[tuple[float, list[nn.Parameter]]]:
+        """What trains, matrices apart from the rest, by the factor of its learning rate; first what has the rate of the settings."""
+        found: dict[tuple[bool, float, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                factor = self.rate_factor(name)
+                found.setdefault((factor != 1, factor, parameter.ndim < 2), []).append(parameter)
+        return [(factor, found[key]) for key in sorted(found) for factor in [key[1]]]
 
     @torch.no_grad()
     def weights_norm(self) -> float:
@@ -147,12 +160,15 @@ class PhaseModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up, then a cosine to zero (arXiv:1608.03983, equation 5, one cycle)."""
         settings = self.training_settings
-        trained = self.trained_parameters()
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": parameters,
+                "lr": settings.learning_rate * factor,
+                "weight_decay": settings.weight_decay if parameters[0].ndim >= 2 else 0.0,
+            }
+            for factor, parameters in self.groups()
         ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=settings.learning_rate, fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)
         optimizer.register_load_state_dict_pre_hook(_fused)
         warmup = warmup_of(settings, self.total_steps)
 

@@ -47,7 +47,7 @@ ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.
             InstructionSettings,
             ENCODER_SETTINGS
             | model("language_model", "aligner", "train_aligner", "projector", "soft_tokens", "soft_token_dropout", "tuning")
-            | model("recall_texts", "recall_tokens", "recall_dropout")
+            | model("recall_texts", "recall_tokens", "recall_dropout", "rate_factors")
             | model("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "system_prompt", "max_length"),
         ),
     ],

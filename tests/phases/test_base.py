@@ -144,11 +144,15 @@ def test_a_run_that_is_resumed_with_another_number_of_records_takes_the_steps_of
     assert seen(train(tmp_path / "part", passes, first=first, records=records)) == seen(whole)
 
 
-def test_a_run_that_goes_on_has_the_rate_of_its_settings_not_of_the_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_run_that_goes_on_has_the_rates_of_its_settings_not_of_the_checkpoint(
+    tmp_path: Path, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Population-based training goes on from another trial's weights with a rate of its own."""
+    monkeypatch.setattr(Small, "rate_factor", lambda self, name: factor if name.startswith("net.0") else 1.0)
     train(tmp_path, 1, stop=4)
     before = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    before["lr_schedulers"][0]["base_lrs"] = [7.0, 7.0]
+    before["lr_schedulers"][0]["base_lrs"] = [7.0] * (2 if factor == 1 else 4)
     for group in before["optimizer_states"][0]["param_groups"]:
         group |= {"lr": 7.0, "initial_lr": 7.0, "weight_decay": 7.0, "fused": None}  # None: of an earlier version
     torch.save(before, tmp_path / "last.ckpt")

@@ -47,6 +47,12 @@ class InstructionModule(PhaseModule):
         own = [*(self.assistant.branch(modality).map for modality in self.assistant.branches), self.assistant.projector]
         return [*((layer, as_is) for layer in self.assistant.layers()), *((part, float32) for part in own), (self, as_is)]
 
+    def rate_factor(self, name: str) -> float:
+        part = name.removeprefix("assistant.").partition(".")[0]
+        return {str(key): value for key, value in self.settings.model.rate_factors.items()}.get(
+            "aligner" if part == "branches" else part, 1.0
+        )
+
     def flops_per_token(self, positions: float) -> float:
         return self.assistant.flops_per_token(positions)
 

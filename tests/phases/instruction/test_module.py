@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pydantic import ValidationError
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from raytrain2p.config import InputError, InstructionSettings
@@ -387,6 +388,30 @@ def test_the_module_begins_with_the_aligner_of_phase_1(settings: InstructionSett
     assert list(module.assistant.branches) == ["image"]
     for name, value in module.assistant.branches.state_dict().items():
         assert torch.equal(value, state[f"branches.{name}"]), name
+
+
+def test_parts_learn_at_rates_of_their_own(tiny_llama: Path, aligner: Path) -> None:
+    model = {"tuning": "lora", "train_aligner": True, "rate_factors": {"projector": 2, "language_model": 0.5}}
+    module = build(settings_of(tiny_llama, aligner, model=model, training={"learning_rate": 0.01, "warmup_steps": 0}), 10, "float32")
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    parts = {"branches": 0.01, "projector": 0.02, "language_model": 0.005}
+    assert {name: rates[id(one)] for name, one in module.named_parameters() if one.requires_grad} == {
+        name: parts[name.split(".")[1]] for name, one in module.named_parameters() if one.requires_grad
+    }
+    assert groups[0]["lr"] == 0.01, "which is the rate that is logged"
+
+
+@pytest.mark.parametrize(
+    ("model", "fix"),
+    [
+        ({"rate_factors": {"aligner": 2}}, "set model.train_aligner=true"),
+        ({"rate_factors": {"language_model": 2}, "tuning": "frozen"}, "set model.tuning=lora or full"),
+    ],
+)
+def test_a_rate_of_what_does_not_train_is_refused(tiny_llama: Path, aligner: Path, model: dict[str, Any], fix: str) -> None:
+    with pytest.raises(ValidationError, match=fix):
+        settings_of(tiny_llama, aligner, model=model)
 
 
 @pytest.mark.parametrize("trains", [True, False])
