@@ -280,7 +280,9 @@ class TrackingSettings(SettingsGroup):
 class EvaluationSettings(SettingsGroup):
     """What is measured on the test splits after training."""
 
-    batch_size: PositiveInt = setting(64, "records per forward pass", _OF_ALL_TRIALS)
+    batch_size: PositiveInt = setting(
+        64, "records per forward pass; in validation fewer of those that are longer than the mean", _OF_ALL_TRIALS
+    )
     max_records: PositiveInt | None = setting(
         None, "records per test split and task, drawn by seed; null for all (phase 2)", _OF_ALL_TRIALS.but(splits=True)
     )

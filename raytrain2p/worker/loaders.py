@@ -74,9 +74,17 @@ def validation_micro_batches(lengths: np.ndarray, size: int, group: WorkerGroup)
     """This worker's batches: whole ones, so that any number of workers measures the same, and equally many on each.
 
     Where the number does not divide, a batch that does not count (no step tokens) is added.
+
+    Args:
+        size: records of a batch at most; with padding it has no more tokens than so many records of mean length, or one record.
     """
     order = np.random.default_rng(0).permutation(len(lengths))  # a batch has records of every source: phase 1 compares them
     order = order[np.argsort(lengths[order], kind="stable")]
-    batches = [MicroBatch(order[start : start + size], 1) for start in range(0, len(order), size)]
+    ends, most = list[int](), size * lengths.mean()
+    for place, length in enumerate(lengths[order]):
+        begun = place - (ends[-1] if ends else 0)
+        if begun == size or (begun and (begun + 1) * length > most):
+            ends.append(place)
+    batches = [MicroBatch(records, 1) for records in np.split(order, ends)]
     batches += [MicroBatch(batches[0].records, 0)] * (-len(batches) % group.size)
     return group.share(batches)
