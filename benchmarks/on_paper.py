@@ -27,8 +27,8 @@ COLUMNS = ["model, tuning", "GPUs", "GB a GPU", "seconds a step", "of these, pas
 
 def measure(options: Options) -> Found:
     from raytrain2p.config import InstructionSettings, load_settings
-    from raytrain2p.launch.cost import cost_of, parsed_machines
-    from raytrain2p.launch.dry_run import held_parameters, memory
+    from raytrain2p.launch.cost import cost_of, parsed_machines, settings_on
+    from raytrain2p.launch.dry_run import memory
     from raytrain2p.phases.instruction.data import read_inputs
 
     rows = []
@@ -42,10 +42,10 @@ def measure(options: Options) -> Found:
                 batch = records * machines.workers
                 settings = load_settings(2, None, [*overrides(folder, batch, 1000), f"model.tuning={tuning}", *more])
                 assert isinstance(settings, InstructionSettings)
-                inputs = read_inputs(settings)
-                frozen, trained = held_parameters(settings, inputs)
-                needed, _ = memory(settings, inputs, frozen, trained, "bf16", machines.workers)
-                cost = cost_of(settings, inputs, machines, False, frozen, trained)
+                there = settings_on(settings, machines)
+                inputs = read_inputs(settings).with_settings(there)
+                needed, _ = memory(there, inputs)
+                cost = cost_of(there, inputs, machines, False)
                 (least, most), mfu = cost.seconds, cost.mfu or (0.0, 0.0)
                 rows.append(
                     [

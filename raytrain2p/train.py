@@ -68,8 +68,6 @@ def train(options: argparse.Namespace) -> int:
     """
     machines = machines_of(options)
     settings = load_settings(options.phase, fetched(options.config), options.overrides)
-    if machines is not None:  # refuses a global batch that cannot be divided among so many
-        load_settings(options.phase, fetched(options.config), [*options.overrides, f"launch.num_workers={machines.workers}"])
     if options.resume is not None:
         settings, options.launch_id = resumed(settings, options.phase, options.resume, options.launch_id, options.config, options.overrides)
 
@@ -110,12 +108,12 @@ def machines_of(options: argparse.Namespace) -> "Machines | None":
     Raises:
         InputError: it names no machines, or nothing is told of a step without `--dry-run`, or in phase 1.
     """
-    asked = [flag for flag, given in ((ON, options.on), (CALIBRATE, options.calibrate)) if given]
+    asked = [flag for flag, given in ((ON, options.on is not None), (CALIBRATE, options.calibrate)) if given]
     if asked and not options.dry_run:
         raise InputError(Problem(" ".join(asked), "starts nothing, and so goes with --dry-run alone", f"add {DRY_RUN}"))
     if asked and options.phase != INSTRUCTION.number:
         raise InputError(Problem(" ".join(asked), "tells what a step of phase 2 takes; one of phase 1 is small", "take --phase 2"))
-    if not options.on:
+    if options.on is None:
         return None
     from raytrain2p.launch.cost import parsed_machines
 

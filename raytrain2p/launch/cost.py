@@ -6,23 +6,23 @@ longer (the roofline model, doi:10.1145/1498765.1498785), and a pass no less tha
 
 import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from raytrain2p.config import InputError, Problem, Settings
+from raytrain2p.config.settings import cross_field_problems, flatten
 from raytrain2p.launch.places import size
-from raytrain2p.models.gpus import GPUS, Gpu
+from raytrain2p.models.gpus import GPUS, Gpu, gpu_of
+from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.models.timing import COLD, seconds_of
 from raytrain2p.models.tracing import Operation
 from raytrain2p.phases.inputs import PhaseInputs, planned_steps
 
-ON = "--on"
-REACHED = 0.5  # of a data sheet's rates: an H100's kernels took 49 and 199 ms, where these say 24 and 94 (docs/measurements.md)
-START = 2e-5  # seconds in which Python starts an operation: 134 ms for 6,158 kernels beside an H100, docs/measurements.md
+REACHED = 0.5  # of a data sheet's rates, on an H100: docs/measurements.md
+START = 2e-5  # seconds in which Python starts an operation: 134 ms for 6,158 kernels beside that H100
 LATENCY = 2e-5  # seconds of a message between nodes
 BUCKET = 25e6  # bytes that DDP exchanges at once
 OPTIMIZER_BYTES = 4 * 10  # read and written for each parameter: clipping 3, of AdamW gradient 1, weight 2 and moments 4, in float32
@@ -53,7 +53,7 @@ class Machines:
 
     @property
     def link(self) -> float:
-        """Bytes a second of a ring through all: where it leaves a node, its GPUs share the network."""
+        """Bytes a second of rings through all: where they leave a node, they share its network."""
         return min(self.gpu.link, self.network / 8) if self.nodes > 1 else self.gpu.link
 
     def __str__(self) -> str:
@@ -66,19 +66,71 @@ def parsed_machines(text: str) -> Machines:
     Raises:
         InputError: everything that is wrong with it.
     """
-    found = dict(part.partition("=")[::2] for part in text.split(","))
+    found = dict(part.partition("=")[::2] for part in text.split(",") if part)
     known = ("nodes", "gpus", "gpu", "network")
-    problems = [Problem(f"{ON} {name}", "is unknown", f"known: {', '.join(known)}") for name in found.keys() - set(known)]
-    for name in {"nodes", "gpus", "network"} & found.keys():
-        if not found[name].isdecimal() or not 0 < int(found[name]) < 1e6:
-            problems.append(Problem(f"{ON} {name}={found[name]}", "is not a whole number over 0", f"as in {ON} nodes=8,gpus=8,gpu=h100"))
+    problems = [Problem(f"--on {name}", "is unknown", f"known: {', '.join(known)}") for name in sorted(found.keys() - set(known))]
+    for name in ("nodes", "gpus", "network"):
+        value = found.get(name, "1")
+        if not value.isdecimal() or not 0 < int(value) < 1e6:
+            problems.append(Problem(f"--on {name}={value}", "is not a whole number over 0", "as in --on nodes=8,gpus=8,gpu=h100"))
     kind = found.get("gpu", "").lower()
     if kind not in GPUS:
-        problems.append(Problem(f"{ON} gpu={kind}", "is not in the table", f"take one of {', '.join(GPUS)}; or run --calibrate on it"))
+        problems.append(Problem(f"--on gpu={kind}", "is not in the table", f"take one of {', '.join(GPUS)}"))
     if problems:
         raise InputError(problems)
     network = int(found["network"]) * 1e9 if "network" in found else GPUS[kind].network
     return Machines(int(found.get("nodes", 1)), int(found.get("gpus", 1)), kind, network)
+
+
+def settings_on(settings: Settings, machines: Machines) -> Settings:
+    """The settings of a run there.
+
+    Raises:
+        InputError: the global batch cannot be divided among so many workers; or the precision is one of which no rate is known.
+    """
+    launch = settings.launch.model_copy(update={"num_workers": machines.workers, "use_gpu": True})
+    there = settings.model_copy(update={"launch": launch})
+    problems = cross_field_problems(flatten(there), there.accumulates)
+    if settings.training.precision == "float32":
+        what = "the table of GPUs has rates in bfloat16 alone"
+        problems.append(Problem("training.precision=float32 with --on", what, "set training.precision=auto or bf16"))
+    if problems:
+        raise InputError(problems)
+    return there
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters that a worker holds.
+
+    Args:
+        frozen, trained: of what is trained, its frozen parts included.
+        encoders: that run within the step; they are never sharded.
+        layers: of each layer of the language model.
+    """
+
+    frozen: int
+    trained: int
+    encoders: int
+    layers: list[int]
+
+    @property
+    def gathered(self) -> int:
+        """At once, if they are sharded: a layer that works, the next one, and all that is in no layer."""
+        return 2 * max(self.layers, default=0) + self.frozen + self.trained - sum(self.layers)
+
+
+def weights_of(settings: Settings, inputs: PhaseInputs) -> Weights:
+    parts = inputs.parts()
+    counts = count_parameters(parts)
+    encoders = {name for name in parts if "encoder" in name}
+    lists = [one for name in parts.keys() - encoders for one in parts[name].modules() if isinstance(one, nn.ModuleList)]
+    return Weights(
+        sum(count.frozen for name, count in counts.items() if name not in encoders),
+        sum(count.trained for name, count in counts.items() if name not in encoders),
+        sum(counts[name].frozen for name in encoders) if settings.data.features == "online" else 0,
+        [sum(one.numel() for one in layer.parameters()) for layer in max(lists, key=len, default=nn.ModuleList())],
+    )
 
 
 @dataclass(frozen=True)
@@ -102,7 +154,7 @@ def speed_on_paper(operations: Counter[Operation], gpu: Gpu) -> Speed:
     rates = f"{REACHED:.0%} of {gpu.flops / 1e12:,.0f} TFLOP/s and of {gpu.bandwidth / 1e12:,.2f} TB/s, NVIDIA's figures"
     starting = START * operations.total()
     because = (
-        f"{operations.total():,} operations of a pass work for {working:.3f} s ({rates}), and Python needs {starting:.3f} s to start them"
+        f"{operations.total():,} operations of a pass, which work for {working:.3f} s ({rates}); Python starts them in {starting:.3f} s"
     )
     return Speed(max(working, starting), bandwidth, because)
 
@@ -111,31 +163,27 @@ def speed_here(operations: Counter[Operation], device: torch.device) -> Speed:
     """Measured. What there is no time to measure takes as long for its bytes as what was."""
     measured = seconds_of(operations, device, CALIBRATION)
     of_measured = sum(operations[one] * seconds for one, seconds in measured.items())
-    share = sum(operations[one] * one.bytes for one in measured) / sum(count * one.bytes for one, count in operations.items())
-    bandwidth = max((one.bytes / seconds for one, seconds in measured.items() if not one.flops and one.bytes > COLD), default=1e10)
-    because = f"{len(measured)} of {len(operations)} operations were measured on this machine, {share:.0%} of the bytes of a pass"
+    all_bytes = sum(count * one.bytes for one, count in operations.items())
+    all_flops = sum(count * one.flops for one, count in operations.items())
+    share = sum(operations[one] * one.bytes for one in measured) / all_bytes
+    of_flops = sum(operations[one] * one.flops for one in measured) / max(1, all_flops)
+    bandwidth = max((one.bytes / seconds for one, seconds in measured.items() if not one.flops and one.bytes > COLD / 8), default=1e10)
+    because = (
+        f"{len(measured)} of {len(operations)} operations were measured here, {share:.0%} of a pass's bytes and {of_flops:.0%} of its FLOPs"
+    )
     return Speed(of_measured / share, bandwidth, because)
 
 
-def exchange_seconds(machines: Machines, strategy: str, frozen: int, trained: int, units: int, passes: int) -> float:
-    """Of a step, through rings: each GPU sends and receives (n-1)/n of what is gathered or scattered, and twice that of what is reduced.
-
-    Args:
-        frozen, trained: parameters.
-        units: that FSDP gathers one by one.
+def exchange_seconds(machines: Machines, sharded: bool, weights: Weights, passes: int) -> float:
+    """Of a step. In rings each GPU sends and receives (n-1)/n of what is gathered or scattered, and twice that of what is reduced; a
+    message passes log2(n) others, as in NCCL's trees.
     """
     others, hops = (machines.workers - 1) / machines.workers, math.log2(machines.workers)
-    if strategy != "fsdp":
-        calls = math.ceil(4 * trained / BUCKET)
-        return 2 * others * 4 * trained / machines.link + 2 * calls * hops * LATENCY
-    gathered, scattered = 2 * 2 * (frozen + trained), 4 * trained  # for each of the two passes, in bfloat16; gradients in float32
-    return passes * (others * (gathered + scattered) / machines.link + 3 * units * hops * LATENCY)
-
-
-def layers(parts: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """Of all models among the parts."""
-    lists = [[one for one in part.modules() if isinstance(one, nn.ModuleList)] for part in parts.values()]
-    return [layer for found in lists if found for layer in max(found, key=len)]
+    if not sharded:
+        calls = math.ceil(4 * weights.trained / BUCKET)
+        return 2 * others * 4 * weights.trained / machines.link + 2 * calls * hops * LATENCY
+    gathered = 2 * 2 * (weights.frozen + weights.trained)  # for the forward and for the backward pass, in bfloat16
+    return passes * (others * (gathered + 4 * weights.trained) / machines.link + 3 * (len(weights.layers) + 1) * hops * LATENCY)
 
 
 @dataclass(frozen=True)
@@ -143,37 +191,39 @@ class Cost:
     """Of a step.
 
     Args:
+        sharded: whether weights are gathered in each pass; else gradients are reduced during the last one alone.
         passes: that a worker makes in a step.
-        optimizer, exchange: seconds; the exchange of gradients, and of shards, as if nothing of it were hidden behind the passes.
+        optimizer, exchange: seconds.
         tokens: of a step, over all workers, without padding.
-        flops: that these need, of all workers.
+        flops: that a token needs, if it is known.
         steps: of the training.
     """
 
     machines: Machines | None
+    sharded: bool
     workers: int
     speed: Speed
     passes: int
     optimizer: float
     exchange: float
     tokens: int
-    flops: float
+    flops: float | None
     steps: int
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """If the exchange is hidden, and if it is not."""
+        """If the exchange is hidden behind the passes, and if nothing of it is."""
         of_passes = self.passes * self.speed.of_pass
-        return max(of_passes, self.exchange) + self.optimizer, of_passes + self.exchange + self.optimizer
+        beside = of_passes if self.sharded else self.speed.of_pass
+        return of_passes + max(0.0, self.exchange - beside) + self.optimizer, of_passes + self.exchange + self.optimizer
 
     @property
     def mfu(self) -> tuple[float, float] | None:
         """Model FLOPs utilization, if the GPU is known; the lower one first."""
-        if self.machines is None:
+        if self.machines is None or self.flops is None:
             return None
-        least, most = self.seconds
-        rate = self.machines.gpu.flops * self.workers
-        return self.flops / most / rate, self.flops / least / rate
+        least, most = (self.tokens * self.flops / seconds / self.machines.gpu.flops / self.workers for seconds in reversed(self.seconds))
+        return least, most
 
     def lines(self, memory: float) -> list[str]:
         """What is printed.
@@ -185,10 +235,11 @@ class Cost:
         hours = [self.steps * seconds / 3600 for seconds in self.seconds]
         lines = [f"on                 {self.machines or 'this machine'}: {self.workers} workers"]
         if self.machines:
-            lines.append(f"memory             {size(round(memory))} of {size(round(self.machines.gpu.memory))} a GPU")
+            lines.append(f"memory             {size(round(memory))} of tensors, of {size(round(self.machines.gpu.memory))} a GPU")
         lines += [
-            f"step               {least:.3f} to {most:.3f} s, with and without {self.exchange:.3f} s of exchange behind the passes",
-            f"                   {self.passes} x {self.speed.of_pass:.3f} s of passes, {self.optimizer:.3f} s of the optimizer",
+            f"step               {least:.3f} to {most:.3f} s, with the exchange hidden behind the passes, and not",
+            f"                   {self.passes} x {self.speed.of_pass:.3f} s of passes, {self.exchange:.3f} s of exchange, "
+            f"{self.optimizer:.3f} s of optimizer",
             f"tokens per second  {self.tokens / most:,.0f} to {self.tokens / least:,.0f}",
         ]
         if self.mfu:
@@ -196,35 +247,59 @@ class Cost:
         lines.append(f"training           {hours[0]:,.2f} to {hours[1]:,.2f} hours, {self.workers * hours[1]:,.1f} worker hours")
         lines.append(f"this rests on      {self.speed.because}")
         if self.machines and self.workers > 1:
-            lines.append(
-                f"                   {self.machines.link / 1e9:,.0f} GB/s between GPUs in one direction, {LATENCY * 1e6:.0f} us a message"
-            )
+            lines.append(f"                   {self.machines.link / 1e9:,.0f} GB/s from GPU to GPU, {LATENCY * 1e6:.0f} us a message")
         return lines
 
 
-def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, calibrate: bool, frozen: int, trained: int) -> Cost:
-    """What a step takes.
+def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, calibrate: bool) -> Cost:
+    """What a step takes, of a run with these settings.
 
     Args:
         machines: None: this one.
         calibrate: operations are measured on this machine.
-        frozen, trained: parameters that a worker holds.
+
+    Raises:
+        InputError: this machine cannot be measured for these; or a pass over the language model cannot be made without numbers.
     """
-    training, strategy = settings.training, settings.launch.strategy
-    workers = machines.workers if machines else settings.launch.min_workers
-    device = torch.device("cuda" if settings.launch.gpus and torch.cuda.is_available() else "cpu")
-    precision = "bf16" if machines else resolve_precision(training.precision, device)
-    operations = inputs.pass_of(precision, workers, longest=False).operations
+    training, workers, sharded = settings.training, settings.launch.min_workers, settings.launch.strategy == "fsdp"
+    device = torch.device("cuda" if settings.launch.use_gpu is not False and torch.cuda.is_available() else "cpu")
+    if calibrate:
+        check_calibration(workers, machines, device)
+    try:
+        operations = inputs.pass_of("bf16" if machines else resolve_precision(training.precision, device), longest=False).operations
+    except Exception as error:  # of a foreign model's own code, which may look at numbers
+        what = f"what a pass takes cannot be told: it needs numbers ({type(error).__name__})"
+        raise InputError(
+            Problem("model.language_model with --on or --calibrate", what, "leave these out, and measure a short run")
+        ) from None
     speed = speed_on_paper(operations, machines.gpu) if machines and not calibrate else speed_here(operations, device)
-    passes, units = training.gradient_accumulation_steps(workers), len(layers(inputs.parts()))
+    passes, weights = training.gradient_accumulation_steps(workers), weights_of(settings, inputs)
     return Cost(
         machines,
+        sharded,
         workers,
         speed,
         passes,
-        OPTIMIZER_BYTES * trained / (workers if strategy == "fsdp" else 1) / speed.bandwidth,
-        exchange_seconds(machines, strategy, frozen, trained, units, passes) if machines else 0.0,
+        OPTIMIZER_BYTES * weights.trained / (workers if sharded else 1) / speed.bandwidth,
+        exchange_seconds(machines, sharded, weights, passes) if machines else 0.0,
         inputs.tokens_per_step(),
-        inputs.tokens_per_step() * inputs.flops_per_token(),
+        inputs.flops_per_token(),
         planned_steps(training, inputs.records),
     )
+
+
+def check_calibration(workers: int, machines: Machines | None, device: torch.device) -> None:
+    """
+    Raises:
+        InputError: this machine has not that GPU; or one process would be measured, where several share it.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
+    if machines is not None and gpu_of(name) != machines.gpu:
+        raise InputError(
+            Problem(f"--calibrate with --on gpu={machines.kind}", f"would measure {name}", "run it there, or leave one of the two out")
+        )
+    if machines is None and workers > 1:
+        what = f"one process is measured, and {workers} would train"
+        raise InputError(
+            Problem(f"--calibrate with launch.num_workers={workers}", what, "set launch.num_workers=1, or name GPUs with --on")
+        )

@@ -8,11 +8,10 @@ import yaml
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
-from raytrain2p.launch.cost import Machines, cost_of, layers
+from raytrain2p.launch.cost import Machines, cost_of, settings_on, weights_of
 from raytrain2p.launch.places import bytes_needed, free_space, size
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
-from raytrain2p.models.tracing import Pass
 from raytrain2p.phases.inputs import TRAIN, PhaseInputs, planned_steps
 
 PROCESS = 700e6  # Python with torch, Ray, Lightning and MLflow imported, measured on Linux
@@ -27,18 +26,15 @@ def dry_run(settings: Settings, inputs: PhaseInputs, machines: Machines | None =
         machines, calibrate: for what a step would take, see `cost.py`.
 
     Raises:
-        InputError: the global batch cannot be divided among these machines, or what a step takes cannot be told.
+        InputError: that cannot be told.
     """
     resolved = json.loads(settings.model_dump_json())
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
     counts = count_parameters(inputs.parts())
     steps = planned_steps(settings.training, inputs.records)
-    chosen, on_cpu = settings.training.precision, resolve_precision(settings.training.precision, torch.device("cpu"))
-    precision = "bf16" if settings.launch.gpus and chosen == "auto" else on_cpu
     frozen = sum(count.frozen for count in counts.values())
     trained = sum(count.trained for count in counts.values())
-    held = held_parameters(settings, inputs)
-    needed, lacks = memory(settings, inputs, *held, precision, settings.launch.min_workers)
+    needed, lacks = memory(settings, inputs)
     lines = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), "", f"{'parameters':16}{'frozen':>14}{'trained':>14}"]
     lines += [f"{name:16}{count.frozen:>14,}{count.trained:>14,}" for name, count in counts.items()]
     lines += [
@@ -51,18 +47,13 @@ def dry_run(settings: Settings, inputs: PhaseInputs, machines: Machines | None =
         f"memory per worker  {'more than' if lacks else 'about'} {needed / 1e6:,.0f} MB{lacks and ': ' + lacks}",
     ]
     if machines or calibrate:
+        there, of_there = settings, inputs
         if machines:
-            needed, lacks = memory(settings, inputs, *held, "bf16", machines.workers)
-        lines += ["", *cost_of(settings, inputs, machines, calibrate, *held).lines(needed), ""]
+            there = settings_on(settings, machines)
+            of_there = inputs.with_settings(there)
+        lines += ["", *cost_of(there, of_there, machines, calibrate).lines(memory(there, of_there)[0]), ""]
     lines.append("nothing was started")
     return "\n".join(lines)
-
-
-def held_parameters(settings: Settings, inputs: PhaseInputs) -> tuple[int, int]:
-    """Frozen and trained ones of a worker, which loads the encoders only if they run within the step."""
-    counts = count_parameters(inputs.parts())
-    held = [count for name, count in counts.items() if "encoder" not in name or settings.data.features == "online"]
-    return sum(count.frozen for count in held), sum(count.trained for count in held)
 
 
 def data_lines(inputs: PhaseInputs) -> list[str]:
@@ -78,19 +69,21 @@ def data_lines(inputs: PhaseInputs) -> list[str]:
     return lines
 
 
-def memory(settings: Settings, inputs: PhaseInputs, frozen: int, trained: int, precision: str, workers: int) -> tuple[float, str]:
+def memory(settings: Settings, inputs: PhaseInputs) -> tuple[float, str]:
     """Bytes of a worker that trains: weights, optimizer state, and a pass over the longest records. An estimate, and what it lacks.
 
-    Args:
-        frozen, trained: parameters.
+    On a GPU those of tensors, as `peak_memory_megabytes` has them, else of the process.
     """
-    width, sharing = 2 if precision == "bf16" else 4, workers if settings.launch.strategy == "fsdp" else 1
+    launch, chosen, lacks = settings.launch, settings.training.precision, ""
+    on_gpu, sharing = launch.gpus > 0, launch.min_workers if launch.strategy == "fsdp" else 1
+    precision = "bf16" if on_gpu and chosen == "auto" else resolve_precision(chosen, torch.device("cpu"))
+    weights, width = weights_of(settings, inputs), 2 if precision == "bf16" else 4
     try:
-        of_pass, lacks = inputs.pass_of(precision, workers), ""
+        of_pass = inputs.pass_of(precision).most_bytes
     except Exception as error:  # of a foreign model's own code, which may look at numbers
-        of_pass, lacks = Pass(0, 0, Counter()), f"what a pass takes cannot be told of this language model ({type(error).__name__})"
-    held = frozen * width + trained * WEIGHT_AND_MOMENTS + of_pass.gradient_bytes
-    gathered = 0
-    if sharing > 1:  # a layer that works, and the next one
-        gathered = 2 * width * max((sum(one.numel() for one in layer.parameters()) for layer in layers(inputs.parts())), default=0)
-    return PROCESS + KEPT_BY_MALLOC * (held / sharing + gathered + of_pass.most_bytes - of_pass.gradient_bytes), lacks
+        of_pass, lacks = 0, f"what a pass takes cannot be told of this language model ({type(error).__name__})"
+    held: float = weights.frozen * width + weights.trained * WEIGHT_AND_MOMENTS
+    if sharing > 1:
+        held = (held + 4 * weights.trained) / sharing + width * weights.gathered
+    needed = held + width * weights.encoders + of_pass
+    return needed if on_gpu else PROCESS + KEPT_BY_MALLOC * needed, lacks

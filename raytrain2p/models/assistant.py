@@ -22,6 +22,8 @@ from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 from raytrain2p.models.recall import Recall
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a mixture, as configurations name their number
+
 
 @dataclass
 class AssistantBatch:
@@ -161,15 +163,19 @@ class Assistant(nn.Module):
         self.projector.requires_grad_(True)
         return count_parameters(self.parts())
 
-    def flops_per_token(self, positions: float) -> float:
+    def flops_per_token(self, positions: float) -> float | None:
         """Of a forward and a backward pass over records of so many tokens: 6 N + 12 L H Q T, PaLM's formula (arXiv:2204.02311,
-        appendix B), but 4 for each weight that does not train and so needs no gradient.
+        appendix B), but 4 for each weight that does not train and so needs no gradient. None for models of another form: those without
+        attention heads, and mixtures of experts, of which a token meets a few.
         """
-        model, config = self.language_model, self.language_model.config
-        head = model.get_output_embeddings().weight
-        weights = {id(one): one for one in model.parameters() if one is not model.get_input_embeddings().weight} | {id(head): head}
+        model, config = self.language_model, self.language_model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads or any(getattr(config, name, None) for name in EXPERTS):
+            return None
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        weights = {id(one): one for one in model.parameters() if one is not embedding} | {id(head): head}
         products = sum((6 if one.requires_grad else 4) * one.numel() for one in weights.values())
-        width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return products + 12 * len(self.layers()) * width * positions
 
     def convert(self, dtype: torch.dtype) -> None:

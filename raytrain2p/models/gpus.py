@@ -1,4 +1,4 @@
-"""What GPUs can do, from NVIDIA's data sheets: SXM modules in a DGX, L4 and L40S on PCIe."""
+"""What GPUs can do, from NVIDIA's data sheets: SXM modules in a DGX; L4 and L40S on PCIe, with 100 Gbit/s a node."""
 
 from dataclasses import dataclass
 

@@ -109,7 +109,7 @@ class _Adapted(torch.autograd.Function):
     """`x W^T + b + s (x A^T) B^T` (arXiv:2106.09685, section 4.1) of one or several layers, in the precision of the frozen W and b.
 
     Through peft and autocast a layer makes about 25 operations more: casts of x, A, B and their gradients, products with s, and sums, each
-    over all activations. Here the low-rank products are added to the others' results where those are, s is a factor of products, and
+    over all activations. Here the low-rank products and the others are added where the first of them are, s is a factor of products, and
     the A of several layers are one matrix.
 
     What LoRA adds comes first, and x W^T is added to it before the sum is rounded. The other way round, the sum of a rounded x W^T and of

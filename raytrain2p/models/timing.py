@@ -13,7 +13,8 @@ from raytrain2p.models.tracing import Operation, Shape
 
 COLD = 1 << 26  # bytes that an operation is given in turn, so that they come from memory and not from a cache
 MOST_SETS = 8  # of them
-LEAST, REPEATS = 0.005, 3  # seconds that are measured at once, and how often
+LARGEST = 1 << 31  # bytes of an operation that is made: larger ones may not fit beside what else is there
+LEAST, REPEATS, LONG = 0.005, 3, 0.3  # seconds that are measured at once, and how often; what takes longer is measured once
 
 
 def seconds_of(operations: Counter[Operation], device: torch.device, budget: float) -> dict[Operation, float]:
@@ -26,6 +27,8 @@ def seconds_of(operations: Counter[Operation], device: torch.device, budget: flo
     for operation in sorted(operations, key=lambda one: operations[one] * one.bytes, reverse=True):
         if time.monotonic() > end:
             break
+        if operation.bytes > LARGEST:
+            continue
         try:
             found[operation] = timed(operation, device)
         except (RuntimeError, IndexError, NotImplementedError, torch.OutOfMemoryError):  # a kernel of other devices, indices that it checks
@@ -34,8 +37,8 @@ def seconds_of(operations: Counter[Operation], device: torch.device, budget: flo
 
 
 def timed(operation: Operation, device: torch.device) -> float:
-    """The median, in seconds; on a GPU from its own start to its own end."""
-    sets = [filled(operation, device) for _ in range(max(2, min(MOST_SETS, COLD // max(1, operation.bytes))))]
+    """The median, in seconds, with the time that Python needs to start it, where that is longer."""
+    sets = [filled(operation, device) for _ in range(max(1, min(MOST_SETS, COLD // max(1, operation.bytes))))]
     kernel = operation.kernel
     with torch.no_grad():
         started = time.perf_counter()
@@ -43,6 +46,8 @@ def timed(operation: Operation, device: torch.device) -> float:
             kernel(*arguments, **named)
         waited(device)
         once = (time.perf_counter() - started) / len(sets)
+        if once > LONG:
+            return once
         rounds = max(1, min(200, round(LEAST / max(once, 1e-9) / len(sets))))
         found = []
         for _ in range(REPEATS):

@@ -62,12 +62,10 @@ class Pass:
 
     Args:
         most_bytes: that they take at once, with gradients, without the module's weights.
-        gradient_bytes: of these.
         operations: and how often each is made; views of what is there are none.
     """
 
     most_bytes: int
-    gradient_bytes: int
     operations: Counter[Operation]
 
 
@@ -113,19 +111,22 @@ def operation(func: Any, args: Any, kwargs: dict[str, Any], made: Any) -> Operat
     return Operation(func, arguments, nesting, count(*args, **kwargs, out_val=made) if count else 0, moved)
 
 
-def traced(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Pass:
+def traced(module: nn.Module, loss: Callable[[], torch.Tensor], sharded: bool = False) -> Pass:
     """Make a pass without numbers.
 
     Args:
         module: on the meta device. Its weights are replaced.
         loss: makes the forward pass. What it takes may have numbers.
+        sharded: whether each gradient is let go as soon as it is there, as those that other workers keep are.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_shapes(module)
+        for weight in module.parameters() if sharded else ():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         with Recorder() as recorder:
             loss().backward()
-    gradients = sum(one.grad.nbytes for one in module.parameters() if one.grad is not None)
-    return Pass(recorder.most, gradients, recorder.operations)
+    return Pass(recorder.most, recorder.operations)
 
 
 def give_shapes(module: nn.Module) -> None:

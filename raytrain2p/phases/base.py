@@ -51,9 +51,9 @@ class PhaseModule(pl.LightningModule):
         """A batch's summed loss and the number of its terms."""
         raise NotImplementedError
 
-    def flops_per_token(self, positions: float) -> float:
-        """That a forward and a backward pass need, in records of so many tokens; of a phase that counts its tokens."""
-        raise NotImplementedError
+    def flops_per_token(self, positions: float) -> float | None:
+        """That a forward and a backward pass need, in records of so many tokens; of a phase that counts its tokens, if it is known."""
+        return None
 
     def configure_model(self) -> None:
         """Shard, if the strategy is FSDP: then, and only then, there is a device mesh."""
@@ -165,6 +165,7 @@ class PhaseModule(pl.LightningModule):
                 "params": parameters,
                 "lr": settings.learning_rate * factor,
                 "weight_decay": settings.weight_decay if parameters[0].ndim >= 2 else 0.0,
+                **({"rate_factor": factor} if factor != 1 else {}),
             }
             for factor, parameters in self.groups()
         ]

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -119,6 +119,9 @@ class CheckedRecords:
     notes: tuple[str, ...]
     settings: Settings
 
+    def with_settings(self, settings: Any) -> Any:
+        return replace(self, settings=settings)
+
     @property
     def records(self) -> int:
         return len(self.splits[TRAIN])
@@ -182,6 +185,9 @@ class PhaseInputs(Protocol):
     def settings(self) -> Settings:
         """By which it was read."""
 
+    def with_settings(self, settings: Any) -> "PhaseInputs":
+        """The same records, trained otherwise."""
+
     @property
     def records(self) -> int:
         """Number of training records."""
@@ -223,11 +229,11 @@ class PhaseInputs(Protocol):
     def tokens_per_step(self) -> int:
         """Expected tokens of a step, over all workers."""
 
-    def pass_of(self, precision: str, workers: int, longest: bool = True) -> "Pass":
-        """A worker's forward and backward pass, over the longest records or over usual ones."""
+    def pass_of(self, precision: str, longest: bool = True) -> "Pass":
+        """A worker's forward and backward pass, of the smallest number of workers, over the longest records or over usual ones."""
 
-    def flops_per_token(self) -> float:
-        """That a forward and a backward pass need."""
+    def flops_per_token(self) -> float | None:
+        """That a forward and a backward pass need, if it is known."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +287,13 @@ def check_global_batch(settings: Settings, records: int, findings: Findings) -> 
                 f"set training.global_batch_size={records} or less, or give more records",
             )
         )
+
+
+def weighted(shares: Sequence[SourceShare]) -> list[tuple[int, float]] | None:
+    """Number of records and weight of each source; None if none has a weight: then each record is drawn once per epoch."""
+    if all(share.weight is None for share in shares):
+        return None
+    return [(share.records, 1.0 if share.weight is None else share.weight) for share in shares]
 
 
 def check_shares(settings: Settings, shares: Sequence[SourceShare], findings: Findings) -> None:

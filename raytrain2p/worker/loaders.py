@@ -1,6 +1,6 @@
 """Which batches each worker reads, in training and in validation."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from raytrain2p.config import Settings
 from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.models.distributed import WorkerGroup
-from raytrain2p.phases.inputs import TRAIN, VAL, Batch, SourceShare, Split
+from raytrain2p.phases.inputs import TRAIN, VAL, Batch, Split, weighted
 
 WORKERS_BESIDE_A_GPU = 2  # so that it never waits for a batch
 
@@ -56,13 +56,6 @@ def train_sampler(settings: Settings, split: Split, group: WorkerGroup, first_st
         weighted(split.shares),
         split.tasks,
     )
-
-
-def weighted(shares: Sequence[SourceShare]) -> list[tuple[int, float]] | None:
-    """Number of records and weight of each source; None if none has a weight: then each record is drawn once per epoch."""
-    if all(share.weight is None for share in shares):
-        return None
-    return [(share.records, 1.0 if share.weight is None else share.weight) for share in shares]
 
 
 def _as_dataset(split: Split) -> "Dataset[Batch]":

@@ -66,6 +66,9 @@ def test_the_contestants_have_our_losses_in_every_step(made: tuple[Path, dict[st
         assert difference(ours, theirs) < (TOLERANCE if name == "hf_float32" else 1e-5), name
     for more in ("--halves", "--peft"):
         assert difference(ours, losses("module_loop", case, tmp_path / more, more)) < 1e-5, more
+    bf16 = ["--precision", "bf16"]
+    rounded, twice = (losses("module_loop", case, tmp_path / str(len(more)), *bf16, *more) for more in ([], ["--peft"]))
+    assert rounded != twice, "with peft's layers"
 
 
 def test_so_they_have_with_adapters_in_attention_alone(case: Case, tmp_path: Path) -> None:

@@ -7,11 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
 
 from raytrain2p import train
 from raytrain2p.config import InputError
-from raytrain2p.launch.cost import LATENCY, REACHED, START, Cost, Machines, Speed, exchange_seconds, parsed_machines, speed_on_paper
+from raytrain2p.launch.cost import (
+    LATENCY,
+    REACHED,
+    START,
+    Cost,
+    Machines,
+    Speed,
+    Weights,
+    check_calibration,
+    exchange_seconds,
+    parsed_machines,
+    speed_on_paper,
+)
 from raytrain2p.models.assistant import Assistant, one_record_a_row
 from raytrain2p.models.gpus import GPUS
 from raytrain2p.models.tracing import Operation, traced
@@ -31,20 +43,29 @@ def test_a_product_takes_as_long_as_the_slower_of_arithmetic_and_memory() -> Non
 
 
 def test_gradients_go_round_a_ring_and_shards_are_gathered_in_each_pass() -> None:
-    assert exchange_seconds(ONE, "ddp", 10**9, 10**9, 24, 1) == 0
-    assert exchange_seconds(EIGHT, "ddp", 10**9, 6 * 10**6, 24, 4) == pytest.approx(2 * 7 / 8 * 24e6 / 450e9 + 2 * 3 * LATENCY), (
-        "once a step"
-    )
-    sharded = 7 / 8 * (4 * (10**9 + 10**6) + 4 * 10**6) / 450e9 + 3 * 24 * 3 * LATENCY
-    assert exchange_seconds(EIGHT, "fsdp", 10**9, 10**6, 24, 2) == pytest.approx(2 * sharded), "in both passes of two"
+    weights = Weights(10**9, 6 * 10**6, 0, [10**8] * 9)
+    assert exchange_seconds(ONE, False, weights, 1) == exchange_seconds(ONE, True, weights, 1) == 0
+    once = 2 * 7 / 8 * 24e6 / 450e9 + 2 * 3 * LATENCY
+    assert exchange_seconds(EIGHT, False, weights, 4) == pytest.approx(once), "once a step of four passes"
+    sharded = 7 / 8 * (4 * (10**9 + 6 * 10**6) + 4 * 6 * 10**6) / 450e9 + 3 * 10 * 3 * LATENCY
+    assert exchange_seconds(EIGHT, True, weights, 2) == pytest.approx(2 * sharded), "in both passes of two"
     assert MANY.link == 400e9, "the network of a node, which is slower than NVLink"
+    assert weights.gathered == 2 * 10**8 + 10**8 + 6 * 10**6, "two layers, and what is in none"
 
 
-def test_a_step_is_as_long_as_its_passes_and_what_is_not_hidden_behind_them() -> None:
-    cost = Cost(MANY, 64, Speed(0.2, 1e12, ""), 3, 0.1, 0.5, 64_000, 64_000 * 6e9, 1000)
-    assert cost.seconds == pytest.approx((0.7, 1.2))
-    assert cost.mfu == pytest.approx([64_000 * 6e9 / seconds / 64 / 989.4e12 for seconds in (1.2, 0.7)])
-    assert "MFU                0.5% to 0.9%" in cost.lines(1e9)
+@pytest.mark.parametrize(("sharded", "least"), [(False, 0.6 + 0.3 + 0.1), (True, 0.6 + 0.1)])
+def test_gradients_hide_behind_the_last_pass_and_shards_behind_all(sharded: bool, least: float) -> None:
+    cost = Cost(MANY, sharded, 64, Speed(0.2, 1e12, ""), 3, 0.1, 0.5, 64_000, 6e9, 1000)
+    assert cost.seconds == pytest.approx((least, 1.2))
+    assert cost.mfu == pytest.approx([64_000 * 6e9 / seconds / 64 / 989.4e12 for seconds in (1.2, least)])
+    assert f"MFU                0.5% to {cost.mfu[1]:.1%}" in cost.lines(1e9)  # type: ignore[index]
+
+
+def test_another_gpu_than_that_of_this_machine_is_not_measured() -> None:
+    for workers, machines in ((1, EIGHT), (2, None)):
+        with pytest.raises(InputError, match="--calibrate with"):
+            check_calibration(workers, machines, torch.device("cpu"))
+    check_calibration(1, None, torch.device("cpu"))
 
 
 def test_machines_are_read_and_all_that_is_wrong_is_said_at_once() -> None:
@@ -66,10 +87,24 @@ def test_flops_of_a_token_are_those_of_a_pass(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(config, attn_implementation="eager").requires_grad_(trained)
         model.get_input_embeddings().weight.requires_grad_(True)
-        needed = Assistant(model, {}, 8, {}).flops_per_token(40) * ids.numel()
+        needed = (Assistant(model, {}, 8, {}).flops_per_token(40) or 0) * ids.numel()
         with one_record_a_row():
             counted = traced(model, lambda model=model: model(input_ids=ids, use_cache=False).logits.sum()).operations  # type: ignore[misc]
         assert sum(count * one.flops for one, count in counted.items()) == pytest.approx(needed, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "known"),
+    [
+        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2), True),
+        (MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2), False),
+        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1), False),
+    ],
+)
+def test_flops_of_models_of_another_form_are_not_told(config: Any, known: bool) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert (Assistant(model, {}, 8, {}).flops_per_token(40) is not None) == known
 
 
 def dry_run(tiny_config: Path, aligner: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
@@ -104,7 +139,7 @@ def test_this_machine_is_measured(
     monkeypatch.setattr("raytrain2p.launch.cost.CALIBRATION", 5.0)
     code, said = dry_run(tiny_config, untrained_aligner, capsys, "--dry-run", "--calibrate")
     assert code == 0, said
-    found = re.search(r"(\d+) of (\d+) operations were measured on this machine, (\d+)% of the bytes", said)
+    found = re.search(r"(\d+) of (\d+) operations were measured here, (\d+)% of a pass's bytes", said)
     assert found is not None, said
     assert int(found[3]) > 90
     assert "MFU" not in said, "the peak of this machine is not known"
@@ -117,6 +152,10 @@ def test_this_machine_is_measured(
         (["--calibrate"], "goes with --dry-run alone"),
         (["--dry-run", "--on", "nodes=3,gpus=5,gpu=h100"], "cannot be divided evenly among 15 workers"),
         (["--dry-run", "--on", "gpu=tpu"], "is not in the table"),
+        (["--dry-run", "--on", ""], "is not in the table"),
+        (["--on", ""], "goes with --dry-run alone"),
+        (["--dry-run", "--on", "gpu=h100", "training.precision=float32"], "has rates in bfloat16 alone"),
+        (["--dry-run", "--on", "gpu=h100", "--calibrate"], "would measure a CPU"),
     ],
 )
 def test_what_cannot_be_told_is_refused(

@@ -27,7 +27,15 @@ def test_flops_and_bytes_are_those_of_the_products(of_linear: Pass) -> None:
     for product in products.values():
         assert product.flops == 2 * ROWS * IN * OUT
     assert products["aten.addmm.default"].bytes == 4 * (OUT + ROWS * IN + IN * OUT + ROWS * OUT)
-    assert of_linear.gradient_bytes == 4 * (IN * OUT + OUT)
+
+
+def test_gradients_that_others_keep_are_let_go() -> None:
+    most = []
+    for sharded in (False, True):
+        with torch.device("meta"):
+            layers = nn.Sequential(*(nn.Linear(500, 500) for _ in range(8)))
+        most.append(traced(layers, lambda layers=layers: layers(torch.ones(1, 500)).sum(), sharded).most_bytes)  # type: ignore[misc]
+    assert most[0] > 8 * 1e6 > 3 * 1e6 > most[1], "gradients of 1 MB"
 
 
 def test_views_and_empty_memory_are_no_operations() -> None:

@@ -128,12 +128,13 @@ class AlignmentInputs(CheckedRecords):
         """There are no tokens in phase 1; a step is measured in records."""
         return self.settings.training.global_batch_size
 
-    def pass_of(self, precision: str, workers: int, longest: bool = True) -> Pass:
+    def pass_of(self, precision: str, longest: bool = True) -> Pass:
         """Its memory alone, an estimate, of 64 positions an item."""
-        return Pass(4 * 64 * self.settings.model.hidden * self.settings.training.micro_batch(workers), 0, Counter())
+        micro_batch = self.settings.training.micro_batch(self.settings.launch.min_workers)
+        return Pass(4 * 64 * self.settings.model.hidden * micro_batch, Counter())
 
-    def flops_per_token(self) -> float:
-        return 0.0
+    def flops_per_token(self) -> None:
+        return None
 
 
 def some_texts(items: Iterable[Mapping[str, MediaRef | str]], seed: int) -> dict[str, int]:

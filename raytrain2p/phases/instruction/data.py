@@ -39,6 +39,7 @@ from raytrain2p.phases.inputs import (
     media_table,
     read_media_keys,
     read_splits,
+    weighted,
 )
 from raytrain2p.phases.instruction.aligner import check_encoders, found_aligner, required_aligner
 from raytrain2p.phases.instruction.checks import (
@@ -159,10 +160,10 @@ class InstructionInputs(CheckedRecords):
         """Expected number, from the mean length of the training records."""
         return round(self.settings.training.global_batch_size * float(self.tokens[TRAIN].lengths.mean()))
 
-    def pass_of(self, precision: str, workers: int, longest: bool = True) -> Pass:
+    def pass_of(self, precision: str, longest: bool = True) -> Pass:
         settings, tokens = self.settings, self.tokens[TRAIN]
-        micro_batch = settings.training.micro_batch(workers)
-        records = np.argsort(tokens.lengths)[-micro_batch:] if longest else self.usual_records(micro_batch, workers)
+        micro_batch = settings.training.micro_batch(settings.launch.min_workers)
+        records = np.argsort(tokens.lengths)[-micro_batch:] if longest else self.usual_records(micro_batch)
         padded, dtype = right_padded(tokens, records), torch.bfloat16 if precision == "bf16" else torch.float32
         assistant = self.without_weights(dtype)
         features = {}
@@ -175,18 +176,19 @@ class InstructionInputs(CheckedRecords):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return assistant.train()(batch)
 
-        return traced(assistant, loss)
+        return traced(assistant, loss, sharded=settings.launch.strategy == "fsdp" and settings.launch.min_workers > 1)
 
-    def usual_records(self, count: int, workers: int) -> np.ndarray:
+    def usual_records(self, count: int) -> np.ndarray:
         """A worker's of a pass, of which the longest is as long as it is on average."""
-        lengths, size = self.tokens[TRAIN].lengths, self.settings.training.global_batch_size
-        tasks = [record.task for record in self.splits[TRAIN]]
-        sampler = StepSampler(lengths, np.ones_like(lengths), size, count, 0, workers, self.settings.seed, tasks=tasks)
+        lengths, settings = self.tokens[TRAIN].lengths, self.settings
+        tasks, workers = [record.task for record in self.splits[TRAIN]], settings.launch.min_workers
+        size, seed, shares = settings.training.global_batch_size, settings.seed, weighted(self.shares)
+        sampler = StepSampler(lengths, np.ones_like(lengths), size, count, 0, workers, seed, sources=shares, tasks=tasks)
         batches = [batch.records for batch in sampler]
         padded = np.array([lengths[records].max() for records in batches])
         return batches[abs(padded - padded.mean()).argmin()]
 
-    def flops_per_token(self) -> float:
+    def flops_per_token(self) -> float | None:
         return self.without_weights(torch.bfloat16).flops_per_token(float(self.tokens[TRAIN].lengths.mean()))
 
     def without_weights(self, dtype: torch.dtype) -> Assistant:

@@ -53,7 +53,7 @@ class InstructionModule(PhaseModule):
             "aligner" if part == "branches" else part, 1.0
         )
 
-    def flops_per_token(self, positions: float) -> float:
+    def flops_per_token(self, positions: float) -> float | None:
         return self.assistant.flops_per_token(positions)
 
     def assemble(self, batch: Batch) -> AssistantBatch:

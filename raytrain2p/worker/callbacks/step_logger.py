@@ -90,7 +90,8 @@ class StepLogger(pl.Callback):
         assert isinstance(self.passes, torch.Tensor)
         self.losses.append(self.passes)
         self.gradient_norms.append(pl_module.gradient_norm)
-        self.steps.append((self.seen_step, trainer.optimizers[0].param_groups[0]["lr"], time.time()))
+        group = trainer.optimizers[0].param_groups[0]
+        self.steps.append((self.seen_step, group["lr"] / group.get("rate_factor", 1.0), time.time()))
         self.tokens.append(self.pass_tokens)
         self.passes, self.pass_tokens = 0.0, 0
         if self.seen_step % self.every == 0:
@@ -145,9 +146,9 @@ class StepLogger(pl.Callback):
             tokens: of these steps, over all workers.
         """
         speeds, peak = {"tokens_per_second": tokens / seconds}, peak_flops(trainer.strategy.root_device)
-        if peak is not None:
-            needed = tokens * trainer.lightning_module.flops_per_token(tokens / steps / self.records_per_step)
-            speeds["mfu"] = needed / seconds / trainer.world_size / peak
+        needed = trainer.lightning_module.flops_per_token(tokens / steps / self.records_per_step)
+        if peak is not None and needed is not None:
+            speeds["mfu"] = needed * tokens / seconds / trainer.world_size / peak
         return speeds
 
     def _points(self, losses: list[float], speeds: dict[str, float]) -> list[MetricPoint]:
