@@ -20,9 +20,10 @@ SHAPES = {  # of Qwen2.5; records in a pass
     ),
 }
 MACHINES = ["nodes=1,gpus=8,gpu=h100", "nodes=8,gpus=8,gpu=h100", "nodes=64,gpus=8,gpu=h100", "nodes=64,gpus=8,gpu=h100,network=400"]
-KINDS = {"lora": ["launch.strategy=ddp"], "full": ["launch.strategy=fsdp", "training.gradient_checkpointing=true"]}
+FULL = ["model.tuning=full", "launch.strategy=fsdp", "training.gradient_checkpointing=true"]
+KINDS = {"LoRA, copies": [], "full, sharded": FULL, "full, sharded within nodes": [*FULL, "launch.shard_workers=8"]}
 LENGTH = 1024  # tokens of the longest records; the shortest have half
-COLUMNS = ["model, tuning", "GPUs", "GB a GPU", "seconds a step", "of these, passes", "exchange", "tokens/s", "MFU"]
+COLUMNS = ["model, what trains", "GPUs", "GB a GPU", "seconds a step", "of these, passes", "exchange", "tokens/s", "MFU"]
 
 
 def measure(options: Options) -> Found:
@@ -36,11 +37,13 @@ def measure(options: Options) -> Found:
         folder = options.folder / f"paper{name}"
         folder.mkdir()
         make_inputs(folder, shape, LENGTH, 128 if options.short else 8192, hollow=True)
-        for tuning, more in KINDS.items():
+        for kind, more in KINDS.items():
             for text in MACHINES[:1] if options.short else MACHINES:
                 machines = parsed_machines(text)
+                if machines.nodes == 1 and "within" in kind:
+                    continue
                 batch = records * machines.workers
-                settings = load_settings(2, None, [*overrides(folder, batch, 1000), f"model.tuning={tuning}", *more])
+                settings = load_settings(2, None, [*overrides(folder, batch, 1000), f"launch.num_workers={machines.workers}", *more])
                 assert isinstance(settings, InstructionSettings)
                 there = settings_on(settings, machines)
                 inputs = read_inputs(settings).with_settings(there)
@@ -49,7 +52,7 @@ def measure(options: Options) -> Found:
                 (least, most), mfu = cost.seconds, cost.mfu or (0.0, 0.0)
                 rows.append(
                     [
-                        f"{name}, {tuning}, {settings.launch.strategy}",
+                        f"{name}, {kind}",
                         f"{machines}" + (", 400 Gbit/s a node" if "network" in text else ""),
                         f"{needed / 1e9:.1f}",
                         f"{least:.2f} to {most:.2f}",

@@ -216,6 +216,11 @@ class LaunchSettings(SettingsGroup):
     strategy: Literal["ddp", "fsdp"] = setting(
         "ddp", "replicate what trains (ddp) or shard it over the workers (fsdp)", _OF_ALL_TRIALS.but(resume=FIXED)
     )
+    shard_workers: PositiveInt | None = setting(
+        None,
+        "with fsdp, workers among whom weights are sharded, such as those of one node; each such group has a copy (HSDP) (default: all)",
+        _OF_ALL_TRIALS,
+    )
     max_failures: Count | None = setting(
         None,
         "worker group restarts before the run counts as failed (default: 3 on an existing cluster, 0 on a Ray that is started here)",
@@ -247,6 +252,11 @@ class LaunchSettings(SettingsGroup):
     @property
     def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def sharing(self) -> int:
+        """Workers among whom weights are sharded; 1: each has a copy. Of a fixed number of workers."""
+        return (self.shard_workers or self.min_workers) if self.strategy == "fsdp" else 1
 
     @property
     def is_elastic(self) -> bool:
@@ -526,7 +536,19 @@ def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Proble
     if len(ends) == 2 and ends[0] < ends[1] and flat["launch.strategy"] == "fsdp":
         what = "checkpoints of sharded states are those of one number of workers"
         problems.append(Problem(f"launch.strategy=fsdp with launch.num_workers={ends}", what, "set launch.strategy=ddp, or a number"))
-    return problems
+    return problems + _sharding_problems(flat["launch.strategy"], flat["launch.shard_workers"], ends)
+
+
+def _sharding_problems(strategy: Any, shards: Any, ends: list[int]) -> list[Problem]:
+    """Groups of workers that nothing is sharded among, or that leave some workers over."""
+    where = f"launch.shard_workers={shards}"
+    if shards is not None and strategy == "ddp":
+        return [Problem(f"{where} with launch.strategy=ddp", "shards nothing", "set launch.strategy=fsdp, or launch.shard_workers=null")]
+    if type(shards) is int and len(ends) == 1 and shards > 0 and ends[0] % shards:
+        can = [count for count in range(1, min(ends[0], MOST_DIVIDED) + 1) if not ends[0] % count]
+        what = f"{ends[0]} workers cannot be divided into groups of {shards}"
+        return [Problem(f"{where} with launch.num_workers={ends[0]}", what, f"sizes that can: {_nearest(can, [shards, shards])}")]
+    return []
 
 
 def _range_problems(size: int, micro: int | None, ends: list[int], accumulates: bool) -> list[Problem]:

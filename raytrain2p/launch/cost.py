@@ -51,10 +51,9 @@ class Machines:
     def gpu(self) -> Gpu:
         return GPUS[self.kind]
 
-    @property
-    def link(self) -> float:
-        """Bytes a second of rings through all: where they leave a node, they share its network."""
-        return min(self.gpu.link, self.network / 8) if self.nodes > 1 else self.gpu.link
+    def link(self, workers: int) -> float:
+        """Bytes a second of rings through so many: where they leave a node, they share its network."""
+        return min(self.gpu.link, self.network / 8) if workers > self.gpus else self.gpu.link
 
     def __str__(self) -> str:
         return f"{self.nodes} x {self.gpus} {self.kind}"
@@ -174,16 +173,23 @@ def speed_here(operations: Counter[Operation], device: torch.device) -> Speed:
     return Speed(of_measured / share, bandwidth, because)
 
 
-def exchange_seconds(machines: Machines, sharded: bool, weights: Weights, passes: int) -> float:
+def exchange_seconds(machines: Machines, sharing: int, weights: Weights, passes: int) -> float:
     """Of a step. In rings each GPU sends and receives (n-1)/n of what is gathered or scattered, and twice that of what is reduced; a
     message passes log2(n) others, as in NCCL's trees.
+
+    Args:
+        sharing: GPUs among whom weights are sharded; such groups reduce gradients between them.
     """
-    others, hops = (machines.workers - 1) / machines.workers, math.log2(machines.workers)
-    if not sharded:
-        calls = math.ceil(4 * weights.trained / BUCKET)
-        return 2 * others * 4 * weights.trained / machines.link + 2 * calls * hops * LATENCY
+    groups = machines.workers // sharing
+    # between groups each GPU reduces its own shard with those of the others; GPUs of a node do so at once, over one network
+    link = machines.link(machines.workers) / (min(sharing, machines.gpus) if machines.nodes > 1 else 1)
+    calls = math.ceil(4 * weights.trained / sharing / BUCKET)
+    reduced = 2 * (groups - 1) / groups * 4 * weights.trained / sharing / link + 2 * calls * math.log2(groups) * LATENCY
+    if sharing == 1:
+        return reduced
     gathered = 2 * 2 * (weights.frozen + weights.trained)  # for the forward and for the backward pass, in bfloat16
-    return passes * (others * (gathered + 4 * weights.trained) / machines.link + 3 * (len(weights.layers) + 1) * hops * LATENCY)
+    moved = (sharing - 1) / sharing * (gathered + 4 * weights.trained) / machines.link(sharing)
+    return passes * (reduced + moved + 3 * (len(weights.layers) + 1) * math.log2(sharing) * LATENCY)
 
 
 @dataclass(frozen=True)
@@ -191,7 +197,7 @@ class Cost:
     """Of a step.
 
     Args:
-        sharded: whether weights are gathered in each pass; else gradients are reduced during the last one alone.
+        sharded: whether weights are gathered and gradients scattered in each pass; else these are reduced during the last one alone.
         passes: that a worker makes in a step.
         optimizer, exchange: seconds.
         tokens: of a step, over all workers, without padding.
@@ -247,7 +253,9 @@ class Cost:
         lines.append(f"training           {hours[0]:,.2f} to {hours[1]:,.2f} hours, {self.workers * hours[1]:,.1f} worker hours")
         lines.append(f"this rests on      {self.speed.because}")
         if self.machines and self.workers > 1:
-            lines.append(f"                   {self.machines.link / 1e9:,.0f} GB/s from GPU to GPU, {LATENCY * 1e6:.0f} us a message")
+            lines.append(
+                f"                   {self.machines.link(self.workers) / 1e9:,.0f} GB/s around all GPUs, {LATENCY * 1e6:.0f} us a message"
+            )
         return lines
 
 
@@ -261,7 +269,7 @@ def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, 
     Raises:
         InputError: this machine cannot be measured for these; or a pass over the language model cannot be made without numbers.
     """
-    training, workers, sharded = settings.training, settings.launch.min_workers, settings.launch.strategy == "fsdp"
+    training, workers, sharing = settings.training, settings.launch.min_workers, settings.launch.sharing
     device = torch.device("cuda" if settings.launch.use_gpu is not False and torch.cuda.is_available() else "cpu")
     if calibrate:
         check_calibration(workers, machines, device)
@@ -276,12 +284,12 @@ def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, 
     passes, weights = training.gradient_accumulation_steps(workers), weights_of(settings, inputs)
     return Cost(
         machines,
-        sharded,
+        sharing > 1,
         workers,
         speed,
         passes,
-        OPTIMIZER_BYTES * weights.trained / (workers if sharded else 1) / speed.bandwidth,
-        exchange_seconds(machines, sharded, weights, passes) if machines else 0.0,
+        OPTIMIZER_BYTES * weights.trained / sharing / speed.bandwidth,
+        exchange_seconds(machines, sharing, weights, passes) if machines else 0.0,
         inputs.tokens_per_step(),
         inputs.flops_per_token(),
         planned_steps(training, inputs.records),

@@ -75,7 +75,7 @@ def memory(settings: Settings, inputs: PhaseInputs) -> tuple[float, str]:
     On a GPU those of tensors, as `peak_memory_megabytes` has them, else of the process.
     """
     launch, chosen, lacks = settings.launch, settings.training.precision, ""
-    on_gpu, sharing = launch.gpus > 0, launch.min_workers if launch.strategy == "fsdp" else 1
+    on_gpu, sharing = launch.gpus > 0, launch.sharing
     precision = "bf16" if on_gpu and chosen == "auto" else resolve_precision(chosen, torch.device("cpu"))
     weights, width = weights_of(settings, inputs), 2 if precision == "bf16" else 4
     try:

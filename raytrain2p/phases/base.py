@@ -8,10 +8,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from raytrain2p.config.settings import TrainingSettings
+from raytrain2p.config.settings import LaunchSettings, TrainingSettings
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.parameters import ParameterCount
 from raytrain2p.phases.inputs import Batch, warmup_of
@@ -23,9 +24,9 @@ Answer = dict[str, Any]  # a row of the table of sample answers
 class PhaseModule(pl.LightningModule):
     """Base of the phase modules. A checkpoint holds what trains; frozen weights are loaded from their models."""
 
-    def __init__(self, training: TrainingSettings, seed: int, total_steps: int) -> None:
+    def __init__(self, training: TrainingSettings, launch: LaunchSettings, seed: int, total_steps: int) -> None:
         super().__init__()
-        self.training_settings, self.seed = training, seed
+        self.training_settings, self.launch, self.seed = training, launch, seed
         self.total_steps = total_steps
         self.steps_per_epoch: int | None = None  # set before a resume
         self.strict_loading = False  # the frozen weights are not in the checkpoint
@@ -59,8 +60,11 @@ class PhaseModule(pl.LightningModule):
         """Shard, if the strategy is FSDP: then, and only then, there is a device mesh."""
         mesh = self.device_mesh
         if mesh is not None and not isinstance(self, FSDPModule):
+            workers = mesh["data_parallel"]
+            if (shards := self.launch.shard_workers or workers.size()) < workers.size():
+                workers = init_device_mesh(mesh.device_type, (workers.size() // shards, shards), mesh_dim_names=("copies", "shards"))
             for part, precision in self.shardable():
-                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=precision)
+                fully_shard(part, mesh=workers, mp_policy=precision)
             register_fsdp_forward_method(self, "as_forward")
 
     def as_forward(self, work: Callable[[], T]) -> T:

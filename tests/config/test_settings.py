@@ -219,6 +219,16 @@ def test_a_range_of_workers_is_neither_sharded_nor_placed_strictly(setting: str)
         load_settings(2, None, ["launch.num_workers=[1,2]", setting])
 
 
+def test_weights_are_sharded_within_groups_that_divide_the_workers() -> None:
+    sharded = ["launch.strategy=fsdp", "launch.num_workers=12", "training.global_batch_size=12"]
+    assert load_settings(2, None, sharded).launch.sharing == 12
+    assert load_settings(2, None, [*sharded, "launch.shard_workers=4"]).launch.sharing == 4
+    with pytest.raises(InputError, match=r"12 workers cannot be divided into groups of 5\n    fix: sizes that can: 3, 4, 6, 12"):
+        load_settings(2, None, [*sharded, "launch.shard_workers=5"])
+    with pytest.raises(InputError, match=r"launch.shard_workers=4 with launch.strategy=ddp"):
+        load_settings(2, None, [*sharded[1:], "launch.shard_workers=4"])
+
+
 @pytest.mark.parametrize(
     ("phase", "workers", "micro", "what", "fix"),
     [

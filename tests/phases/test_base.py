@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from raytrain2p.config.settings import CheckpointSettings, TrainingSettings
+from raytrain2p.config.settings import CheckpointSettings, LaunchSettings, TrainingSettings
 from raytrain2p.data.batches import MicroBatch, StepSampler
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
@@ -35,7 +35,7 @@ class Small(PhaseModule):
 
     def __init__(self, passes: int, batch: int, stop: int | None) -> None:
         settings = TrainingSettings(max_steps=STEPS, global_batch_size=batch * passes, micro_batch_size=batch, learning_rate=0.1)
-        super().__init__(settings, 5, STEPS)
+        super().__init__(settings, LaunchSettings(), 5, STEPS)
         self.net = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.stop, self.noted = stop, list[tuple[int, int, list[float], float]]()
         self.had_gradients: list[bool] = []  # at the beginning of each pass

@@ -68,12 +68,13 @@ def size(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def module_of(folder: Path, tuning: str, strategy: str, sharded: Any = None) -> InstructionModule:
+def module_of(folder: Path, tuning: str, strategy: str, sharded: Any = None, shard_workers: int | None = None) -> InstructionModule:
     """As a worker builds it, with a language model in bf16, or one that trains."""
     models = json.loads((folder / "models.json").read_text())
     more = {
         "model": {"tuning": tuning},
-        "launch": {"strategy": strategy},
+        "launch": {"strategy": strategy, "num_workers": 8, "shard_workers": shard_workers},
+        "training": {"global_batch_size": 8},
         "evaluation": {"batch_size": 2, "max_new_tokens": 6, "samples": 3},
     }
     torch.manual_seed(0)
@@ -119,7 +120,9 @@ def sharded_and_whole(rank: int, folder: Path, tuning: str, mesh: Any) -> dict[s
     chat = load_chat_format(Path(copy.settings.model.language_model), {"image": K}, None)
     split = split_in(folder / str(rank), chat)
     module = module_of(folder, tuning, "fsdp", mesh)
-    found: dict[str, Any] = {"losses": [losses_of(one, split, rank) for one in (copy, module)]}
+    copies = module_of(folder, tuning, "fsdp", mesh, shard_workers=1)
+    found: dict[str, Any] = {"losses": [losses_of(one, split, rank) for one in (copy, module, copies)]}
+    found["copied"] = size(parameter.to_local() for parameter in copies.parameters())
     found["bytes"] = {
         "layer": max(size(layer.parameters()) for layer in copy.assistant.layers()),
         "embeddings": size(copy.assistant.language_model.get_input_embeddings().parameters()),
@@ -182,8 +185,10 @@ def found(models: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("tuning", "noise"), [("lora", 1e-6), ("full", 1e-3)])
 def test_sharded_workers_have_the_losses_of_whole_copies(found: list[dict[str, Any]], tuning: str, noise: float) -> None:
     """Under LoRA nothing is rounded differently; a language model that trains is gathered in bfloat16, norms and embeddings with it."""
-    whole, sharded = found[0][tuning]["losses"]
+    whole, sharded, copies = found[0][tuning]["losses"]
     assert sharded == pytest.approx(whole, rel=noise)
+    assert copies == pytest.approx(whole, rel=noise), "groups of one worker each, which reduce their gradients"
+    assert found[0][tuning]["copied"] == found[0][tuning]["bytes"]["whole"]
     assert whole[-1] < 0.95 * whole[0]
 
 
@@ -221,6 +226,20 @@ def test_no_worker_has_all_weights_at_once_to_evaluate(found: list[dict[str, Any
         gathered = 0.5 if tuning == "full" else 1  # a language model that trains is in float32, and gathered in bfloat16
         assert counted["shards"] < 0.51 * counted["whole"]
         assert counted["most whole"] == pytest.approx(gathered * (counted["embeddings"] + counted["layer"]), rel=0.01)
+
+
+@pytest.mark.parametrize(("shards", "share"), [(None, 8), (4, 4), (2, 2)])
+def test_weights_are_sharded_among_all_workers_or_within_groups_of_them(models: Path, shards: int | None, share: int) -> None:
+    """One of eight workers, whose others are not there."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    try:
+        mesh = init_device_mesh("cpu", (8, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        module = module_of(models, "lora", "fsdp", mesh, shards)
+        layers = list(module.assistant.layers().parameters())
+        held = size(one.to_local() for one in layers if isinstance(one, DTensor))
+        assert held == pytest.approx(size(layers) / share, rel=0.1), "small ones are padded"
+    finally:
+        dist.destroy_process_group()
 
 
 def test_full_tuning_keeps_no_whole_weights_for_the_backward_pass(models: Path) -> None:

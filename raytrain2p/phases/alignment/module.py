@@ -36,7 +36,7 @@ class AlignmentModule(PhaseModule):
     """The aligner and its loss as a LightningModule."""
 
     def __init__(self, settings: AlignmentSettings, total_steps: int) -> None:
-        super().__init__(settings.training, settings.seed, total_steps)
+        super().__init__(settings.training, settings.launch, settings.seed, total_steps)
         self.settings = settings
         self.aligner = build_aligner(settings.model)
         self.loss = ContrastiveLoss(settings.model.loss)

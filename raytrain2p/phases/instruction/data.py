@@ -176,7 +176,7 @@ class InstructionInputs(CheckedRecords):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return assistant.train()(batch)
 
-        return traced(assistant, loss, sharded=settings.launch.strategy == "fsdp" and settings.launch.min_workers > 1)
+        return traced(assistant, loss, sharded=settings.launch.sharing > 1)
 
     def usual_records(self, count: int) -> np.ndarray:
         """A worker's of a pass, of which the longest is as long as it is on average."""

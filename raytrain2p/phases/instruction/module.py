@@ -29,7 +29,7 @@ class InstructionModule(PhaseModule):
     """The assistant as a LightningModule."""
 
     def __init__(self, settings: InstructionSettings, assistant: Assistant, total_steps: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(settings.training, settings.seed, total_steps)
+        super().__init__(settings.training, settings.launch, settings.seed, total_steps)
         self.settings = settings
         self.assistant, self.dtype_of_products = assistant, dtype
         self.encoders = OnlineEncoders(encoder_specs(settings))

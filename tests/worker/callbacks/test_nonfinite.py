@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from raytrain2p.config.settings import CheckpointSettings, TrainingSettings
+from raytrain2p.config.settings import CheckpointSettings, LaunchSettings, TrainingSettings
 from raytrain2p.phases.base import PhaseModule
 from raytrain2p.tracking.checkpoints import LAST
 from raytrain2p.worker.callbacks.checkpoint import BestAndLastCheckpoints
@@ -36,7 +36,7 @@ class Numbers(Dataset[dict[str, Any]]):
 
 class Small(PhaseModule):
     def __init__(self, **settings: Any) -> None:
-        super().__init__(TrainingSettings(max_steps=STEPS, global_batch_size=1, warmup_steps=0, **settings), 0, STEPS)
+        super().__init__(TrainingSettings(max_steps=STEPS, global_batch_size=1, warmup_steps=0, **settings), LaunchSettings(), 0, STEPS)
         self.weight = nn.Parameter(torch.ones(2, 1))
         self.after: list[torch.Tensor] = []  # the weights after each step
 
