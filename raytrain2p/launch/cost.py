@@ -166,7 +166,8 @@ def speed_here(operations: Counter[Operation], device: torch.device) -> Speed:
     all_flops = sum(count * one.flops for one, count in operations.items())
     share = sum(operations[one] * one.bytes for one in measured) / all_bytes
     of_flops = sum(operations[one] * one.flops for one in measured) / max(1, all_flops)
-    bandwidth = max((one.bytes / seconds for one, seconds in measured.items() if not one.flops and one.bytes > COLD / 8), default=1e10)
+    moving = [(one.bytes, seconds) for one, seconds in measured.items() if not one.flops and one.bytes > COLD / 16]
+    bandwidth = sum(moved for moved, _ in moving) / sum(seconds for _, seconds in moving) if moving else 1e10
     because = (
         f"{len(measured)} of {len(operations)} operations were measured here, {share:.0%} of a pass's bytes and {of_flops:.0%} of its FLOPs"
     )
