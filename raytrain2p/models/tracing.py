@@ -83,18 +83,24 @@ class Recorder(TorchDispatchMode):
         given, new = {one.untyped_storage()._cdata for one in tensors((args, kwargs))}, False
         for tensor in tensors(made):
             memory = tensor.untyped_storage()
-            new = new or memory._cdata not in given
+            if memory._cdata in given:
+                continue
+            new = True
             if memory._cdata not in self.sizes:
                 self.sizes[memory._cdata] = memory.nbytes()
                 self.now += memory.nbytes()
-                weakref.finalize(memory, self._let_go, memory._cdata)
+                weakref.finalize(memory, self.let_go, memory._cdata)
         self.most = max(self.most, self.now)
         if (new or func._schema.is_mutable) and func.overloadpacket not in ALLOCATIONS:
             self.operations[operation(func, args, kwargs or {}, made)] += 1
         return made
 
-    def _let_go(self, address: int) -> None:
-        self.now -= self.sizes.pop(address)
+    def let_go(self, address: int) -> None:
+        self.now -= self.sizes.pop(address, 0)
+
+    def let_gradient_go(self, weight: torch.Tensor) -> None:
+        if weight.grad is not None:
+            self.let_go(weight.grad.untyped_storage()._cdata)
 
 
 def tensors(tree: Any) -> list[torch.Tensor]:
@@ -121,10 +127,10 @@ def traced(module: nn.Module, loss: Callable[[], torch.Tensor], sharded: bool = 
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         give_shapes(module)
-        for weight in module.parameters() if sharded else ():
-            if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         with Recorder() as recorder:
+            for weight in module.parameters() if sharded else ():
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(recorder.let_gradient_go)
             loss().backward()
     return Pass(recorder.most, recorder.operations)
 

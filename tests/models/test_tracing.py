@@ -43,6 +43,9 @@ def test_views_and_empty_memory_are_no_operations() -> None:
     with Recorder() as recorder:
         torch.empty_like(x.t().reshape(6, 4)[1:]).copy_(x.t()[1:])
     assert [str(one.kernel) for one in recorder.operations] == ["aten.copy_.default"]
+    with Recorder() as recorder:
+        x.t().reshape(24)
+    assert recorder.most == 4 * 24, "the copy, and not what it is a copy of"
 
 
 def test_what_is_repeated_is_read_once_and_a_lookup_reads_what_it_returns() -> None:

@@ -146,8 +146,7 @@ class StepLogger(pl.Callback):
             tokens: of these steps, over all workers.
         """
         speeds, peak = {"tokens_per_second": tokens / seconds}, peak_flops(trainer.strategy.root_device)
-        needed = trainer.lightning_module.flops_per_token(tokens / steps / self.records_per_step)
-        if peak is not None and needed is not None:
+        if peak is not None and (needed := trainer.lightning_module.flops_per_token(tokens / steps / self.records_per_step)) is not None:
             speeds["mfu"] = needed * tokens / seconds / trainer.world_size / peak
         return speeds
 
