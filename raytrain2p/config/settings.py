@@ -256,7 +256,7 @@ class LaunchSettings(SettingsGroup):
     @property
     def sharing(self) -> int:
         """Workers among whom weights are sharded; 1: each has a copy. Of a fixed number of workers."""
-        return (self.shard_workers or self.min_workers) if self.strategy == "fsdp" else 1
+        return min(self.shard_workers or self.min_workers, self.min_workers) if self.strategy == "fsdp" else 1
 
     @property
     def is_elastic(self) -> bool:
@@ -544,7 +544,7 @@ def _sharding_problems(strategy: Any, shards: Any, ends: list[int]) -> list[Prob
     where = f"launch.shard_workers={shards}"
     if shards is not None and strategy == "ddp":
         return [Problem(f"{where} with launch.strategy=ddp", "shards nothing", "set launch.strategy=fsdp, or launch.shard_workers=null")]
-    if type(shards) is int and len(ends) == 1 and shards > 0 and ends[0] % shards:
+    if type(shards) is int and len(ends) == 1 and shards > 0 and ends[0] > 1 and ends[0] % shards:  # one worker shards nothing
         can = [count for count in range(1, min(ends[0], MOST_DIVIDED) + 1) if not ends[0] % count]
         what = f"{ends[0]} workers cannot be divided into groups of {shards}"
         return [Problem(f"{where} with launch.num_workers={ends[0]}", what, f"sizes that can: {_nearest(can, [shards, shards])}")]

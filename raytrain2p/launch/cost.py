@@ -65,13 +65,14 @@ def parsed_machines(text: str) -> Machines:
     Raises:
         InputError: everything that is wrong with it.
     """
-    found = dict(part.partition("=")[::2] for part in text.split(",") if part)
-    known = ("nodes", "gpus", "gpu", "network")
+    pairs = [part.partition("=")[::2] for part in text.split(",") if part]
+    found, counts, known = dict(pairs), Counter(name for name, _ in pairs), ("nodes", "gpus", "gpu", "network")
     problems = [Problem(f"--on {name}", "is unknown", f"known: {', '.join(known)}") for name in sorted(found.keys() - set(known))]
+    problems += [Problem(f"--on {name}", f"comes {count} times", "leave one") for name, count in counts.items() if count > 1]
     for name in ("nodes", "gpus", "network"):
         value = found.get(name, "1")
-        if not value.isdecimal() or not 0 < int(value) < 1e6:
-            problems.append(Problem(f"--on {name}={value}", "is not a whole number over 0", "as in --on nodes=8,gpus=8,gpu=h100"))
+        if not value.isdecimal() or not 0 < int(value) <= 10_000:
+            problems.append(Problem(f"--on {name}={value}", "is no whole number from 1 to 10,000", "as in --on nodes=8,gpus=8,gpu=h100"))
     kind = found.get("gpu", "").lower()
     if kind not in GPUS:
         problems.append(Problem(f"--on gpu={kind}", "is not in the table", f"take one of {', '.join(GPUS)}"))

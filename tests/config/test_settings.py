@@ -223,6 +223,7 @@ def test_weights_are_sharded_within_groups_that_divide_the_workers() -> None:
     sharded = ["launch.strategy=fsdp", "launch.num_workers=12", "training.global_batch_size=12"]
     assert load_settings(2, None, sharded).launch.sharing == 12
     assert load_settings(2, None, [*sharded, "launch.shard_workers=4"]).launch.sharing == 4
+    assert load_settings(2, None, ["launch.strategy=fsdp", "launch.shard_workers=4"]).launch.sharing == 1, "of one worker"
     with pytest.raises(InputError, match=r"12 workers cannot be divided into groups of 5\n    fix: sizes that can: 3, 4, 6, 12"):
         load_settings(2, None, [*sharded, "launch.shard_workers=5"])
     with pytest.raises(InputError, match=r"launch.shard_workers=4 with launch.strategy=ddp"):

@@ -76,10 +76,10 @@ def test_machines_are_read_and_all_that_is_wrong_is_said_at_once() -> None:
     assert parsed_machines("nodes=8,gpus=4,gpu=H100,network=400") == Machines(8, 4, "h100", 400e9)
     assert parsed_machines("gpu=l4") == Machines(1, 1, "l4", 100e9)
     with pytest.raises(InputError) as refused:
-        parsed_machines("nodes=0,gpus=two,gpu=h99,cards=3,,")
+        parsed_machines("nodes=0,gpus=two,gpu=h98,gpu=h99,cards=3,,")
     text = str(refused.value)
-    assert "4 problems" in text
-    for part in ("nodes=0", "gpus=two", "gpu=h99", "a100, h100", "cards"):
+    assert "5 problems" in text
+    for part in ("nodes=0", "gpus=two", "gpu=h99", "a100, h100", "cards", "--on gpu\n    comes 2 times"):
         assert part in text, part
 
 
@@ -147,7 +147,7 @@ def test_a_step_elsewhere_is_told_and_nothing_is_started(
 def test_this_machine_is_measured(
     home: Path, tiny_config: Path, untrained_aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("raytrain2p.launch.cost.CALIBRATION", 5.0)
+    monkeypatch.setattr("raytrain2p.launch.cost.CALIBRATION", 600.0)
     code, said = dry_run(tiny_config, untrained_aligner, capsys, "--dry-run", "--calibrate")
     assert code == 0, said
     found = re.search(r"(\d+) of (\d+) operations were measured here, (\d+)% of a pass's bytes", said)
@@ -162,6 +162,7 @@ def test_this_machine_is_measured(
         (["--on", "gpu=h100"], "goes with --dry-run alone"),
         (["--calibrate"], "goes with --dry-run alone"),
         (["--dry-run", "--on", "nodes=3,gpus=5,gpu=h100"], "cannot be divided evenly among 15 workers"),
+        (["--dry-run", "--on", "nodes=10000,gpus=10000,gpu=h100"], "cannot be divided evenly among 100000000 workers"),
         (["--dry-run", "--on", "gpu=tpu"], "is not in the table"),
         (["--dry-run", "--on", ""], "is not in the table"),
         (["--on", ""], "goes with --dry-run alone"),
