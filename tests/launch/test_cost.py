@@ -148,6 +148,8 @@ def test_this_machine_is_measured(
     home: Path, tiny_config: Path, untrained_aligner: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("raytrain2p.launch.cost.CALIBRATION", 600.0)
+    monkeypatch.setattr("raytrain2p.models.timing.LEAST", 0.0)
+    monkeypatch.setattr("raytrain2p.models.timing.REPEATS", 1)
     code, said = dry_run(tiny_config, untrained_aligner, capsys, "--dry-run", "--calibrate")
     assert code == 0, said
     found = re.search(r"(\d+) of (\d+) operations were measured here, (\d+)% of a pass's bytes", said)
