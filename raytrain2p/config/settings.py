@@ -443,13 +443,10 @@ class InstructionModelSettings(SettingsGroup):
 
     @model_validator(mode="after")
     def _rates_are_of_what_trains(self) -> "InstructionModelSettings":
-        trains = {"aligner": (self.train_aligner, "set model.train_aligner=true"), "projector": (True, "")}
-        trains["language_model"] = (self.tuning != "frozen", "set model.tuning=lora or full")
-        for part in self.rate_factors:
-            if not trains[part][0]:
-                raise ValueError(
-                    f"rate_factors names the {part.replace('_', ' ')}, which does not train: leave it out, or {trains[part][1]}"
-                )
+        frozen = {} if self.train_aligner else {"aligner": "set model.train_aligner=true"}
+        frozen |= {"language_model": "set model.tuning=lora or full"} if self.tuning == "frozen" else {}
+        for part in frozen.keys() & self.rate_factors:
+            raise ValueError(f"rate_factors names the {part.replace('_', ' ')}, which does not train: leave it out, or {frozen[part]}")
         return self
 
     def tokens_of(self, modality: str) -> int:

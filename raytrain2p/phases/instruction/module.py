@@ -48,10 +48,8 @@ class InstructionModule(PhaseModule):
         return [*((layer, as_is) for layer in self.assistant.layers()), *((part, float32) for part in own), (self, as_is)]
 
     def rate_factor(self, name: str) -> float:
-        part = name.removeprefix("assistant.").partition(".")[0]
-        return {str(key): value for key, value in self.settings.model.rate_factors.items()}.get(
-            "aligner" if part == "branches" else part, 1.0
-        )
+        part = name.removeprefix("assistant.").partition(".")[0].replace("branches", "aligner")
+        return next((factor for named, factor in self.settings.model.rate_factors.items() if named == part), 1.0)
 
     def flops_per_token(self, positions: float) -> float | None:
         return self.assistant.flops_per_token(positions)
