@@ -60,7 +60,7 @@ class Clock:
         names = Counter(event.name() for event in self.profiler.profiler.kineto_results.events())
         return {
             "operations": sum(count for name, count in names.items() if name.startswith("aten::")),
-            "matrix products": sum(names[name] for name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")),
+            "matrix products": sum(names[name] for name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::addmm_", "aten::baddbmm")),
             "copies": names["aten::copy_"],
             **self.watched,
         }
