@@ -28,7 +28,7 @@ COLUMNS = ["model, what trains", "GPUs", "GB a GPU", "seconds a step", "of these
 
 def measure(options: Options) -> Found:
     from raytrain2p.config import InstructionSettings, load_settings
-    from raytrain2p.launch.cost import cost_of, parsed_machines, settings_on
+    from raytrain2p.launch.cost import cost_of, parsed_machines, settings_on, weights_of
     from raytrain2p.launch.dry_run import memory
     from raytrain2p.phases.instruction.data import read_inputs
 
@@ -47,8 +47,9 @@ def measure(options: Options) -> Found:
                 assert isinstance(settings, InstructionSettings)
                 there = settings_on(settings, machines)
                 inputs = read_inputs(settings).with_settings(there)
-                needed, _ = memory(there, inputs)
-                cost = cost_of(there, inputs, machines, False)
+                weights = weights_of(there, inputs.parts())
+                needed, _ = memory(there, inputs, weights)
+                cost = cost_of(there, inputs, weights, machines, False)
                 (least, most), mfu = cost.seconds, cost.mfu or (0.0, 0.0)
                 rows.append(
                     [

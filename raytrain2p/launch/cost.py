@@ -6,6 +6,7 @@ longer (the roofline model, doi:10.1145/1498765.1498785), and a pass no less tha
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -120,8 +121,7 @@ class Weights:
         return 2 * max(self.layers, default=0) + self.frozen + self.trained - sum(self.layers)
 
 
-def weights_of(settings: Settings, inputs: PhaseInputs) -> Weights:
-    parts = inputs.parts()
+def weights_of(settings: Settings, parts: Mapping[str, nn.Module]) -> Weights:
     counts = count_parameters(parts)
     encoders = {name for name in parts if "encoder" in name}
     lists = [one for name in parts.keys() - encoders for one in parts[name].modules() if isinstance(one, nn.ModuleList)]
@@ -261,7 +261,7 @@ class Cost:
         return lines
 
 
-def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, calibrate: bool) -> Cost:
+def cost_of(settings: Settings, inputs: PhaseInputs, weights: Weights, machines: Machines | None, calibrate: bool) -> Cost:
     """What a step takes, of a run with these settings.
 
     Args:
@@ -283,7 +283,7 @@ def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, 
             Problem("model.language_model with --on or --calibrate", what, "leave these out, and measure a short run")
         ) from None
     speed = speed_on_paper(operations, machines.gpu) if machines and not calibrate else speed_here(operations, device)
-    passes, weights = training.gradient_accumulation_steps(workers), weights_of(settings, inputs)
+    passes = training.gradient_accumulation_steps(workers)
     return Cost(
         machines,
         sharing > 1,
@@ -299,7 +299,8 @@ def cost_of(settings: Settings, inputs: PhaseInputs, machines: Machines | None, 
 
 
 def check_calibration(workers: int, machines: Machines | None, device: torch.device) -> None:
-    """
+    """Refuse to measure what would not train.
+
     Raises:
         InputError: this machine has not that GPU; or one process would be measured, where several share it.
     """

@@ -8,7 +8,7 @@ import yaml
 
 from raytrain2p.config import Settings
 from raytrain2p.config.secrets import masked
-from raytrain2p.launch.cost import Machines, cost_of, settings_on, weights_of
+from raytrain2p.launch.cost import Machines, Weights, cost_of, settings_on, weights_of
 from raytrain2p.launch.places import bytes_needed, free_space, size
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
@@ -30,11 +30,12 @@ def dry_run(settings: Settings, inputs: PhaseInputs, machines: Machines | None =
     """
     resolved = json.loads(settings.model_dump_json())
     resolved["tracking"]["uri"] = masked(resolved["tracking"]["uri"])
-    counts = count_parameters(inputs.parts())
+    parts = inputs.parts()
+    counts, weights = count_parameters(parts), weights_of(settings, parts)
     steps = planned_steps(settings.training, inputs.records)
     frozen = sum(count.frozen for count in counts.values())
     trained = sum(count.trained for count in counts.values())
-    needed, lacks = memory(settings, inputs)
+    needed, lacks = memory(settings, inputs, weights)
     lines = [yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip(), "", f"{'parameters':16}{'frozen':>14}{'trained':>14}"]
     lines += [f"{name:16}{count.frozen:>14,}{count.trained:>14,}" for name, count in counts.items()]
     lines += [
@@ -51,7 +52,7 @@ def dry_run(settings: Settings, inputs: PhaseInputs, machines: Machines | None =
         if machines:
             there = settings_on(settings, machines)
             of_there = inputs.with_settings(there)
-        lines += ["", *cost_of(there, of_there, machines, calibrate).lines(memory(there, of_there)[0]), ""]
+        lines += ["", *cost_of(there, of_there, weights, machines, calibrate).lines(memory(there, of_there, weights)[0]), ""]
     lines.append("nothing was started")
     return "\n".join(lines)
 
@@ -69,7 +70,7 @@ def data_lines(inputs: PhaseInputs) -> list[str]:
     return lines
 
 
-def memory(settings: Settings, inputs: PhaseInputs) -> tuple[float, str]:
+def memory(settings: Settings, inputs: PhaseInputs, weights: Weights) -> tuple[float, str]:
     """Bytes of a worker that trains: weights, optimizer state, and a pass over the longest records. An estimate, and what it lacks.
 
     On a GPU those of tensors, as `peak_memory_megabytes` has them, else of the process.
@@ -77,7 +78,7 @@ def memory(settings: Settings, inputs: PhaseInputs) -> tuple[float, str]:
     launch, chosen, lacks = settings.launch, settings.training.precision, ""
     on_gpu, sharing = launch.gpus > 0, launch.sharing
     precision = "bf16" if on_gpu and chosen == "auto" else resolve_precision(chosen, torch.device("cpu"))
-    weights, width = weights_of(settings, inputs), 2 if precision == "bf16" else 4
+    width = 2 if precision == "bf16" else 4
     try:
         of_pass = inputs.pass_of(precision).most_bytes
     except Exception as error:  # of a foreign model's own code, which may look at numbers
