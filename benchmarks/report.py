@@ -62,14 +62,15 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
+    """Dirty, if anything but the docs has changed: the page of benchmarks is written after each part."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S607
+        return done.stdout.strip()
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + (
+        "-dirty" if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs") else ""
     )
-    return done.stdout.strip() or "unknown"
 
 
 def load(path: Path) -> dict[str, Any]:
