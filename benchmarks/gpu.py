@@ -25,11 +25,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -37,10 +39,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations import sdpa_attention
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.case import masks
-from raytrain2p.models.assistant import one_record_a_row
+from raytrain2p.models import token_loss
 from raytrain2p.worker.callbacks.step_logger import peak_flops
 
 SHAPE = {  # of Qwen2.5-0.5B
@@ -56,7 +59,6 @@ SHAPE = {  # of Qwen2.5-0.5B
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 BATCHES = 4  # different ones, in turn
 WARM_UP = 3
-CHUNK = 2048  # supervised positions whose logits are held at once
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -176,58 +178,18 @@ class Variant:
 
     name: str
     mask: bool = False  # of the padding
-    grouped: bool = True  # keys and values shared by query heads, where the kernel can
-    chunked_loss: bool = False
     compiled: bool = False
+    changed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 VARIANTS = [
     Variant("as today (plain loop)"),
     Variant("with a padding mask", mask=True),
-    Variant("keys repeated", grouped=False),
-    Variant("chunked loss", chunked_loss=True),
+    # Keys and values are shared by query heads, where the kernel can.
+    Variant("keys repeated", changed=partial(patch.object, sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)),
+    Variant("all logits in float32", changed=partial(patch.object, token_loss, "CHUNK", sys.maxsize)),
     Variant("compiled layers", compiled=True),
-    Variant("compiled layers, chunked loss", chunked_loss=True, compiled=True),
 ]
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross entropy of a frozen output layer: logits and their gradient of one chunk at a time (as Liger Kernel does,
-    arXiv:2410.10989, section 3.2).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        gradient, total = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = (hidden[part] @ weight.T).float()
-            normalizer = logits.logsumexp(1, keepdim=True)
-            own = targets[part, None]
-            total += (normalizer - logits.gather(1, own)).sum()
-            logits.sub_(normalizer).exp_()
-            logits.scatter_add_(1, own, logits.new_full((1, 1), -1.0).expand(len(own), 1))
-            gradient[part] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *above: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * above[0].to(gradient.dtype), None, None
-
-
-@contextlib.contextmanager
-def keys_repeated() -> Iterator[None]:
-    """Within, transformers repeats keys and values for each query head, as it does under a mask."""
-    from transformers.integrations import sdpa_attention
-
-    kept = sdpa_attention.use_gqa_in_sdpa
-    sdpa_attention.use_gqa_in_sdpa = lambda *_: False
-    try:
-        yield
-    finally:
-        sdpa_attention.use_gqa_in_sdpa = kept
 
 
 class Contestant:
@@ -243,19 +205,12 @@ class Contestant:
         assembled = self.module.assemble(batch.batch)
         if variant.mask:
             assembled = dataclasses.replace(assembled, attention=batch.batch["masks"]["attention_mask"])
-        if not variant.chunked_loss:
-            loss: torch.Tensor = assistant.loss_sum(assembled)
-            return loss
-        model = assistant.language_model.get_base_model()
-        with one_record_a_row():
-            states = model.model(inputs_embeds=assistant.embed(assembled), attention_mask=assembled.attention, use_cache=False)
-        hidden = states.last_hidden_state.flatten(0, 1).index_select(0, assembled.supervised)
-        total: torch.Tensor = ChunkedCrossEntropy.apply(hidden, model.lm_head.weight, assembled.targets)
-        return total
+        loss: torch.Tensor = assistant.loss_sum(assembled)
+        return loss
 
     def mean_loss(self, batch: Batch) -> torch.Tensor:
         """As it is trained."""
-        with contextlib.nullcontext() if self.variant.grouped else keys_repeated(), torch.autocast(DEVICE.type, torch.bfloat16):
+        with self.variant.changed(), torch.autocast(DEVICE.type, torch.bfloat16):
             return self.loss(batch) / batch.batch["step_tokens"]
 
     def loss_of(self, batch: Batch) -> float:
@@ -474,8 +429,7 @@ def table_line(row: dict[str, Any]) -> str:
 def measure_variants(folder: Path, options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
     """Every variant at every batch size."""
     module, compiled = (build_module(folder, options.batches[0]) for _ in range(2))
-    for layer in compiled.assistant.language_model.get_base_model().model.layers:
-        layer.compile(backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+    compiled.assistant.compile_layers("inductor" if DEVICE.type == "cuda" else "aot_eager")
     for size in options.batches:
         batches = read_batches(folder, size, options.length)
         palm, needed = flops(module, batches)

@@ -21,6 +21,7 @@ from raytrain2p.models.norms import replace_norms
 from raytrain2p.models.parameters import ParameterCount, count_parameters
 from raytrain2p.models.pretrained import model_directory
 from raytrain2p.models.recall import Recall
+from raytrain2p.models.token_loss import token_loss
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of a mixture, as configurations name their number
 
@@ -232,7 +233,7 @@ class Assistant(nn.Module):
     def loss_sum(self, batch: AssistantBatch) -> torch.Tensor:
         """Cross entropy summed over the supervised positions; the caller divides by their number in the whole step."""
         logits, targets = self.supervised_logits(batch)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        return token_loss(logits, targets)
 
     def forward(self, batch: AssistantBatch) -> torch.Tensor:
         return self.loss_sum(batch)

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from raytrain2p.data.batches import MicroBatch, Ragged
@@ -18,6 +17,7 @@ from raytrain2p.data.records import Record
 from raytrain2p.data.scores import token_f1
 from raytrain2p.models.distributed import WorkerGroup
 from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.token_loss import token_loss
 from raytrain2p.phases.base import Answer
 from raytrain2p.phases.inputs import MediaTable
 from raytrain2p.phases.instruction.data import InstructionSplit
@@ -110,7 +110,7 @@ def score(module: InstructionModule, split: InstructionSplit, chosen: np.ndarray
         records, length = batch.input_ids.shape
         wrong = torch.zeros(records, device=logits.device)
         wrong.index_add_(0, batch.supervised // length, (logits.argmax(-1) != targets).float())
-        total += float(nn.functional.cross_entropy(logits.float(), targets, reduction="sum"))
+        total += float(token_loss(logits, targets))
         tokens += len(targets)
         wrong_here += mine[(wrong > 0).cpu().numpy()].tolist()
     totals, counts_of_tokens, wrongs = zip(*group.gather((total, tokens, wrong_here)), strict=True)
