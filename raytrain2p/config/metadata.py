@@ -82,6 +82,21 @@ def belongs_to(key: str, settings: Iterable[str]) -> bool:
     return any(key == setting or key.startswith(f"{setting}.") or setting.startswith(f"{key}.") for setting in settings)
 
 
+def with_defaults(before: Mapping[str, Any], kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Flattened settings as a run has recorded them, and the defaults of those that its version did not have: it did as they say."""
+    found = defaults(kind, prefix)
+    return {**before, **{key: value for key, value in found.items() if not any(belongs_to(one, [key]) for one in before)}}
+
+
+def defaults(kind: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Of every setting, by its dotted path; null at the path of a group that is null unless it is set."""
+    found: dict[str, Any] = {}
+    for name, field in kind.model_fields.items():
+        group = _group(field.annotation)
+        found |= {f"{prefix}{name}": field.default} if group is None or field.default is None else defaults(group, f"{prefix}{name}.")
+    return found
+
+
 def value_at(flat: Mapping[str, Any], key: str, default: Any) -> Any:
     """The value of a flattened key: null if a group that it belongs to is null."""
     while key not in flat:

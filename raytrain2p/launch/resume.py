@@ -5,7 +5,7 @@ from dataclasses import asdict, fields
 from pydantic import ValidationError
 
 from raytrain2p.config import InputError, Problem, Settings, flatten, flatten_tree
-from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at
+from raytrain2p.config.metadata import FIXED, belongs_to, known_keys, settings_where, value_at, with_defaults
 from raytrain2p.config.scratch import public
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.phases.inputs import InputDigests, described, planned_steps
@@ -45,6 +45,7 @@ def check_resumable(run: Run, settings: Settings, digests: InputDigests | None, 
     fixed = settings_where(type(settings), lambda metadata: metadata.resume == FIXED)
     if settings.launch.strategy == "fsdp":
         fixed += ("launch.num_workers",)  # a checkpoint of sharded states is that of one number of workers
+    before = with_defaults(before, type(settings))
     problems = [
         Problem(f"{key}={value}", f"cannot change: run {run.run_id[:8]} began with {began}", f"set {key}={began}")
         for key in dict.fromkeys([*after, *before])

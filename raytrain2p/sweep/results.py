@@ -16,7 +16,7 @@ from typing import Any
 
 from raytrain2p.config import Findings, InputError, Problem, flatten_tree
 from raytrain2p.config.escaping import code_block, code_span
-from raytrain2p.config.metadata import FREE, belongs_to, settings_where
+from raytrain2p.config.metadata import FREE, belongs_to, settings_where, with_defaults
 from raytrain2p.config.secrets import without_passwords
 from raytrain2p.config.settings import SettingsGroup
 from raytrain2p.storage.errors import StorageError
@@ -321,7 +321,8 @@ def check_unchanged(run: Run, sweep: Sweep, before: dict[str, Any]) -> None:
     Raises:
         InputError: every setting that differs and must not.
     """
-    old, new = flatten_tree(before), flatten_tree(sweep_config(sweep))
+    old = with_defaults(with_defaults(flatten_tree(before), SweepSettings, "sweep."), type(sweep.base))
+    new = flatten_tree(sweep_config(sweep))
     free = (*may_change(SweepSettings, "sweep."), *may_change(type(sweep.base)))
     problems = [
         Problem(

@@ -71,6 +71,35 @@ def test_an_encoder_cannot_be_added_or_taken_away(run: Run) -> None:
     assert "model.encoders.image.name=None\n    cannot change: run 00000000 began with efficientnet-lite0" in refused(run)
 
 
+def test_a_setting_that_the_runs_version_did_not_have_stays_at_its_default(run: Run) -> None:
+    """Such a run trained as the default says: other rates in the middle of it would be accepted without a word."""
+    config = json.loads(run.files.config.read_text())
+    del config["model"]["rate_factors"], config["model"]["projector"]
+    run.files.write_config(config)
+    check_resumable(run, load_settings(2, None, TRAINING), DIGESTS)
+    said = refused(run, "model.rate_factors={projector: 2}", "model.projector=linear")
+    assert "model.rate_factors.projector=2.0\n    cannot change: run 00000000 began with {}" in said
+    assert "fix: set model.projector=mlp" in said
+
+
+def test_a_mapping_that_began_with_entries_is_not_taken_for_its_default(run: Run) -> None:
+    config = json.loads(run.files.config.read_text())
+    config["model"]["soft_tokens"] = {"image": 32}
+    run.files.write_config(config)
+    check_resumable(run, load_settings(2, None, [*TRAINING, "model.soft_tokens={image: 32}"]), DIGESTS)
+    assert "model.soft_tokens.image=16\n    cannot change: run 00000000 began with 32" in refused(run, "model.soft_tokens={image: 16}")
+
+
+def test_an_encoder_that_the_runs_version_did_not_have_cannot_be_added(run: Run) -> None:
+    config = json.loads(run.files.config.read_text())
+    del config["model"]["encoders"]["audio"]
+    run.files.write_config(config)
+    check_resumable(run, load_settings(2, None, TRAINING), DIGESTS)
+    assert "model.encoders.audio.name=whisper-tiny.en\n    cannot change: run 00000000 began with None" in refused(
+        run, "model.encoders.audio=whisper-tiny.en"
+    )
+
+
 def test_another_number_of_records_is_refused(run: Run) -> None:
     assert "has 61 records; run 00000000 began with 60" in refused(run, digests=InputDigests(61, "b" * 64))
 
