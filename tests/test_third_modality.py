@@ -57,7 +57,7 @@ CHANGES = {
             "MEDIA: dict[str, MediaKind] = {",
             "def decode_signal(encoded: bytes) -> np.ndarray:\n    return np.load(io.BytesIO(encoded), allow_pickle=False)\n\n\n"
             "MEDIA: dict[str, MediaKind] = {\n"
-            '    "signal": MediaKind(decode_signal, lambda signal: str(len(signal)), len, lambda signal: Image.new("RGB", (8, 8))),',
+            '    "signal": MediaKind(decode_signal, lambda signal: str(len(signal)), lambda signal: Image.new("RGB", (8, 8))),',
         ),
     ),
 }

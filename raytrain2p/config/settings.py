@@ -305,6 +305,9 @@ class EncoderSettings(SettingsGroup):
     """A frozen encoder. `model.encoders.image=NAME` is short for `model.encoders.image.name=NAME`."""
 
     name: ModelName = setting(..., MODEL, _ENCODER)
+    precision: Literal["bf16"] | None = setting(
+        None, "bf16: of its weights and its layers; half the memory, and faster where hardware has it (default: float32)", _ENCODER
+    )
 
     def options(self) -> dict[str, Any]:
         """What is set beside the name."""

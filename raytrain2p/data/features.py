@@ -13,16 +13,18 @@ Shape letters: B items, T positions of the longest one, D width of the encoder.
 import functools
 import math
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from raytrain2p.config import InputError, Problem
-from raytrain2p.data.media import MEDIA, MediaRef, decode
+from raytrain2p.data.media import TEXT, MediaRef, decode
 from raytrain2p.storage.errors import StorageError, reporting_disk_errors
 from raytrain2p.storage.files import remove_partial_files, replaced, write_file
 from raytrain2p.storage.locks import Lock
@@ -30,10 +32,19 @@ from raytrain2p.storage.locks import Lock
 ITEM = np.dtype([("key", "S32"), ("positions", "<u4")])
 SHARD_ITEMS = 256
 FREE_SPACE = "free space there, or set data.feature_store to a directory on another disk"
-ENCODE_VALUES = 1 << 26  # pixels or samples in memory at once, after which a pass begins with fewer items
-ENCODE_ITEMS = 32  # items per forward pass; larger ones are no faster on a CPU and need more memory
+ENCODE_VALUES = 1 << 26  # of what an encoder takes, after which a pass begins with fewer items
+ENCODE_ITEMS = 32  # items per forward pass on a CPU: with more it is no faster and needs more memory
+GPU_ITEMS, GPU_THREADS = 64, 8  # items per forward pass on a GPU, and threads that meanwhile decode and preprocess as many
 
-Encoder = Callable[[Sequence[Any]], Sequence[torch.Tensor]]
+
+class Encoder(Protocol):
+    """A frozen encoder."""
+
+    def preprocess(self, items: Sequence[Any]) -> Sequence[torch.Tensor]:
+        """Decoded items to what `encode` takes, on the CPU."""
+
+    def encode(self, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Features of each item, (T, D), float16."""
 
 
 class Features(NamedTuple):
@@ -198,7 +209,7 @@ class FeatureStore:
         blocks = max(1, -(-len(items) // SHARD_ITEMS))
         shards = ray.data.from_items([_row(key, item) for key, item in items.items()], override_num_blocks=blocks).map_batches(
             ShardWriter,
-            fn_constructor_args=(build_encoder, str(self.directory)),
+            fn_constructor_args=(build_encoder, str(self.directory), gpus > 0),
             batch_size=SHARD_ITEMS,
             compute=ray.data.ActorPoolStrategy(size=min(workers, blocks)),
             num_cpus=cpus,
@@ -222,28 +233,32 @@ def _row(key: bytes, item: MediaRef | str) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Encodes batches of items and writes each as a shard. Only the number of items goes through Ray, or what is wrong and how to
-    fix it: Ray wraps an exception in layers of its own, and its text in tracebacks.
+    """Encodes batches of items, all texts or all of one modality, and writes each as a shard. Only the number of items goes through Ray,
+    or what is wrong and how to fix it: Ray wraps an exception in layers of its own, and its text in tracebacks.
+
+    Args:
+        on_gpu: media are decoded and preprocessed in threads, while earlier ones are encoded. On a CPU that takes all cores anyway.
     """
 
-    def __init__(self, build_encoder: Callable[[], Encoder], directory: str) -> None:
-        self.encoder = build_encoder()
-        self.directory = Path(directory)
+    def __init__(self, build_encoder: Callable[[], Encoder], directory: str, on_gpu: bool = False) -> None:
+        self.encoder, self.directory = build_encoder(), Path(directory)
+        self.most = GPU_ITEMS if on_gpu else ENCODE_ITEMS
+        self.threads = ThreadPoolExecutor(GPU_THREADS) if on_gpu else None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        columns = (batch[name] for name in ("text", "modality", "source", "row", "place"))
-        items = [
-            MediaRef(modality, source, None if row < 0 else int(row), place) if modality else text
-            for text, modality, source, row, place in zip(*columns, strict=True)
-        ]
-        grids: list[np.ndarray] = []
-        decoded, values = list[Any](), 0
-        for place, item in enumerate(items, 1):
-            decoded.append(decode(item) if isinstance(item, MediaRef) else item)
-            values += MEDIA[item.modality].values(decoded[-1]) if isinstance(item, MediaRef) else 0
-            if len(decoded) == ENCODE_ITEMS or values > ENCODE_VALUES or place == len(items):
-                grids += [grid.cpu().numpy() for grid in self.encoder(decoded)]
-                decoded, values = [], 0
+        grids, waiting, values = list[np.ndarray](), list[torch.Tensor](), 0
+        try:
+            for one in self.preprocessed(batch):
+                waiting.append(one)
+                values += one.numel()
+                if len(waiting) >= self.most or values > ENCODE_VALUES:
+                    grids += self.encode(waiting)
+                    waiting, values = [], 0
+            grids += self.encode(waiting)
+        except torch.OutOfMemoryError:
+            modality = batch["modality"][0] or TEXT
+            fix = f"set model.encoders.{modality}.precision=bf16 if it is not, or launch.use_gpu=false"
+            return _result(what=f"one item of {modality} needs more memory than the GPU has free", fix=fix)
         if not all(np.isfinite(grid).all() for grid in grids):
             what = "the encoder's output for some item has NaN or values beyond float16 (65504), which the store holds"
             return _result(what=what, fix="set data.features=online, or take another encoder")
@@ -252,7 +267,50 @@ class ShardWriter:
                 write_shard(self.directory, [bytes(key) for key in batch["key"]], grids)
         except StorageError as error:
             return _result(what=str(error), fix=FREE_SPACE)
-        return _result(len(items))
+        return _result(len(grids))
+
+    def preprocessed(self, batch: Mapping[str, np.ndarray]) -> Iterator[torch.Tensor]:
+        if not batch["modality"][0]:
+            return iter(self.encoder.preprocess(batch["text"].tolist()))
+        columns = (batch[name] for name in ("modality", "source", "row", "place"))
+        refs = [
+            MediaRef(modality, source, None if row < 0 else int(row), place) for modality, source, row, place in zip(*columns, strict=True)
+        ]
+        return map(self.preprocess, refs) if self.threads is None else ahead(self.threads, self.preprocess, refs, self.most)
+
+    def preprocess(self, ref: MediaRef) -> torch.Tensor:
+        return self.encoder.preprocess([decode(ref)])[0]
+
+    def encode(self, inputs: list[torch.Tensor]) -> list[np.ndarray]:
+        """Features of each. After a pass that a GPU's memory does not hold, this one and later ones have half as many items.
+
+        Raises:
+            torch.OutOfMemoryError: it does not hold one item.
+        """
+        grids = list[np.ndarray]()
+        while inputs:
+            some = inputs[: self.most]
+            try:
+                grids += [grid.cpu().numpy() for grid in self.encoder.encode(some)]
+                inputs = inputs[len(some) :]
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                self.most = len(some) // 2
+        return grids
+
+
+def ahead(
+    threads: ThreadPoolExecutor, function: Callable[[MediaRef], torch.Tensor], refs: Iterable[MediaRef], count: int
+) -> Iterator[torch.Tensor]:
+    """The function of each, in their order; it is called for so many more than were asked for."""
+    waiting = deque[Future[torch.Tensor]]()
+    for ref in refs:
+        waiting.append(threads.submit(function, ref))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _result(items: int = 0, what: str = "", fix: str = "") -> dict[str, np.ndarray]:

@@ -216,14 +216,12 @@ class MediaKind:
     Args:
         decode: encoded bytes to what its encoder takes; raises OSError, ValueError or SyntaxError.
         size: a decoded item's size in words, for statistics.
-        values: its pixels or samples.
         show: a decoded item as an image, for plots.
         stated: the pixels or values that encoded bytes say they hold, without decoding them; 0 if they do not say. Raises as `decode`.
     """
 
     decode: Callable[[bytes], Any]
     size: Callable[[Any], str]
-    values: Callable[[Any], int]
     show: Callable[[Any], Image.Image]
     stated: Callable[[bytes], int] = lambda encoded: 0
 
@@ -359,11 +357,10 @@ MEDIA: dict[str, MediaKind] = {
     "image": MediaKind(
         decode_image,
         lambda image: f"{image.width} x {image.height}",
-        lambda image: image.width * image.height,
         lambda image: image,
         stated_pixels,
     ),
-    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", lambda clip: len(clip.samples), draw_wave, stated_samples),
+    "audio": MediaKind(decode_audio, lambda clip: f"{clip.seconds:.1f} s", draw_wave, stated_samples),
 }
 
 

@@ -111,6 +111,9 @@ def check_encoder(predictor: Predictor) -> None:
     if encoder.arguments:
         what = "reads images of another size than its own, for which LLaVA does not interpolate positions"
         raise InputError(Problem(where, what, f"train both phases anew without model.encoders.{MODALITY}.size"))
+    if encoder.dtype != torch.float32:
+        what = "computes in bfloat16, and LLaVA's in the precision of its language model"
+        raise InputError(Problem(where, what, f"train both phases anew without model.encoders.{MODALITY}.precision"))
     positions = len(encoder([encoder.sample])[0])
     if tokens != positions:
         what = f"gives {positions} positions, and model.soft_tokens is {tokens}; LLaVA pools none"

@@ -106,7 +106,7 @@ class Weights:
 
     Args:
         frozen, trained: of what is trained, its frozen parts included.
-        encoders: that run within the step; they are never sharded.
+        encoders: bytes of those that run within the step; they are never sharded.
         layers: of each layer of the language model.
     """
 
@@ -128,7 +128,7 @@ def weights_of(settings: Settings, parts: Mapping[str, nn.Module]) -> Weights:
     return Weights(
         sum(count.frozen for name, count in counts.items() if name not in encoders),
         sum(count.trained for name, count in counts.items() if name not in encoders),
-        sum(counts[name].frozen for name in encoders) if settings.data.features == "online" else 0,
+        sum(weight.nbytes for name in encoders for weight in parts[name].parameters()) if settings.data.features == "online" else 0,
         [sum(one.numel() for one in layer.parameters()) for layer in max(lists, key=len, default=nn.ModuleList())],
     )
 

@@ -86,5 +86,5 @@ def memory(settings: Settings, inputs: PhaseInputs, weights: Weights) -> tuple[f
     held: float = weights.frozen * width + weights.trained * WEIGHT_AND_MOMENTS
     if sharing > 1:
         held = (held + 4 * weights.trained) / sharing + width * weights.gathered
-    needed = held + width * weights.encoders + of_pass
+    needed = held + weights.encoders + of_pass
     return needed if on_gpu else PROCESS + KEPT_BY_MALLOC * needed, lacks

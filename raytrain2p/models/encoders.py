@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel
 
 from raytrain2p.config import InputError, Problem
 from raytrain2p.models.audio_encoder import AudioEncoder
-from raytrain2p.models.frozen_encoder import FrozenEncoder
+from raytrain2p.models.frozen_encoder import FrozenEncoder, to_precision
 from raytrain2p.models.image_encoder import ImageEncoder
 from raytrain2p.models.pretrained import first_line, model_directory
 from raytrain2p.models.text_encoder import TextEncoder
@@ -52,8 +52,8 @@ class EncoderSpec:
     def without_weights(self) -> nn.Module:
         """The encoder without memory for its weights, to count them."""
         with torch.device("meta"):
-            model = AutoModel.from_config(AutoConfig.from_pretrained(self.directory(), trust_remote_code=False))
-        return cast(nn.Module, ENCODERS[self.modality].encoder_of(model).requires_grad_(False))
+            model = AutoModel.from_config(AutoConfig.from_pretrained(self.directory(), trust_remote_code=False), trust_remote_code=False)
+        return cast(nn.Module, to_precision(ENCODERS[self.modality].encoder_of(model), self.options).requires_grad_(False))
 
     def probe(self) -> int:
         """T of the encoder's sample, from encoding it: this shows what is wrong with an encoder.

@@ -44,7 +44,7 @@ class FrozenEncoder:
         self.device = torch.device(device)
         model, self.missing = load_pretrained(AutoModel, directory, where, dtype=torch.float32)
         spoil(model, self.missing)
-        self.model = self.encoder_of(model).eval().requires_grad_(False).to(self.device)
+        self.model = to_precision(self.encoder_of(model), options).eval().requires_grad_(False).to(self.device)
         try:
             self.load_preprocessing(directory)
         except (OSError, ValueError, KeyError) as error:
@@ -60,7 +60,7 @@ class FrozenEncoder:
         encoder = cls.__new__(cls)
         encoder.options = {key: value for key, value in options.items() if value is not None}
         if model is not None:
-            encoder.model, encoder.device = model, next(model.parameters()).device
+            encoder.model, encoder.device = to_precision(model, options), next(model.parameters()).device
         if directory is not None:
             encoder.load_preprocessing(directory)
         return encoder
@@ -82,6 +82,11 @@ class FrozenEncoder:
         """A function that raises ValueError for a decoded item that `preprocess` would refuse; it needs no weights."""
         return lambda item: None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what is computed."""
+        return next(self.model.parameters()).dtype
+
     def to(self, device: torch.device) -> "FrozenEncoder":
         """Itself, moved to this device."""
         self.device = device
@@ -101,7 +106,7 @@ class FrozenEncoder:
         raise NotImplementedError
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        """Preprocessed items of one shape, on the device, to (B, T, D)."""
+        """Preprocessed items of one shape, on the device and in the precision of the weights, to (B, T, D)."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -116,12 +121,25 @@ class FrozenEncoder:
         features: dict[int, torch.Tensor] = {}
         with torch.autocast(self.device.type, enabled=False):  # whatever the precision of the step
             for group in places.values():
-                batch = torch.stack([inputs[place] for place in group]).to(self.device)
+                batch = torch.stack([inputs[place] for place in group]).to(self.device, self.dtype)
                 features.update(zip(group, self.forward(batch).to(FEATURE_DTYPE), strict=True))
         return [features[place] for place in range(len(inputs))]
 
     def __call__(self, items: Sequence[Any]) -> list[torch.Tensor]:
         return self.encode(self.preprocess(items))
+
+
+def to_precision(model: Any, options: Mapping[str, Any]) -> Any:
+    """The model, its weights in bfloat16 if the options say so. What it computes of its configuration, such as the frequencies of
+    positions, stays in float32.
+    """
+    for module in model.modules() if options.get("precision") == "bf16" else ():
+        for weight in module.parameters(recurse=False):
+            weight.data = weight.data.bfloat16()
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+                setattr(module, name, buffer.bfloat16())
+    return model
 
 
 @torch.no_grad()

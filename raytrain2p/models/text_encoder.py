@@ -48,5 +48,5 @@ class TextEncoder(FrozenEncoder):
             output = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=self.layer is not None)
             hidden = output.last_hidden_state if self.layer is None else output.hidden_states[self.layer]
             if self.options.get("pooled", True):
-                hidden = (hidden * mask[:, :, None]).sum(1, keepdim=True) / mask[:, :, None].sum(1, keepdim=True)
+                hidden = (hidden.float() * mask[:, :, None]).sum(1, keepdim=True) / mask[:, :, None].sum(1, keepdim=True)
         return [of_text[: len(tokens)].to(FEATURE_DTYPE) for of_text, tokens in zip(hidden, inputs, strict=True)]

@@ -36,7 +36,11 @@ def model(*names: str) -> set[str]:
     return {f"model.{name}" for name in names}
 
 
-ENCODER_SETTINGS = model(*ENCODER_NAMES, "encoders.image.size", "encoders.audio.pool", "encoders.text.layer", "encoders.text.pooled")
+ENCODER_SETTINGS = model(
+    *ENCODER_NAMES,
+    *(name.removesuffix("name") + "precision" for name in ENCODER_NAMES),
+    *("encoders.image.size", "encoders.audio.pool", "encoders.text.layer", "encoders.text.pooled"),
+)
 
 
 @pytest.mark.parametrize(

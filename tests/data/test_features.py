@@ -1,8 +1,8 @@
 """The feature store on disk: a shard is complete or ignored, and a table finds every item by its content."""
 
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from raytrain2p.data.features import ENCODE_ITEMS, FeatureStore, ShardWriter, padded, write_shard
-from raytrain2p.data.media import content_key
+from raytrain2p.data.features import ENCODE_ITEMS, GPU_ITEMS, FeatureStore, ShardWriter, _row, padded, write_shard
+from raytrain2p.data.media import MediaRef, content_key
 from tests.disks import Disk
 
 
@@ -136,66 +136,109 @@ def test_gathered_features_are_a_copy_that_may_be_changed(store: FeatureStore) -
     assert table.gather([0]).values[0, 0, 0].item() == 1
 
 
-def test_the_writer_encodes_media_and_texts_in_their_order(store: FeatureStore, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (7, 0, 0)).save(buffer, "PNG")
-    (tmp_path / "dark.png").write_bytes(buffer.getvalue())
-    sizes: list[int] = []
+class Brightness:
+    """An encoder of images and of numbers as texts: an item's first value, in two positions of three channels.
 
-    def encode(items: Sequence[Any]) -> list[torch.Tensor]:
-        sizes.append(len(items))
-        values = [float(np.asarray(item)[0, 0, 0]) if isinstance(item, Image.Image) else float(item) for item in items]
-        return list(torch.tensor(values, dtype=torch.float16)[:, None, None].expand(-1, 2, 3))
+    Args:
+        holds: items of a pass for which its GPU has memory.
+    """
 
-    texts = [str(number) for number in range(100, 100 + ENCODE_ITEMS)]
-    batch = {
-        "key": np.array([key(name) for name in ["image", *texts]], object),
-        "modality": np.array(["image"] + [""] * len(texts), object),
-        "source": np.array([str(tmp_path / "dark.png")] + [""] * len(texts), object),
-        "place": np.array([""] * (1 + len(texts)), object),
-        "row": np.full(1 + len(texts), -1),
-        "text": np.array(["", *texts], object),
-    }
-    counted = ShardWriter(lambda: encode, str(store.directory))(batch)
-    assert counted["items"].tolist() == [1 + ENCODE_ITEMS]
-    assert sizes == [ENCODE_ITEMS, 1]
-    table = store.table([key("image"), key("131"), key("100")])
-    assert table.gather(range(3)).values[:, 1, 2].tolist() == [7, 131, 100]
+    def __init__(self, holds: int = 1000) -> None:
+        self.holds, self.passes, self.preprocessed = holds, list[int](), Semaphore(0)
+
+    def preprocess(self, items: Sequence[Any]) -> list[torch.Tensor]:
+        self.preprocessed.release(len(items))
+        return [torch.tensor(float(np.asarray(item).flat[0])) for item in items]
+
+    def encode(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        self.passes.append(len(inputs))
+        if len(inputs) > self.holds:
+            raise torch.OutOfMemoryError
+        return list(torch.stack(list(inputs)).half()[:, None, None].expand(-1, 2, 3))
+
+
+def images(folder: Path, count: int) -> dict[bytes, MediaRef | str]:
+    """Items of files that are brighter one by one, by key."""
+    for number in range(count):
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(folder / f"{number}.png")
+    return {key(str(number)): MediaRef("image", str(folder / f"{number}.png")) for number in range(count)}
+
+
+def batch_of(items: Mapping[bytes, MediaRef | str]) -> dict[str, np.ndarray]:
+    """Rows, as Ray Data gives them."""
+    rows = [_row(name, item) for name, item in items.items()]
+    return {name: np.array([row[name] for row in rows], int if name == "row" else object) for name in rows[0]}
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_the_writer_encodes_some_items_at_a_time_in_their_order(store: FeatureStore, tmp_path: Path, kind: str) -> None:
+    count, encoder = ENCODE_ITEMS + 1, Brightness()
+    items = images(tmp_path, count) if kind == "image" else {key(str(number)): str(number) for number in range(count)}
+    counted = ShardWriter(lambda: encoder, str(store.directory))(batch_of(items))
+    assert counted["items"].tolist() == [count]
+    assert encoder.passes == [ENCODE_ITEMS, 1]
+    table = store.table([key("0"), key("31"), key("17")])
+    assert table.gather(range(3)).values[:, 1, 2].tolist() == [0, 31, 17]
+
+
+def test_on_a_gpu_media_are_preprocessed_while_earlier_ones_are_encoded(store: FeatureStore, tmp_path: Path) -> None:
+    class Waiting(Brightness):
+        """Its first pass ends once those of the next one are preprocessed, which without threads would be after it."""
+
+        def encode(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            for _ in range(0 if self.passes else 2 * GPU_ITEMS):
+                assert self.preprocessed.acquire(timeout=20)
+            return super().encode(inputs)
+
+    count, encoder = 2 * GPU_ITEMS + 1, Waiting()
+    ShardWriter(lambda: encoder, str(store.directory), on_gpu=True)(batch_of(images(tmp_path, count)))
+    assert encoder.passes == [GPU_ITEMS, GPU_ITEMS, 1]
+    names = [key(str(number)) for number in range(count)]
+    assert store.table(names).gather(range(count)).values[:, 0, 0].tolist() == list(range(count))
+
+
+def test_a_pass_that_memory_does_not_hold_is_made_in_halves_from_then_on(store: FeatureStore) -> None:
+    encoder = Brightness(holds=3)
+    writer = ShardWriter(lambda: encoder, str(store.directory), on_gpu=True)
+    writer.most = 8
+    names = [str(number) for number in range(10)]
+    assert writer(texts(*names))["items"].tolist() == [10]
+    assert encoder.passes == [8, 4, 2, 2, 2, 2, 2]  # 4 and 4 of the first 8, each in halves; the last two are one pass
+    assert store.table([key(name) for name in names]).gather(range(10)).values[:, 0, 0].tolist() == list(range(10))
+
+
+def test_an_item_that_no_memory_holds_is_a_refusal(store: FeatureStore) -> None:
+    result = ShardWriter(lambda: Brightness(holds=0), str(store.directory))(texts("1", "2"))
+    assert result["what"][0] == "one item of text needs more memory than the GPU has free"
+    assert "model.encoders.text.precision=bf16" in result["fix"][0]
+    assert not store.places()
 
 
 def texts(*names: str) -> dict[str, np.ndarray]:
     """A batch of texts, as Ray Data gives it."""
-    count = len(names)
-    return {
-        "key": np.array([key(name) for name in names], object),
-        "modality": np.array([""] * count, object),
-        "source": np.array([""] * count, object),
-        "place": np.array([""] * count, object),
-        "row": np.full(count, -1),
-        "text": np.array(names, object),
-    }
+    return batch_of({key(name): name for name in names})
 
 
 def test_a_full_disk_is_said_with_its_path_and_the_shard_is_written_once_there_is_space(disk: Disk) -> None:
     store = FeatureStore(disk.folder, "f" * 64)
     store.directory.mkdir()
-    writer = ShardWriter(lambda: lambda items: [torch.ones(2, 3, dtype=torch.float16) for _ in items], str(store.directory))
+    writer = ShardWriter(Brightness, str(store.directory))
     disk.fill()
-    result = writer(texts("a"))
+    result = writer(texts("1"))
     assert result["items"].tolist() == [0]
     assert "no space left" in result["what"][0]
     assert str(store.directory) in result["what"][0]
     assert "data.feature_store" in result["fix"][0]
     assert list(store.directory.iterdir()) == []
     disk.fix()
-    assert writer(texts("a"))["items"].tolist() == [1]
-    assert store.missing([key("a")]) == []
+    assert writer(texts("1"))["items"].tolist() == [1]
+    assert store.missing([key("1")]) == []
 
 
 def test_output_that_float16_cannot_hold_is_not_stored(store: FeatureStore) -> None:
-    result = ShardWriter(lambda: lambda items: [torch.full((2, 3), torch.inf) for _ in items], str(store.directory))(texts("a"))
+    result = ShardWriter(Brightness, str(store.directory))(texts("1e6"))
     assert "65504" in result["what"][0]
-    assert store.missing([key("a")]) == [key("a")]
+    assert store.missing([key("1e6")]) == [key("1e6")]
 
 
 @pytest.mark.parametrize("part", [".items", ".npy"])

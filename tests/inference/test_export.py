@@ -32,6 +32,7 @@ from raytrain2p.inference.chat_template import chat_template, with_placeholders
 from raytrain2p.inference.export import Form, export
 from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
+from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.storage.errors import StorageError
 from tests.disks import Disk
 from tests.inference.trained import trained_assistant
@@ -222,6 +223,19 @@ def test_bf16_is_of_the_language_model_alone(tiny_llama: Path, tiny_vit: Path, t
     assert len(answers(found, processor, chats("image"))) == 3
 
 
+def test_an_encoder_in_bf16_computes_in_bf16_once_exported(tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -> None:
+    path = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_vit}, {"image": {"precision": "bf16"}})
+    predictor, records = Predictor(path), records_of(chats("image"))
+    expected = list(predictor.answers(records, 8, 8))
+    export(Predictor(path), Form(), tmp_path / "out", OURS, "card")
+    model, processor = loaded(tmp_path / "out")
+    assert answers(model, processor, chats("image")) == expected
+    items = [decode(ref) for record in records for ref in record.media()]
+    assert {weight.dtype for weight in model.encoders["image"].parameters()} == {torch.bfloat16}
+    again = ENCODERS["image"].part({"precision": "bf16"}, model.encoders["image"]).encode(predictor.encoder("image").preprocess(items))
+    assert all(map(torch.equal, again, predictor.encoder("image")(items)))
+
+
 @pytest.mark.parametrize("system", [None, "", 'Be "short".\nNo {{ braces }} or {% blocks %}, \u00e9\U0001f600.'])
 @pytest.mark.parametrize("template", ["chatml", None])
 def test_the_exported_template_writes_what_the_model_was_trained_on(system: str | None, template: str | None, tiny_llama: Path) -> None:
@@ -324,6 +338,13 @@ def test_a_tower_whose_hidden_states_are_not_its_features_is_refused(tiny_llama:
     shape = {"input_norm": False}
     path = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_vit}, shape=shape, projector="linear", soft_tokens=16)
     with pytest.raises(InputError, match="its last hidden states are not its features"):
+        export(Predictor(path), Form(llava=True), tmp_path / "out", OURS, "card")
+
+
+def test_llava_has_no_precision_of_its_own_for_the_encoder(tiny_llama: Path, tiny_clip: Path, tmp_path: Path) -> None:
+    options, shape = {"image": {"precision": "bf16"}}, {"input_norm": False}
+    path = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_clip}, options, shape, projector="linear", soft_tokens=16)
+    with pytest.raises(InputError, match=r"without model\.encoders\.image\.precision"):
         export(Predictor(path), Form(llava=True), tmp_path / "out", OURS, "card")
 
 

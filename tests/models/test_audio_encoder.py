@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folders.__getitem__
 
 
-def encoder(directory: Path, **options: float) -> AudioEncoder:
+def encoder(directory: Path, **options: Any) -> AudioEncoder:
     return AudioEncoder(directory, f"model.encoders.audio.name={directory}", options)
 
 
@@ -54,6 +55,12 @@ def clip(seconds: float, rate: int = 16000, seed: int = 0) -> Clip:
     times = np.arange(round(seconds * rate)) / rate
     noise = np.random.default_rng(seed).normal(0, 0.05, len(times))
     return Clip((0.3 * np.sin(2 * np.pi * (200 + 100 * seed) * times) + noise).astype(np.float32), rate)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_bf16_features_are_those_of_float32_but_for_rounding(kind: str, saved: Callable[[str], Path]) -> None:
+    found, exact = (encoder(saved(kind), **options)([clip(0.5)])[0].float() for options in ({"precision": "bf16"}, {}))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.03
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,8 @@ from transformers import (
     ConvNextModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ResNetConfig,
     ResNetModel,
     SiglipConfig,
@@ -182,6 +184,39 @@ def test_encoding_does_not_depend_on_the_precision_of_the_step(tiny_vit: Path) -
     with torch.autocast("cpu", torch.bfloat16):
         inside = encoder(images())
     assert all(map(torch.equal, inside, encoder(images())))
+
+
+@pytest.mark.parametrize("kind", ["clip_vision", "siglip", "dinov2_with_registers", "convnext", "resnet"])
+def test_an_image_encoder_in_bf16_gives_what_it_gives_in_float32_but_for_rounding(kind: str, saved: Callable[[str], str]) -> None:
+    spec = EncoderSpec("image", saved(kind), {"precision": "bf16"})
+    encoder = spec.build()
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.bfloat16}
+    found, exact = (torch.stack(one(images())).float() for one in (encoder, image_encoder(saved(kind))))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.03
+    assert spec.fingerprint() != EncoderSpec("image", saved(kind)).fingerprint()  # stored features of one are never taken for the other's
+    size, full = (sum(one.nbytes for one in spec.without_weights().parameters()) for spec in (spec, EncoderSpec("image", saved(kind))))
+    assert 2 * size == full
+
+
+def test_in_bf16_what_an_encoder_computes_of_its_configuration_stays_in_float32(tmp_path: Path) -> None:
+    """The same when it is loaded, and when a model that was loaded in float32 becomes a part of an exported one."""
+    torch.manual_seed(0)
+    DINOv3ViTModel(DINOv3ViTConfig(**VISION)).save_pretrained(tmp_path)
+    BitImageProcessorPil(**CROP).save_pretrained(tmp_path)
+    options = {"precision": "bf16"}
+    loaded = EncoderSpec("image", str(tmp_path), options).build()
+    part = ENCODERS["image"].part(options, EncoderSpec("image", str(tmp_path)).build().model)
+    for encoder in (loaded, part):
+        assert {weight.dtype for weight in encoder.model.parameters()} == {torch.bfloat16}
+        assert dict(encoder.model.named_buffers())["rope_embeddings.inv_freq"].dtype == torch.float32
+    inputs = loaded.preprocess(images())
+    assert all(map(torch.equal, loaded.encode(inputs), part.encode(inputs)))
+
+
+def test_a_text_encoder_in_bf16_gives_what_it_gives_in_float32_but_for_rounding(tiny_bert: Path) -> None:
+    texts = ["a red circle", "blue"]
+    found, exact = (torch.cat(text_encoder(tiny_bert, **options)(texts)).float() for options in ({"precision": "bf16"}, {}))
+    assert 0 < (found - exact).norm() / exact.norm() < 0.03
 
 
 def test_an_encoder_takes_no_gpu_that_it_was_not_given(tiny_vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
