@@ -192,6 +192,18 @@ def test_a_resumed_sweep_may_have_more_trials_and_no_other_space(tmp_path: Path)
     assert "training.max_steps=70" in str(caught.value)
 
 
+def test_a_sweep_of_an_older_version_goes_on_with_the_defaults_of_what_it_did_not_have(tmp_path: Path) -> None:
+    sweep = load_sweep(None, ["sweep.phase=2", "tracking.uri=sqlite:////x/m.db"])
+    run = Run("a" * 32, str(tmp_path), "e", "t", "sweep-1", "sweeps", "u")
+    before = sweep_config(sweep)
+    del before["model"]["rate_factors"], before["sweep"]["seed"]
+    check_unchanged(run, sweep, before)
+    with pytest.raises(InputError, match=r"rate_factors\.projector=2\.0\n    cannot change: sweep aaaaaaaa began with None"):
+        check_unchanged(
+            run, load_sweep(None, ["sweep.phase=2", "tracking.uri=sqlite:////x/m.db", "model.rate_factors={projector: 2}"]), before
+        )
+
+
 def test_a_password_is_not_in_a_sweeps_settings() -> None:
     sweep = load_sweep(None, ["tracking.uri=postgresql://me:secret@host/db"])
     assert "secret" not in json.dumps(sweep_config(sweep))
