@@ -430,6 +430,12 @@ class InstructionModelSettings(SettingsGroup):
     soft_token_dropout: Fraction = setting(0.0, "share of soft tokens that are blank in each training step", _MODEL.but(trial=LIVE))
     tuning: Literal["lora", "full", "frozen"] = setting("lora", "what trains in the language model", _MODEL)
     lora: LoraSettings = LoraSettings()
+    quantization: Literal["nf4"] | None = setting(
+        None,
+        "keep the frozen language model's linear layers in 4 bits, a quarter of their memory in bf16 (QLoRA, arXiv:2305.14314); needs "
+        "`pip install 'raytrain2p[quantization]'`",
+        _MODEL,
+    )
     rate_factors: dict[Literal["aligner", "projector", "language_model"], PositiveFloat] = setting(
         {}, "parts that learn faster or slower, by times training.learning_rate: `{projector: 2, language_model: 0.5}`", _MODEL
     )
@@ -450,6 +456,14 @@ class InstructionModelSettings(SettingsGroup):
         frozen |= {"language_model": "set model.tuning=lora or full"} if self.tuning == "frozen" else {}
         for part in frozen.keys() & self.rate_factors:
             raise ValueError(f"rate_factors names the {part.replace('_', ' ')}, which does not train: leave it out, or {frozen[part]}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_frozen_where_quantized(self) -> "InstructionModelSettings":
+        if self.quantization is not None and self.tuning == "full":
+            raise ValueError(f"quantization={self.quantization} keeps weights that do not train: set model.tuning=lora or frozen")
+        if self.quantization is not None and self.compile:
+            raise ValueError(f"quantization={self.quantization} cannot be compiled: set model.compile=false")
         return self
 
     def tokens_of(self, modality: str) -> int:
@@ -536,6 +550,9 @@ def _placement_problems(flat: Mapping[str, Any], ends: list[int]) -> list[Proble
     if len(ends) == 2 and ends[0] < ends[1] and flat["launch.strategy"] == "fsdp":
         what = "checkpoints of sharded states are those of one number of workers"
         problems.append(Problem(f"launch.strategy=fsdp with launch.num_workers={ends}", what, "set launch.strategy=ddp, or a number"))
+    if flat["launch.strategy"] == "fsdp" and (form := flat.get("model.quantization")) is not None:
+        what = "weights in 4 bits are not sharded: each worker has all of them"
+        problems.append(Problem(f"launch.strategy=fsdp with model.quantization={form}", what, "set launch.strategy=ddp"))
     return problems + _sharding_problems(flat["launch.strategy"], flat["launch.shard_workers"], ends)
 
 

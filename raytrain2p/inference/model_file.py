@@ -14,6 +14,7 @@ from raytrain2p.models.artifacts import check_fingerprint, load_artifact
 from raytrain2p.models.assistant import AssistantShape
 from raytrain2p.models.encoders import EncoderSpec
 from raytrain2p.models.pretrained import context_length, model_directory
+from raytrain2p.models.quantization import package_problem
 from raytrain2p.tracking.find import find_artifact
 from raytrain2p.tracking.run import Run
 from raytrain2p.tracking.run_directory import RunDirectory
@@ -54,6 +55,8 @@ class ModelFile:
             needed = {key: needed[key] for key in ("name", "fingerprint")}
         except (KeyError, TypeError) as error:
             raise InputError(Problem(str(path), f"lacks parts of a {INSTRUCTION.artifact}: {error}", "train it anew")) from None
+        if self.shape.quantization is not None and (problem := package_problem(f"{path}: model.quantization={self.shape.quantization}")):
+            raise InputError(problem)
         directory = model_directory(needed["name"], LANGUAGE_MODEL)
         check_fingerprint(path, needed, needed["name"], directory, LANGUAGE_MODEL)
         self.path, self.trained = path, artifact["encoders"]

@@ -49,8 +49,9 @@ class Predictor(ModelFile):
         self.bf16 = resolve_precision(self.precision, self.device) == "bf16"
         attention = "sdpa" if self.device.type == "cuda" else "eager"
         with quiet_loading():
-            assistant = build_assistant(self.shape, attention, torch.bfloat16 if self.bf16 else torch.float32)
+            assistant = build_assistant(self.shape, attention, dtype := torch.bfloat16 if self.bf16 else torch.float32)
         assistant.freeze(self.shape.tuning, train_aligner=False)
+        assistant.convert(dtype, self.device)
         check_weights(self.path, self.weights, assistant.own_weights())
         assistant.load_state_dict(self.weights, strict=False)  # the rest is the language model's own
         self.weights = {}  # the assistant has them now

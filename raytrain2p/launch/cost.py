@@ -16,7 +16,7 @@ from raytrain2p.config import InputError, Problem, Settings
 from raytrain2p.config.settings import cross_field_problems, flatten
 from raytrain2p.launch.places import size
 from raytrain2p.models.gpus import GPUS, Gpu, gpu_of
-from raytrain2p.models.parameters import count_parameters
+from raytrain2p.models.parameters import count_of, count_parameters
 from raytrain2p.models.precision import resolve_precision
 from raytrain2p.models.timing import COLD, seconds_of
 from raytrain2p.models.tracing import Operation
@@ -108,12 +108,14 @@ class Weights:
         frozen, trained: of what is trained, its frozen parts included.
         encoders: bytes of those that run within the step; they are never sharded.
         layers: of each layer of the language model.
+        quantized: of the frozen ones, those in 4 bits; they are never sharded either.
     """
 
     frozen: int
     trained: int
     encoders: int
     layers: list[int]
+    quantized: int = 0
 
     @property
     def gathered(self) -> int:
@@ -129,7 +131,8 @@ def weights_of(settings: Settings, parts: Mapping[str, nn.Module]) -> Weights:
         sum(count.frozen for name, count in counts.items() if name not in encoders),
         sum(count.trained for name, count in counts.items() if name not in encoders),
         sum(weight.nbytes for name in encoders for weight in parts[name].parameters()) if settings.data.features == "online" else 0,
-        [sum(one.numel() for one in layer.parameters()) for layer in max(lists, key=len, default=nn.ModuleList())],
+        [sum(count_of(one) for one in layer.parameters()) for layer in max(lists, key=len, default=nn.ModuleList())],
+        sum(count.quantized for count in counts.values()),
     )
 
 

@@ -12,6 +12,7 @@ from raytrain2p.launch.cost import Machines, Weights, cost_of, settings_on, weig
 from raytrain2p.launch.places import bytes_needed, free_space, size
 from raytrain2p.models.parameters import count_parameters
 from raytrain2p.models.precision import resolve_precision
+from raytrain2p.models.quantization import BYTES
 from raytrain2p.phases.inputs import TRAIN, PhaseInputs, planned_steps
 
 PROCESS = 930e6  # measured on Linux: 780 MB with all imported and a tiny model; the rest is oneDNN's, and left over from loading
@@ -40,6 +41,7 @@ def dry_run(settings: Settings, inputs: PhaseInputs, machines: Machines | None =
     lines += [f"{name:16}{count.frozen:>14,}{count.trained:>14,}" for name, count in counts.items()]
     lines += [
         f"{'together':16}{frozen:>14,}{trained:>14,}",
+        *([f"{'in 4 bits':16}{weights.quantized:>14,}"] if weights.quantized else []),
         "",
         *data_lines(inputs),
         f"feature store      {size(bytes_needed(inputs.jobs))} more; {size(free_space(str(settings.data.feature_store)))} are free there",
@@ -83,7 +85,7 @@ def memory(settings: Settings, inputs: PhaseInputs, weights: Weights) -> tuple[f
         of_pass = inputs.pass_of(precision).most_bytes
     except Exception as error:  # of a foreign model's own code, which may look at numbers
         of_pass, lacks = 0, f"what a pass takes cannot be told of this language model ({type(error).__name__})"
-    held: float = weights.frozen * width + weights.trained * WEIGHT_AND_MOMENTS
+    held: float = (weights.frozen - weights.quantized) * width + weights.quantized * BYTES + weights.trained * WEIGHT_AND_MOMENTS
     if sharing > 1:
         held = (held + 4 * weights.trained) / sharing + width * weights.gathered
     needed = held + weights.encoders + of_pass

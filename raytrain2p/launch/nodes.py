@@ -50,10 +50,12 @@ class Needed:
     Args:
         folders: in which each must see what the others write, by setting, and how to fix it if they do not.
         files: that workers read, and their sizes, by setting.
+        packages: of equal versions.
     """
 
     folders: dict[str, tuple[Path, str]] = field(default_factory=dict)
     files: dict[str, dict[str, int]] = field(default_factory=dict)
+    packages: set[str] = field(default_factory=lambda: {*PACKAGES})
 
     def add_files(self, where: str, paths: Iterable[str | Path]) -> None:
         """Of so many files, some are looked at."""
@@ -117,6 +119,8 @@ def needed(inputs: Sequence[PhaseInputs]) -> Needed:
         if isinstance(model, InstructionModelSettings):
             models[f"model.language_model={model.language_model}"] = model.language_model
             found.add_artifact(ALIGNER, model.aligner)
+            if model.quantization is not None:
+                found.packages.add("bitsandbytes")
         found.add_artifact(INIT, model.init)
     for where, name in (models | {job.spec.where: job.spec.name for job in jobs}).items():
         if (directory := local_directory(name)) is not None:
@@ -130,7 +134,7 @@ def node_problems(nodes: Sequence[Node], needed: Needed, seconds: float = SECOND
     found = NodeFindings(needed)
     with probe_folders(needed, found) as folders:
         names: dict[str, list[str]] = {folder: [DRIVER] for folder in folders}
-        asked = ask(nodes, seconds, found, probe.look, list(folders), needed.files, PACKAGES, SECONDS_TO_SEE)
+        asked = ask(nodes, seconds, found, probe.look, list(folders), needed.files, sorted(needed.packages), SECONDS_TO_SEE)
         for node, (wrong, differing, versions) in asked.items():
             found.add_answer(node, {folders[folder]: what for folder, what in wrong.items()}, differing, versions)
             for folder in folders:
@@ -207,7 +211,7 @@ class NodeFindings:
     def __init__(self, needed: Needed) -> None:
         self.needed = needed
         self.nodes: dict[tuple[str, str], list[str]] = {}
-        self.versions = {package: probe.version(package) for package in PACKAGES}
+        self.versions = {package: probe.version(package) for package in needed.packages}
 
     def add(self, where: str, what: str, node: Node) -> None:
         self.nodes.setdefault((where, what), []).append(node.name)

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, mas
 from raytrain2p.models.aligner import Branch, Grids, branches_of
 from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.models.norms import replace_norms
-from raytrain2p.models.parameters import ParameterCount, count_parameters
+from raytrain2p.models.parameters import ParameterCount, count_of, count_parameters
 from raytrain2p.models.pretrained import model_directory
+from raytrain2p.models.quantization import quantize
 from raytrain2p.models.recall import Recall
 from raytrain2p.models.token_loss import token_loss
 
@@ -109,6 +110,7 @@ class Assistant(nn.Module):
         soft_tokens: K, by modality. With `recall`, the first of them are its words, the others are the grid's.
         projector: a key of PROJECTORS.
         recall: the texts of phase 1, if the language model reads what they say.
+        quantized: whether `convert` quantizes the language model's linear layers.
     """
 
     def __init__(
@@ -119,10 +121,11 @@ class Assistant(nn.Module):
         soft_tokens: Mapping[str, int],
         projector: str = "mlp",
         recall: Recall | None = None,
+        quantized: bool = False,
     ) -> None:
         super().__init__()
         self.soft_token_dropout = 0.0  # share of soft tokens that are blank in each training pass
-        self.language_model = language_model
+        self.language_model, self.quantized = language_model, quantized
         self.branches = nn.ModuleDict(branches)
         embedding = language_model.get_input_embeddings().weight
         spread = 0.02 if embedding.is_meta else float(embedding.detach().float().std())
@@ -175,12 +178,17 @@ class Assistant(nn.Module):
             return None
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         weights = {id(one): one for one in model.parameters() if one is not embedding} | {id(head): head}
-        products = sum((6 if one.requires_grad else 4) * one.numel() for one in weights.values())
+        products = sum((6 if one.requires_grad else 4) * count_of(one) for one in weights.values())
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return products + 12 * len(self.layers()) * width * positions
 
-    def convert(self, dtype: torch.dtype) -> None:
-        """The language model's weights to float32 where they train, else to `dtype`."""
+    def convert(self, dtype: torch.dtype, device: torch.device) -> None:
+        """The language model's weights to float32 where they train, else to `dtype`, or to 4 bits, which are made on `device`.
+
+        Which weights train, `freeze` must have set.
+        """
+        if self.quantized:
+            quantize(self.language_model, device, dtype)
 
         def converted(value: torch.Tensor) -> torch.Tensor:
             is_weight = isinstance(value, nn.Parameter) and value.is_floating_point()
@@ -302,6 +310,7 @@ class AssistantShape:
     aligner: dict[str, Any]
     projector: str = "mlp"
     recall: tuple[int, int, int] | None = None  # texts that are known, tokens of each, texts that are read: these are among the soft tokens
+    quantization: str | None = None  # of the language model's linear layers: nf4
 
     def __post_init__(self) -> None:
         if self.recall is not None and len(self.recall) != 3:
@@ -314,7 +323,7 @@ class AssistantShape:
 def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, empty: bool = False, as_stored: bool = False) -> Assistant:
     """The pretrained language model, with adapters if `shape.tuning` is `lora`; the aligner's branches and projector untrained.
 
-    Which weights train is for `Assistant.freeze` to set.
+    Which weights train is for `Assistant.freeze` to set; then those in 4 bits are for `Assistant.convert` to make.
 
     Args:
         attention: kernel, as transformers names it.
@@ -342,4 +351,12 @@ def build_assistant(shape: AssistantShape, attention: str, dtype: torch.dtype, e
         base = with_adapters(base, shape.lora)
     dimension = shape.aligner["dimension"]
     recall = Recall(dimension, *shape.recall) if shape.recall is not None else None
-    return Assistant(base, branches_of(shape.aligner, shape.soft_tokens), dimension, shape.soft_tokens, shape.projector, recall)
+    return Assistant(
+        base,
+        branches_of(shape.aligner, shape.soft_tokens),
+        dimension,
+        shape.soft_tokens,
+        shape.projector,
+        recall,
+        shape.quantization is not None,
+    )

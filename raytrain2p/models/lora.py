@@ -9,6 +9,8 @@ from peft.tuners import lora
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from raytrain2p.models.quantization import QuantizedLinear, dequantize
+
 # Layers of one module that read the same input, by the names that models of transformers give them.
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -39,6 +41,7 @@ def with_adapters(language_model: Any, settings: dict[str, Any]) -> nn.Module:
 
 def without_adapters(language_model: Any) -> Any:
     """The model without peft: LoRA is added to its weights, in float32."""
+    dequantize(language_model)
     return language_model.float().merge_and_unload() if hasattr(language_model, "merge_and_unload") else language_model
 
 
@@ -96,13 +99,19 @@ class Siblings:
 
 def outputs_of(layers: list[AdaptedLinear], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Outputs (.., O) of layers for their input x (.., D)."""
-    tensors, scales = list[Any](), list[float]()
-    for layer in layers:
+    tensors, scales, bases = list[Any](), list[float](), [layer.base_layer for layer in layers]
+    for layer, base in zip(layers, bases, strict=True):
         name = layer.active_adapters[0]
-        tensors += layer.base_layer.weight, layer.base_layer.bias, layer.lora_A[name].weight, layer.lora_B[name].weight
+        tensors += base.weight, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight
         scales.append(layer.scaling[name])
+    dtype = bases[0].dtype if isinstance(bases[0], QuantizedLinear) else bases[0].weight.dtype
     with torch.autocast(x.device.type, enabled=False):
-        return _Adapted.apply(x.to(tensors[0].dtype), scales, *tensors)
+        return _Adapted.apply(x.to(dtype), scales, bases, *tensors)
+
+
+def numbers_of(base: nn.Linear, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weights as a product takes them."""
+    return base.numbers() if isinstance(base, QuantizedLinear) else weight
 
 
 class _Adapted(torch.autograd.Function):
@@ -117,19 +126,19 @@ class _Adapted(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Any, scales: list[float], *tensors: Any) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, x: Any, scales: list[float], bases: list[nn.Linear], *tensors: Any) -> tuple[torch.Tensor, ...]:
         """x (.., D), and of each layer weight (O, D), bias (O,) or None, down (R, D), up (O, R); to (.., O) of each."""
         weights, biases, downs, ups = (tensors[kind::4] for kind in range(4))
         rows, down = x.reshape(-1, x.shape[-1]), (torch.cat(downs) if len(downs) > 1 else downs[0]).to(x.dtype)
         lows, ups = (rows @ down.t()).split([len(one) for one in downs], 1), tuple(up.to(x.dtype) for up in ups)
-        outputs = tuple(x.new_empty(*x.shape[:-1], len(weight)) for weight in weights)
-        for y, weight, bias, low, up, scale in zip(outputs, weights, biases, lows, ups, scales, strict=True):
-            flat = y.view(-1, len(weight))
-            flat.addmm_(low, up.t(), beta=0, alpha=scale).addmm_(rows, weight.t())
+        outputs = tuple(x.new_empty(*x.shape[:-1], len(up)) for up in ups)
+        for y, base, weight, bias, low, up, scale in zip(outputs, bases, weights, biases, lows, ups, scales, strict=True):
+            flat = y.view(-1, len(up))
+            flat.addmm_(low, up.t(), beta=0, alpha=scale).addmm_(rows, numbers_of(base, weight).t())
             if bias is not None:
                 flat.add_(bias)
         ctx.save_for_backward(rows, down, *lows, *weights, *ups)
-        ctx.scales, ctx.shape = scales, x.shape
+        ctx.scales, ctx.bases, ctx.shape = scales, bases, x.shape
         return outputs  # and no views of others: some models clamp them in place
 
     @staticmethod
@@ -148,8 +157,8 @@ class _Adapted(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = of_low @ down
-            for of_y, weight in zip(of_ys, weights, strict=True):
-                of_x.addmm_(of_y, weight)
+            for of_y, base, weight in zip(of_ys, ctx.bases, weights, strict=True):
+                of_x.addmm_(of_y, numbers_of(base, weight))
             of_x = of_x.view(ctx.shape)
         of_layers = [of for pair in zip(of_downs, of_ups, strict=True) for of in (None, None, *pair)]
-        return of_x, None, *of_layers
+        return of_x, None, None, *of_layers

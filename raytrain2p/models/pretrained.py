@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from logging import ERROR, getLogger
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -279,8 +280,9 @@ def quiet_loading() -> Iterator[None]:
 
 
 def quiet_transformers() -> None:
-    """Errors only, and no progress bars: it has one for each model that it loads."""
+    """Errors only, also of bitsandbytes, which peft imports if it can, and no progress bars: there is one for each model that loads."""
     from transformers.utils import logging
 
+    getLogger("bitsandbytes").setLevel(ERROR)
     logging.disable_progress_bar()
     logging.set_verbosity_error()

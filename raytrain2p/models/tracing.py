@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_iter
 from torch.utils.flop_counter import flop_registry
 
+from raytrain2p.models.quantization import QuantizedLinear
+
 aten = torch.ops.aten
 FLOPS = flop_registry | {  # and of those that it lacks: on CPUs flash attention has names of its own
     aten.addmm_: flop_registry[aten.addmm],
@@ -146,3 +148,5 @@ def give_shapes(module: nn.Module) -> None:
                     moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                 if tensor is not None:
                     tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
+        if isinstance(part, QuantizedLinear):
+            part.scales.to("cpu")

@@ -170,7 +170,8 @@ def content_of(run: Run) -> "ModelContent":
             check_fingerprint(path, needed, name, directory, setting)
             copied[name] = files_of(directory)
     media = list(artifact["encoders"])
-    return ModelContent(run.run_id, path, artifact["digest"], copied, media, QUESTION_FIELD, example_of(run, media), PARAMETERS)
+    packages = ["bitsandbytes"] if artifact["shape"].get("quantization") else []
+    return ModelContent(run.run_id, path, artifact["digest"], copied, media, QUESTION_FIELD, example_of(run, media), PARAMETERS, packages)
 
 
 def example_of(run: Run, media: list[str]) -> dict[str, str]:

@@ -38,6 +38,7 @@ class ModelContent:
         media: the modalities that it has learnt.
         example: a row of its input.
         parameters: of an answer, with their defaults.
+        packages: that it needs and others do not.
     """
 
     run_id: str
@@ -48,6 +49,7 @@ class ModelContent:
     question: str
     example: Mapping[str, str]
     parameters: Mapping[str, int]
+    packages: Sequence[str] = ()
 
     def files(self) -> dict[str, Path]:
         """The large files, by their folder in the model; they are sent from where they are."""
@@ -72,7 +74,7 @@ def write_package(folder: Path, content: ModelContent) -> str:
             mlflow_model=Model(run_id=content.run_id, model_uuid=content.digest[:32]),
             signature=_signature(content),
             input_example=DataFrame([content.example]),
-            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in REQUIREMENTS],
+            pip_requirements=[f"{name}=={version(name).partition('+')[0]}" for name in (*REQUIREMENTS, *content.packages)],
             metadata={DIGEST_TAG: content.digest},
         )
     model = Model.load(folder)

@@ -69,9 +69,18 @@ def families(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     return folders
 
 
-def built(directory: Path, tuning: str = "lora", dtype: torch.dtype = torch.float32, **more: Any) -> Assistant:
+def built(
+    directory: Path,
+    tuning: str = "lora",
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    quantization: str | None = None,
+    **more: Any,
+) -> Assistant:
     torch.manual_seed(7)
-    assistant = build_assistant(AssistantShape(str(directory), {"image": K}, tuning, LORA, ALIGNER), "eager", dtype, **more).eval()
+    lora = LORA | {"dropout": dropout}
+    shape = AssistantShape(str(directory), {"image": K}, tuning, lora, ALIGNER, quantization=quantization)
+    assistant = build_assistant(shape, "eager", dtype, **more).eval()
     assistant.freeze(tuning, train_aligner=True)
     return assistant
 
@@ -338,7 +347,7 @@ def test_weights_as_stored_are_mapped_from_their_file_so_that_a_machine_has_one_
     assert [name for name, weight in base.items() if not any(weight.data_ptr() in span for span in mapped)] == []
 
     before = {name: weight.detach().clone() for name, weight in base.items()}
-    assistant.convert(torch.bfloat16)
+    assistant.convert(torch.bfloat16, torch.device("cpu"))
     for name, weight in base.items():
         assert weight.dtype == (torch.float32 if tuning == "full" else torch.bfloat16)
         assert torch.equal(weight, before[name].to(weight.dtype)), name

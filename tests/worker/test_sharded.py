@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -79,6 +80,7 @@ def module_of(folder: Path, tuning: str, strategy: str, sharded: Any = None, sha
     }
     torch.manual_seed(0)
     module = build(settings_of(Path(models["language_model"]), Path(models["aligner"]), **more), STEPS, "bf16")
+    module.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     module._device_mesh = sharded
     module.configure_model()
     return module

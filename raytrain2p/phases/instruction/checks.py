@@ -18,6 +18,7 @@ from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import check_fingerprint, check_weights
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
 from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
+from raytrain2p.models.quantization import package_problem, quantizable
 from raytrain2p.phases.init import facts_of
 from raytrain2p.phases.instruction.aligner import found_aligner, required_aligner
 
@@ -128,12 +129,16 @@ def check_base_model(settings: InstructionSettings, directory: Path) -> None:
         findings.add(Problem("model.attention=flash_attention_2", what, "install it, or set model.attention=auto"))
     if (problem := attention_problem(settings)) is not None:
         findings.add(problem)
+    if model.quantization is not None and (problem := package_problem(f"model.quantization={model.quantization}")) is not None:
+        findings.add(problem)
     with findings:
         where = f"model.language_model={model.language_model}"
         empty, missing = load_pretrained(AutoModelForCausalLM, directory, where, device_map="meta")
         if missing:
             what = f"lacks {len(missing):,} of its weights, such as {missing[0]}"
             raise InputError(Problem(where, what, "download it again, or take another model"))
+        if model.quantization is not None:
+            check_quantization(f"model.quantization={model.quantization}", empty)
         if model.tuning == "lora":
             check_adapters(model.lora, empty)
     findings.raise_any()
@@ -144,6 +149,24 @@ def attention_problem(settings: InstructionSettings) -> Problem | None:
     if settings.model.attention != "flash_attention_2" or settings.launch.use_gpu is not False:
         return None
     return Problem("model.attention=flash_attention_2", "needs GPUs, and launch.use_gpu is false", "set model.attention=auto")
+
+
+def check_quantization(where: str, empty: Any) -> None:
+    """Most weights of the layers must be in linear modules. A mixture's experts are not, and nor is what GPT-2 has in their place.
+
+    Args:
+        empty: the language model, without memory for its weights.
+
+    Raises:
+        InputError: they are not.
+    """
+    layers = max((module for module in empty.modules() if isinstance(module, torch.nn.ModuleList)), key=len, default=torch.nn.ModuleList())
+    every = sum(weight.numel() for weight in layers.parameters())
+    empty.requires_grad_(False)
+    linear = sum(layer.weight.numel() for _, _, layer in quantizable(empty))
+    if 2 * linear < every:
+        what = f"takes linear modules, which have {linear:,} of the {every:,} weights in the layers of this language model"
+        raise InputError(Problem(where, what, "take another language model, or set model.quantization=null"))
 
 
 def check_adapters(lora: LoraSettings, empty: Any) -> None:

@@ -198,6 +198,7 @@ class InstructionInputs(CheckedRecords):
         with torch.device("meta"):
             assistant = build_assistant(assistant_shape(self.settings), attention, dtype, empty=True)
         assistant.freeze(model.tuning, model.train_aligner)
+        assistant.convert(dtype, torch.device("meta"))
         if training.gradient_checkpointing:
             assistant.checkpoint_layers()
         return assistant
@@ -285,6 +286,7 @@ def assistant_shape(settings: InstructionSettings) -> AssistantShape:
         aligner=dict(aligner.shape),
         projector=model.projector,
         recall=(aligner.texts, model.recall_tokens, model.recall_texts) if model.recall_tokens else None,
+        quantization=model.quantization,
     )
 
 

@@ -66,6 +66,8 @@ def _differences(settings: InstructionSettings, trained: AssistantShape) -> Iter
             yield differs(setting, here, model.init, count)
     if model.projector != trained.projector:
         yield differs("model.projector", model.projector, model.init, trained.projector)
+    if model.quantization != trained.quantization:
+        yield differs("model.quantization", model.quantization, model.init, trained.quantization)
     if model.tuning != trained.tuning and trained.tuning != FROZEN:
         yield differs("model.tuning", model.tuning, model.init, trained.tuning)
     elif model.tuning == trained.tuning == LORA:

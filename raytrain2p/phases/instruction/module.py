@@ -35,9 +35,9 @@ class InstructionModule(PhaseModule):
         self.encoders = OnlineEncoders(encoder_specs(settings))
 
     def configure_model(self) -> None:
-        """What was left as its files have it, is converted shard by shard."""
+        """What was left as its files have it, is converted shard by shard, or layer by layer on its device."""
         super().configure_model()
-        self.assistant.convert(self.dtype_of_products)
+        self.assistant.convert(self.dtype_of_products, self.trainer.strategy.root_device)
 
     def shardable(self) -> list[tuple[nn.Module, MixedPrecisionPolicy]]:
         """A language model that trains is gathered as autocast would cast it: in float32 it would be twice as much to send and to keep."""
@@ -78,8 +78,8 @@ def build(settings: InstructionSettings, total_steps: int, precision: str) -> In
     model = settings.model
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     aligner = required_aligner(settings)
-    sharded = settings.launch.strategy == "fsdp"
-    assistant = build_assistant(assistant_shape(settings), attention_of(settings), dtype, as_stored=sharded)
+    as_stored = settings.launch.strategy == "fsdp" or model.quantization is not None
+    assistant = build_assistant(assistant_shape(settings), attention_of(settings), dtype, as_stored=as_stored)
     wanted = tuple(f"{modality}." for modality in assistant.branches)
     assistant.branches.load_state_dict({name: value for name, value in aligner.weights.items() if name.startswith(wanted)})
     if assistant.recall is not None:
