@@ -26,11 +26,11 @@ imports: install-dev
 	$(BIN)/lint-imports
 
 # In two processes, each with a Ray of its own: half of a launch is imports, on one core.
-unit: install-dev
+unit: install-dev build/quantization
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 # What `make test` has in short: over 50 kills, and all that needs many launches: over an hour on 2 cores; writes docs/chaos.md.
-chaos: install-dev
+chaos: install-dev build/quantization
 	mkdir -p build
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/chaos tests/test_docs.py tests/launch/test_resume.py tests/launch/test_job.py tests/launch/test_training.py tests/launch/test_formats.py tests/sweep/test_run.py
 	RAYTRAIN2P_CHAOS_TABLE=$(CURDIR)/build/chaos.json $(BIN)/python -m pytest tests/runs/test_migrate.py
@@ -54,6 +54,10 @@ test-gpu: install-dev
 # TRL takes part in one comparison, and is not installed into .venv.
 bench: install-dev build/bench_packages
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# bitsandbytes: beside .venv, since peft imports it wherever it is, for two seconds in each process. Where no registry has it, its tests say so.
+build/quantization: | $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ "$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["quantization"])')"
 
 build/bench_packages: $(VENV)/.installed-dev
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl~=1.16.0 datasets dill multiprocess xxhash

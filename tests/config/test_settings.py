@@ -51,7 +51,7 @@ ENCODER_SETTINGS = model(
             InstructionSettings,
             ENCODER_SETTINGS
             | model("language_model", "aligner", "train_aligner", "projector", "soft_tokens", "soft_token_dropout", "tuning")
-            | model("recall_texts", "recall_tokens", "recall_dropout", "rate_factors")
+            | model("recall_texts", "recall_tokens", "recall_dropout", "rate_factors", "quantization")
             | model("lora.rank", "lora.alpha", "lora.dropout", "lora.target_modules", "system_prompt", "max_length"),
         ),
     ],

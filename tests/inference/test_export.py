@@ -36,6 +36,7 @@ from raytrain2p.models.encoders import ENCODERS
 from raytrain2p.storage.errors import StorageError
 from tests.disks import Disk
 from tests.inference.trained import trained_assistant
+from tests.packages import needs_bitsandbytes
 
 OURS = {"run_id": "a" * 32}
 QUESTIONS = ("colour?", "what is it, please?", "2+2?")
@@ -135,16 +136,28 @@ def tied_llama(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Pa
 
 
 @pytest.mark.parametrize(
-    ("llama", "tuning", "projector", "norm"),
-    [("tied_llama", "lora", "mlp", True), ("tiny_llama", "full", "linear", False), ("tied_llama", "full", "mlp", True)],
+    ("llama", "tuning", "projector", "norm", "quantization"),
+    [
+        ("tied_llama", "lora", "mlp", True, None),
+        ("tiny_llama", "full", "linear", False, None),
+        ("tied_llama", "full", "mlp", True, None),
+        pytest.param("tied_llama", "lora", "mlp", True, "nf4", marks=needs_bitsandbytes),
+    ],
 )
 def test_the_exported_model_gives_the_same_logits_and_answers(
-    llama: str, tuning: str, projector: str, norm: bool, tiny_vit: Path, tmp_path: Path, request: pytest.FixtureRequest
+    llama: str,
+    tuning: str,
+    projector: str,
+    norm: bool,
+    quantization: str | None,
+    tiny_vit: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
+    """A language model in 4 bits becomes the numbers that it computed with."""
     language_model = request.getfixturevalue(llama)
-    path = trained_assistant(
-        tmp_path / "run", language_model, {"image": tiny_vit}, shape={"input_norm": norm}, tuning=tuning, projector=projector
-    )
+    more: dict[str, Any] = {"tuning": tuning, "projector": projector, "quantization": quantization}
+    path = trained_assistant(tmp_path / "run", language_model, {"image": tiny_vit}, shape={"input_norm": norm}, **more)
     predictor, records = Predictor(path), records_of(chats("image"))
     expected = list(predictor.answers(records, 8, 8))
     size = export(Predictor(path), Form(), tmp_path / "out", OURS, "card")
@@ -166,14 +179,17 @@ def test_the_exported_model_gives_the_same_logits_and_answers(
         torch.testing.assert_close(model(**inputs).logits, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_lora_stays_an_adapter_beside_the_base_if_asked(model: Path, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantization", [None, pytest.param("nf4", marks=needs_bitsandbytes)])
+def test_lora_stays_an_adapter_beside_the_base_if_asked(quantization: str | None, tiny_llama: Path, tiny_vit: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
+    model = trained_assistant(tmp_path / "run", tiny_llama, {"image": tiny_vit}, quantization=quantization)
     expected = list(Predictor(model).answers(records_of(chats("image")), 8, 8))
     export(Predictor(model), Form(adapter=True), tmp_path / "out", OURS, "card")
     base, processor = loaded(tmp_path / "out")
     frozen = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
-    assert all(torch.equal(value, base.assistant.language_model.state_dict()[name]) for name, value in frozen.items())
+    as_before = [torch.equal(value, base.assistant.language_model.state_dict()[name]) for name, value in frozen.items()]
+    assert as_before.count(False) == (14 if quantization else 0)
     assert answers(base, processor, chats("image")) != expected
     assert answers(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"), processor, chats("image")) == expected
 

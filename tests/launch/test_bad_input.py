@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import ray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Mamba2Config, Mamba2ForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from raytrain2p import predict, train
 from raytrain2p.config import InputError
@@ -354,6 +355,24 @@ def test_an_encoder_with_spoilt_files_is_refused(refused: Refuse, spoilt: Callab
 def test_flash_attention_without_its_package_is_refused(refused: Refuse, aligner: Path) -> None:
     output = refused(2, f"model.aligner={aligner}", "model.attention=flash_attention_2")
     assert "the package flash-attn is not installed" in output
+
+
+@pytest.mark.parametrize(("llama", "said"), [(True, "needs the package bitsandbytes, which is not"), (False, "which have 0 of the 2")])
+def test_quantization_without_its_package_or_of_what_it_does_not_take_is_refused(
+    refused: Refuse, aligner: Path, tmp_path: Path, llama: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"model.aligner={aligner}", "model.quantization=nf4"]
+    if llama:
+        monkeypatch.setattr("sys.path", [folder for folder in sys.path if not folder.endswith("build/quantization")])
+        monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    else:
+        tokenizer, folder = byte_tokenizer(), tmp_path / "gpt2"
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        more.append(f"model.language_model={folder}")
+    output = refused(2, *more)
+    assert "model.quantization=nf4\n" in output
+    assert said in output
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "[]", "[q_proj, nothing]", "'['", "[input_layernorm]"])

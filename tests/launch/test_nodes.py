@@ -30,6 +30,7 @@ def test_nodes_need_the_models_the_aligner_and_the_media_that_are_read_there(
     assert str(tiny_llama / "model.safetensors") in found.files[f"model.language_model={tiny_llama}"]
     assert len(found.files["media of the records"]) == 47, "of 48 records one has no image"
     assert set(found.files["media of the records"]) <= {str(path) for path in shapes.iterdir()}
+    assert "bitsandbytes" not in found.packages
 
 
 def test_an_object_storage_is_no_directory_that_nodes_must_share(

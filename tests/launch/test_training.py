@@ -13,6 +13,7 @@ import torch
 from tests.chaos.killing import MOMENTS_DIRECTORY, Launch, only_long, processes
 from tests.data.files import write_lines
 from tests.launch.launching import Command, Run, Terminal
+from tests.packages import BITSANDBYTES, needs_bitsandbytes
 
 
 def train(run: Run, config: Path, phase: int, *overrides: str, **environment: str) -> Command:
@@ -120,6 +121,23 @@ def test_two_workers_with_the_same_settings_have_the_losses_of_one(
     for name, value in alone.outcome["metrics"].items():
         if "exact" not in name and "recall" not in name:  # these jump where two scores are nearly equal
             assert together.outcome["metrics"][name] == pytest.approx(value, abs=1e-3), name
+
+
+@needs_bitsandbytes
+def test_two_workers_train_a_language_model_in_4_bits_and_a_new_process_answers_with_it(
+    run: Run, tiny_config: Path, tuned: Command, shapes: Path
+) -> None:
+    there = {"PYTHONPATH": str(BITSANDBYTES)}
+    small = train(run, tiny_config, 2, "launch.num_workers=2", "model.quantization=nf4", **there)
+    assert small.losses != tuned.losses
+    assert small.losses == pytest.approx(tuned.losses, rel=0.05)
+    state = torch.load(small.outcome["last"], weights_only=True)["state_dict"]
+    assert state.keys() == torch.load(tuned.outcome["last"], weights_only=True)["state_dict"].keys()
+    ask = ["raytrain2p.predict", "--run", small.outcome["artifact"], "--image", f"{shapes}/0.png", "Which colour?"]
+    assert run(*ask, RAY_ADDRESS="nowhere", **there).out.strip()
+    refused = run(*ask, RAY_ADDRESS="nowhere")
+    assert refused.code == 2
+    assert f"{small.outcome['artifact']}: model.quantization=nf4\n    needs the package bitsandbytes" in refused.err
 
 
 @only_long

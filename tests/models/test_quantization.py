@@ -16,6 +16,9 @@ from raytrain2p.models.quantization import BYTES, QuantizedLinear, dequantize, q
 from raytrain2p.models.tracing import traced
 from tests.models.test_assistant import batch_of, built
 from tests.models.test_lora import far
+from tests.packages import needs_bitsandbytes
+
+pytestmark = needs_bitsandbytes
 
 CPU = torch.device("cpu")
 

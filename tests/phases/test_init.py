@@ -206,6 +206,9 @@ def test_a_model_of_other_settings_is_refused_with_both_sides_named(
     trained(settings_of(2, models[2] | RECALL), recalling)
     ((where, what, _),) = problems(settings_of(2, models[2] | RECALL | {"init": str(recalling), "recall_texts": 1}))
     assert (where, what) == ("model.recall_texts=1", f"model.init={recalling} was trained with model.recall_texts=2")
+    ((where, what, fix),) = problems(settings_of(2, models[2] | {"init": str(path), "quantization": "nf4"}))
+    assert (where, what) == ("model.quantization=nf4", f"model.init={path} was trained with model.quantization=null")
+    assert fix.startswith("set model.quantization=null, or")
     ((where, what, _),) = problems(settings_of(2, models[2] | {"init": str(path), "tuning": "full"}))
     assert (where, what) == ("model.tuning=full", f"model.init={path} was trained with model.tuning=lora")
 

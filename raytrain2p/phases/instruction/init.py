@@ -67,7 +67,7 @@ def _differences(settings: InstructionSettings, trained: AssistantShape) -> Iter
     if model.projector != trained.projector:
         yield differs("model.projector", model.projector, model.init, trained.projector)
     if model.quantization != trained.quantization:
-        yield differs("model.quantization", model.quantization, model.init, trained.quantization)
+        yield differs("model.quantization", model.quantization or "null", model.init, trained.quantization or "null")
     if model.tuning != trained.tuning and trained.tuning != FROZEN:
         yield differs("model.tuning", model.tuning, model.init, trained.tuning)
     elif model.tuning == trained.tuning == LORA:

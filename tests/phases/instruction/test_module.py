@@ -407,9 +407,11 @@ def test_parts_learn_at_rates_of_their_own(tiny_llama: Path, aligner: Path) -> N
     [
         ({"rate_factors": {"aligner": 2}}, "set model.train_aligner=true"),
         ({"rate_factors": {"language_model": 2}, "tuning": "frozen"}, "set model.tuning=lora or full"),
+        ({"quantization": "nf4", "tuning": "full"}, "set model.tuning=lora or frozen"),
+        ({"quantization": "nf4", "compile": True}, "set model.compile=false"),
     ],
 )
-def test_a_rate_of_what_does_not_train_is_refused(tiny_llama: Path, aligner: Path, model: dict[str, Any], fix: str) -> None:
+def test_a_setting_of_what_does_not_train_is_refused(tiny_llama: Path, aligner: Path, model: dict[str, Any], fix: str) -> None:
     with pytest.raises(ValidationError, match=fix):
         settings_of(tiny_llama, aligner, model=model)
 
