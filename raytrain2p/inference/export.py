@@ -23,7 +23,6 @@ from raytrain2p.data.chat import ChatFormat
 from raytrain2p.inference.chat_template import chat_template, with_placeholders
 from raytrain2p.inference.hf_model import AssistantConfig, AssistantForConditionalGeneration, AssistantProcessor
 from raytrain2p.inference.predictor import Predictor
-from raytrain2p.models.lora import without_adapters
 from raytrain2p.storage.errors import reporting_disk_errors, storage_error
 from raytrain2p.storage.files import directory_aside, read_json, regular_files, write_file, write_json
 
@@ -129,6 +128,8 @@ def writing(target: Path, needed: int) -> Iterator[None]:
 
 def as_assistant(predictor: Predictor) -> tuple[Any, AssistantProcessor]:
     """The assistant as the model that `hf_model` defines, and its processor. LoRA is merged, if it is there."""
+    from raytrain2p.models.lora import without_adapters  # imports peft
+
     assistant = predictor.assistant
     assistant.language_model = language_model = without_adapters(assistant.language_model)
     encoders = {modality: predictor.encoder(modality) for modality in predictor.trained if modality in assistant.soft_tokens}

@@ -18,7 +18,6 @@ from raytrain2p.inference.predictor import Predictor
 from raytrain2p.models.assistant import Assistant
 from raytrain2p.models.frozen_encoder import FrozenEncoder
 from raytrain2p.models.image_encoder import ImageEncoder
-from raytrain2p.models.lora import without_adapters
 
 MODALITY = "image"
 TOLERANCE = 1e-4
@@ -30,6 +29,8 @@ def as_llava(predictor: Predictor) -> tuple[Any, LlavaProcessor]:
     Raises:
         InputError: the run has another form; all that would have to be set is named.
     """
+    from raytrain2p.models.lora import without_adapters  # imports peft
+
     assistant = predictor.assistant.float()
     check_form(predictor)
     encoder = predictor.encoder(MODALITY)

@@ -300,12 +300,15 @@ def test_an_exported_model_trains_on(model: Path, tmp_path: Path) -> None:
     assert answers(*loaded(tmp_path / "again"), chats("image")) == answers(found.eval(), processor, chats("image"))
 
 
-@pytest.mark.parametrize("llama", ["tied_llama", "tiny_llama"])
+@pytest.mark.parametrize(
+    ("llama", "quantization"), [("tied_llama", None), ("tiny_llama", None), pytest.param("tiny_llama", "nf4", marks=needs_bitsandbytes)]
+)
 def test_llavas_form_gives_the_same_logits_in_plain_transformers(
-    llama: str, tiny_clip: Path, tmp_path: Path, request: pytest.FixtureRequest
+    llama: str, quantization: str | None, tiny_clip: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    shape, language_model = {"input_norm": False}, request.getfixturevalue(llama)
-    llava_model = trained_assistant(tmp_path, language_model, {"image": tiny_clip}, shape=shape, projector="linear", soft_tokens=16)
+    language_model = request.getfixturevalue(llama)
+    more: dict[str, Any] = {"projector": "linear", "soft_tokens": 16, "quantization": quantization}
+    llava_model = trained_assistant(tmp_path, language_model, {"image": tiny_clip}, shape={"input_norm": False}, **more)
     predictor, records = Predictor(llava_model), records_of(chats("image"))
     expected = list(predictor.answers(records, 8, 8))
     export(Predictor(llava_model), Form(llava=True), tmp_path / "out", OURS, "card")
