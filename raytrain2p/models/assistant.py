@@ -191,8 +191,11 @@ class Assistant(nn.Module):
             quantize(self.language_model, device, dtype)
 
         def converted(value: torch.Tensor) -> torch.Tensor:
-            is_weight = isinstance(value, nn.Parameter) and value.is_floating_point()
-            return value.to(torch.float32 if value.requires_grad else dtype) if is_weight else value
+            if not isinstance(value, nn.Parameter) or not value.is_floating_point():
+                return value
+            if value.requires_grad:
+                return value.float()
+            return value.to(dtype, copy=self.quantized)  # the last weights that have their file in memory, with all that is quantized
 
         self.language_model._apply(converted)
 

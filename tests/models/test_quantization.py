@@ -1,5 +1,6 @@
 """A frozen language model in 4 bits: the same products, with weights that are numbers only while a product needs them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,3 +147,11 @@ def test_the_output_layer_stays_as_it_is(tiny_llama: Path) -> None:
     quantize(model, CPU, torch.float32)
     assert type(model.get_output_embeddings()) is nn.Linear
     assert not list(quantizable(model))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped into memory")
+def test_what_it_was_made_from_is_not_kept_in_memory(tiny_llama: Path, tmp_path: Path) -> None:
+    directory = shutil.copytree(tiny_llama, tmp_path / "llama")
+    small = quantized(directory, as_stored=True)
+    assert small.language_model is not None
+    assert str(directory / "model.safetensors") not in Path("/proc/self/maps").read_text()
