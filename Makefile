@@ -47,7 +47,7 @@ test-cluster: install-dev
 	RAYTRAIN2P_CLUSTER_TESTS=1 $(BIN)/python -m pytest tests/cluster
 
 # On a machine with a CUDA GPU. Elsewhere the tests are skipped; RAYTRAIN2P_GPU_TESTS=cpu and ARGS=--tiny try both on a CPU.
-test-gpu: install-dev
+test-gpu: install-dev build/quantization
 	$(BIN)/python -m pytest tests/launch/test_gpu.py
 
 # Side by side with what others use, in turns: docs/benchmarks.md. About an hour on 2 quiet cores; ARGS="step --short" tries one part.
@@ -62,8 +62,8 @@ build/quantization: | $(VENV)/.installed-dev
 build/bench_packages: $(VENV)/.installed-dev
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ trl~=1.16.0 datasets dill multiprocess xxhash
 
-bench-gpu: install-dev
-	$(BIN)/python -m benchmarks.gpu build/gpu $(ARGS)
+bench-gpu: install-dev build/quantization
+	PYTHONPATH=build/quantization $(BIN)/python -m benchmarks.gpu build/gpu $(ARGS)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

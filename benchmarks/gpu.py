@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -178,7 +178,7 @@ class Variant:
 
     name: str
     mask: bool = False  # of the padding
-    compiled: bool = False
+    module: Literal["plain", "compiled", "quantized"] = "plain"
     changed: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -188,7 +188,8 @@ VARIANTS = [
     # Keys and values are shared by query heads, where the kernel can.
     Variant("keys repeated", changed=partial(patch.object, sdpa_attention, "use_gqa_in_sdpa", lambda *_: False)),
     Variant("all logits in float32", changed=partial(patch.object, token_loss, "CHUNK", sys.maxsize)),
-    Variant("compiled layers", compiled=True),
+    Variant("compiled layers", module="compiled"),
+    Variant("frozen weights in 4 bits", module="quantized"),
 ]
 
 
@@ -379,14 +380,16 @@ def flops(module: Any, batches: list[Batch]) -> tuple[float, float]:
     return palm, (4 * body + 6 * adapters + attention) * tokens + 4 * head * supervised
 
 
-def build_module(folder: Path, batch: int) -> Any:
+def build_module(folder: Path, batch: int, *more: str) -> Any:
     """The program's module, as it trains it."""
     from raytrain2p.config import load_settings
     from raytrain2p.phases.instruction import module as instruction
 
     torch.manual_seed(0)
-    settings: Any = load_settings(2, None, overrides(folder, batch, 1000))
-    return instruction.build(settings, 1000, "bf16").to(DEVICE).train()
+    settings: Any = load_settings(2, None, [*overrides(folder, batch, 1000), *more])
+    module = instruction.build(settings, 1000, "bf16")
+    module.assistant.convert(torch.bfloat16, DEVICE)
+    return module.to(DEVICE).train()
 
 
 def read_batches(folder: Path, size: int, length: int) -> list[Batch]:
@@ -428,15 +431,19 @@ def table_line(row: dict[str, Any]) -> str:
 
 def measure_variants(folder: Path, options: argparse.Namespace, write: Callable[[dict[str, Any]], None]) -> None:
     """Every variant at every batch size."""
-    module, compiled = (build_module(folder, options.batches[0]) for _ in range(2))
-    compiled.assistant.compile_layers("inductor" if DEVICE.type == "cuda" else "aot_eager")
+    variants = [variant for variant in VARIANTS if not options.only or variant.name in options.only]
+    settings = {"plain": [], "compiled": [], "quantized": ["model.quantization=nf4"]}
+    modules = {kind: build_module(folder, options.batches[0], *settings[kind]) for kind in {"plain", *(one.module for one in variants)}}
+    if "compiled" in modules:
+        modules["compiled"].assistant.compile_layers("inductor" if DEVICE.type == "cuda" else "aot_eager")
+    module = modules["plain"]
     for size in options.batches:
         batches = read_batches(folder, size, options.length)
         palm, needed = flops(module, batches)
         contestants: dict[str, Any] = {
-            variant.name: Contestant(compiled if variant.compiled else module, variant)
-            for variant in VARIANTS
-            if (not options.only or variant.name in options.only) and (not variant.compiled or size in options.compile)
+            variant.name: Contestant(modules[variant.module], variant)
+            for variant in variants
+            if variant.module != "compiled" or size in options.compile
         }
         contestants["HF Trainer and PEFT"] = TrainerContestant(module, folder)
         first_loss: dict[str, float] = {}

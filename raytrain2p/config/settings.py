@@ -398,7 +398,7 @@ class InstructionModelSettings(SettingsGroup):
     init: Text | None = setting(
         None,
         f"begin with the weights of a model.pt, its aligner included: {_NAMED_INIT}. Language model, encoders, soft_tokens, recall_texts, "
-        "recall_tokens, tuning (unless it was frozen), and LoRA's rank, alpha and target_modules must be equal",
+        "recall_tokens, quantization, tuning (unless it was frozen), and LoRA's rank, alpha and target_modules must be equal",
         _INIT,
     )
     aligner: Text | None = setting(
@@ -434,7 +434,7 @@ class InstructionModelSettings(SettingsGroup):
         None,
         "keep the frozen language model's linear layers in 4 bits, a quarter of their memory in bf16 (QLoRA, arXiv:2305.14314); needs "
         "`pip install 'raytrain2p[quantization]'`",
-        _MODEL,
+        _MODEL.but(splits=True),
     )
     rate_factors: dict[Literal["aligner", "projector", "language_model"], PositiveFloat] = setting(
         {}, "parts that learn faster or slower, by times training.learning_rate: `{projector: 2, language_model: 0.5}`", _MODEL

@@ -64,6 +64,8 @@ def export(predictor: Predictor, form: Form, target: Path, marker: Mapping[str, 
         StorageError: the disk is full, read-only or gone.
     """
     check_target(target, marker)
+    predictor.device = torch.device("cpu")  # LoRA is merged in float32, for which a GPU that holds the model may lack the memory
+    predictor.assistant.to(predictor.device)
     if form.llava:
         from raytrain2p.inference.llava import as_llava
 

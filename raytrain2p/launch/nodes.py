@@ -21,6 +21,7 @@ from raytrain2p.config.settings import ALIGNER, INIT, InstructionModelSettings, 
 from raytrain2p.data.media import MediaRef
 from raytrain2p.launch import probe
 from raytrain2p.models.pretrained import files_of, local_directory
+from raytrain2p.models.quantization import PACKAGE
 from raytrain2p.phases.inputs import PhaseInputs
 
 register_pickle_by_value(probe)  # a node may lack this package
@@ -120,7 +121,7 @@ def needed(inputs: Sequence[PhaseInputs]) -> Needed:
             models[f"model.language_model={model.language_model}"] = model.language_model
             found.add_artifact(ALIGNER, model.aligner)
             if model.quantization is not None:
-                found.packages.add("bitsandbytes")
+                found.packages.add(PACKAGE)
         found.add_artifact(INIT, model.init)
     for where, name in (models | {job.spec.where: job.spec.name for job in jobs}).items():
         if (directory := local_directory(name)) is not None:

@@ -318,6 +318,8 @@ class AssistantShape:
     def __post_init__(self) -> None:
         if self.recall is not None and len(self.recall) != 3:
             raise TypeError("what it recalls, it recalls as an earlier version did")
+        if self.quantization not in (None, "nf4"):
+            raise TypeError(f"its language model is quantized to {self.quantization}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -28,12 +28,14 @@ class QuantizedLinear(nn.Linear):
     """
 
     def __init__(self, layer: nn.Linear, device: torch.device, dtype: torch.dtype) -> None:
-        from bitsandbytes.functional import quantize_4bit  # its import takes seconds
+        from bitsandbytes import functional  # its import takes seconds
 
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.dtype = layer.in_features, layer.out_features, dtype
         numbers = layer.weight.detach().to(device, dtype).contiguous()
-        packed, self.scales = quantize_4bit(numbers, compress_statistics=True, quant_type="nf4")
+        packed, self.scales = functional.quantize_4bit(numbers, compress_statistics=True, quant_type="nf4")
+        if numbers.is_meta:
+            functional.name2qmap.clear()  # the table of all later calls would be one without numbers
         self.weight, self.bias = nn.Parameter(packed, requires_grad=False), layer.bias
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
@@ -56,7 +58,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.numbers(), layer.bias)
+        y = F.linear(x, layer.numbers())
+        return y if layer.bias is None else y.add_(layer.bias)  # and no view: some models clamp it in place
 
     @staticmethod
     @once_differentiable
@@ -64,11 +67,17 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.numbers(), None
 
 
+def parents(model: nn.Module) -> list[nn.Module]:
+    """The modules that have others. Were the others in the list, none that is replaced would be let go of before the end."""
+    return [module for module in model.modules() if next(module.children(), None) is not None]
+
+
 def quantizable(model: Any) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """The frozen linear layers of a language model, but for its output layer, with the modules that have them, and their names there."""
     head = model.get_output_embeddings().weight
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
+    for parent in parents(model):
+        for name in [name for name, _ in parent.named_children()]:
+            layer = getattr(parent, name)
             if type(layer) is nn.Linear and layer.weight is not head and not layer.weight.requires_grad:
                 yield parent, name, layer
 
@@ -81,8 +90,9 @@ def quantize(model: Any, device: torch.device, dtype: torch.dtype) -> None:
 
 def dequantize(model: nn.Module) -> None:
     """Linear layers again, in float32, with the numbers that were computed with."""
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
+    for parent in parents(model):
+        for name in [name for name, _ in parent.named_children()]:
+            layer = getattr(parent, name)
             if isinstance(layer, QuantizedLinear):
                 dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
                 dense.weight, dense.bias = nn.Parameter(layer.numbers().float(), requires_grad=False), layer.bias

@@ -3,8 +3,10 @@
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -127,14 +129,25 @@ def traced(module: nn.Module, loss: Callable[[], torch.Tensor], sharded: bool = 
         loss: makes the forward pass. What it takes may have numbers.
         sharded: whether each gradient is let go as soon as it is there, as those that other workers keep are.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        give_shapes(module)
-        with Recorder() as recorder:
-            for weight in module.parameters() if sharded else ():
-                if weight.requires_grad:
-                    weight.register_post_accumulate_grad_hook(recorder.let_gradient_go)
-            loss().backward()
+    with without_numbers(module), Recorder() as recorder:
+        for weight in module.parameters() if sharded else ():
+            if weight.requires_grad:
+                weight.register_post_accumulate_grad_hook(recorder.let_gradient_go)
+        loss().backward()
     return Pass(recorder.most, recorder.operations)
+
+
+@contextmanager
+def without_numbers(module: nn.Module) -> Iterator[None]:
+    """Within, a module that is on the meta device computes as on a CPU, of shapes alone. Its weights are replaced."""
+    logger = getLogger("torch._subclasses.fake_tensor")  # has a traceback for what is raised as well
+    before, logger.disabled = logger.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            give_shapes(module)
+            yield
+    finally:
+        logger.disabled = before
 
 
 def give_shapes(module: nn.Module) -> None:

@@ -157,6 +157,7 @@ def content_of(run: Run) -> "ModelContent":
     from raytrain2p.data.formats.instruction import INSTRUCTION as QUESTION_FIELD
     from raytrain2p.models.artifacts import check_fingerprint, load_artifact
     from raytrain2p.models.pretrained import files_of, local_directory, model_directory
+    from raytrain2p.models.quantization import PACKAGE, package_problem
     from raytrain2p.tracking.model_package import ModelContent
 
     path = run.files.artifact(INSTRUCTION)
@@ -170,7 +171,9 @@ def content_of(run: Run) -> "ModelContent":
             check_fingerprint(path, needed, name, directory, setting)
             copied[name] = files_of(directory)
     media = list(artifact["encoders"])
-    packages = ["bitsandbytes"] if artifact["shape"].get("quantization") else []
+    packages = [PACKAGE] if artifact["shape"].get("quantization") else []
+    if packages and (problem := package_problem(str(path))):
+        raise InputError(problem)
     return ModelContent(run.run_id, path, artifact["digest"], copied, media, QUESTION_FIELD, example_of(run, media), PARAMETERS, packages)
 
 

@@ -68,7 +68,9 @@ def test_what_a_resumed_run_must_keep(kind: type[BaseModel], of_the_model: set[s
         (
             InstructionSettings,
             ENCODER_SETTINGS
-            | model("language_model", "soft_tokens", "recall_texts", "recall_tokens", "system_prompt", "max_length", "aligner"),
+            | model(
+                "language_model", "soft_tokens", "recall_texts", "recall_tokens", "system_prompt", "max_length", "aligner", "quantization"
+            ),
         ),
     ],
 )
@@ -221,6 +223,11 @@ def test_a_range_of_workers_is_neither_sharded_nor_placed_strictly(setting: str)
     load_settings(2, None, ["launch.num_workers=2", setting])
     with pytest.raises(InputError, match=rf"{setting} with launch.num_workers=\[1, 2\]"):
         load_settings(2, None, ["launch.num_workers=[1,2]", setting])
+
+
+def test_weights_in_4_bits_are_not_sharded() -> None:
+    with pytest.raises(InputError, match=r"launch.strategy=fsdp with model.quantization=nf4\n.*\n    fix: set launch.strategy=ddp"):
+        load_settings(2, None, ["launch.strategy=fsdp", "model.quantization=nf4"])
 
 
 def test_weights_are_sharded_within_groups_that_divide_the_workers() -> None:

@@ -13,11 +13,11 @@ from raytrain2p.models.pretrained import fingerprint
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0, "target_modules": "all-linear"}
 
 
-def save_tiny_model(path: Path, language_model: Path, vit: Path, seed: int = 0) -> None:
+def save_tiny_model(path: Path, language_model: Path, vit: Path, seed: int = 0, quantization: str | None = None) -> None:
     """Write a model.pt that has learnt images. Other seeds are other models."""
     torch.manual_seed(seed)
     aligner: dict[str, Any] = {"widths": {"image": 32}, "hidden": 16, "dimension": 12, "dropout": 0.0}
-    shape = AssistantShape(str(language_model), {"image": 4}, "lora", LORA, aligner)
+    shape = AssistantShape(str(language_model), {"image": 4}, "lora", LORA, aligner, quantization=quantization)
     assistant = build_assistant(shape, "eager", torch.float32)
     assistant.freeze("lora", train_aligner=True)
     save_artifact(

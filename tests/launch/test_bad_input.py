@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 import ray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, Mamba2Config, Mamba2ForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, Mamba2ForCausalLM, MambaConfig, MixtralConfig, MixtralForCausalLM
 
 from raytrain2p import predict, train
 from raytrain2p.config import InputError
@@ -24,6 +23,7 @@ from raytrain2p.launch.cluster import existing_address
 from tests.conftest import byte_tokenizer
 from tests.disks import Disk
 from tests.launch.launching import Command
+from tests.packages import needs_bitsandbytes, without_bitsandbytes
 
 Refuse = Callable[..., str]
 
@@ -357,22 +357,35 @@ def test_flash_attention_without_its_package_is_refused(refused: Refuse, aligner
     assert "the package flash-attn is not installed" in output
 
 
-@pytest.mark.parametrize(("llama", "said"), [(True, "needs the package bitsandbytes, which is not"), (False, "which have 0 of the 2")])
-def test_quantization_without_its_package_or_of_what_it_does_not_take_is_refused(
-    refused: Refuse, aligner: Path, tmp_path: Path, llama: bool, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = [f"model.aligner={aligner}", "model.quantization=nf4"]
-    if llama:
-        monkeypatch.setattr("sys.path", [folder for folder in sys.path if not folder.endswith("build/quantization")])
-        monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    else:
-        tokenizer, folder = byte_tokenizer(), tmp_path / "gpt2"
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=256)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        more.append(f"model.language_model={folder}")
-    output = refused(2, *more)
+def test_quantization_without_its_package_is_refused(refused: Refuse, aligner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_bitsandbytes(monkeypatch)
+    output = refused(2, f"model.aligner={aligner}", "model.quantization=nf4")
+    assert "model.quantization=nf4\n    needs the package bitsandbytes, which is not installed" in output
+    assert "1 problem;" in output
+
+
+QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+SMALL = {"vocab_size": len(byte_tokenizer()), "bos_token_id": 1, "eos_token_id": 2}
+NOT_IN_4_BITS: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "GPT-2": (GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, **SMALL), {}, "which have 0 of the 25,"),
+    "Mamba": (MambaConfig(hidden_size=32, num_hidden_layers=1, **SMALL), {}, "does more with its linear modules than call them: "),
+    "quantized": (GPT2Config(n_embd=32, n_layer=2, n_head=2, **SMALL), {"quantization_config": QUANTIZED}, "is quantized already"),
+}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("model", NOT_IN_4_BITS)
+def test_a_language_model_whose_weights_cannot_be_in_4_bits_is_refused(refused: Refuse, aligner: Path, tmp_path: Path, model: str) -> None:
+    (config, more, said), folder = NOT_IN_4_BITS[model], tmp_path / "model"
+    AutoModelForCausalLM.from_config(config, trust_remote_code=False).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    arguments = [f"model.aligner={aligner}", f"model.language_model={folder}", "model.tuning=frozen"]
+    output = refused(2, *arguments, "model.quantization=nf4")
     assert "model.quantization=nf4\n" in output
     assert said in output
+    assert "1 problem;" in output
 
 
 @pytest.mark.parametrize("targets", ["[nothing]", "[]", "[q_proj, nothing]", "'['", "[input_layernorm]"])

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM, MambaConfig, MixtralConfig
 
 from raytrain2p import train
-from raytrain2p.config import InputError
+from raytrain2p.config import InputError, load_settings
 from raytrain2p.launch.cost import (
     LATENCY,
     REACHED,
@@ -23,10 +24,15 @@ from raytrain2p.launch.cost import (
     exchange_seconds,
     parsed_machines,
     speed_on_paper,
+    weights_of,
 )
+from raytrain2p.launch.dry_run import KEPT_BY_MALLOC, memory
 from raytrain2p.models.assistant import Assistant, one_record_a_row
 from raytrain2p.models.gpus import GPUS
+from raytrain2p.models.quantization import BYTES
 from raytrain2p.models.tracing import Operation, traced
+from raytrain2p.phases.registry import read_inputs
+from tests.packages import needs_bitsandbytes
 
 ONE, EIGHT, MANY = (Machines(nodes, gpus, "h100", 3200e9) for nodes, gpus in ((1, 1), (1, 8), (8, 8)))
 
@@ -55,6 +61,19 @@ def test_gradients_go_round_a_ring_and_shards_are_gathered_in_each_pass() -> Non
         63 / 64 * (4 * (10**9 + 6 * 10**6) + 4 * 6 * 10**6) / 400e9 + 3 * 10 * 6 * LATENCY
     ), "the network of a node is slower than NVLink"
     assert weights.gathered == 2 * 10**8 + 10**8 + 6 * 10**6, "two layers, and what is in none"
+
+
+@needs_bitsandbytes
+def test_weights_in_4_bits_are_counted_and_take_their_bytes(tiny_config: Path, untrained_aligner: Path, tmp_path: Path) -> None:
+    given = [f"model.aligner={untrained_aligner}", f"data.feature_store={tmp_path}", "training.precision=float32", "model.tuning=frozen"]
+    found = {}
+    for form in ("null", "nf4"):
+        settings = load_settings(2, str(tiny_config / "phase2.yaml"), [*given, f"model.quantization={form}"])
+        inputs = read_inputs(settings, 2)
+        found[form] = weights_of(settings, inputs.parts())
+    assert found["nf4"] == replace(found["null"], quantized=2 * (4 * 32 * 32 + 3 * 32 * 64) - 2 * 2 * 16 * 32)
+    most, least = (memory(settings, inputs, weights)[0] for weights in found.values())
+    assert most - least == pytest.approx(KEPT_BY_MALLOC * found["nf4"].quantized * (4 - BYTES))
 
 
 @pytest.mark.parametrize(("sharded", "least"), [(False, 0.6 + 0.3 + 0.1), (True, 0.6 + 0.1)])

@@ -23,10 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from raytrain2p.config.phases import INSTRUCTION
+from raytrain2p.inference.predictor import Predictor
 from raytrain2p.models.artifacts import load_artifact
 from raytrain2p.models.distributed import GatherWithGradient, NumberOfFirst, WorkerGroup
 from tests.chaos.killing import Launch, kill_rank_zero, last, losses
 from tests.launch.launching import run_command, start_command
+from tests.packages import BITSANDBYTES, needs_bitsandbytes
 from tests.serving.serving import Server, image_url, with_image
 
 ON_CPU = os.environ.get("RAYTRAIN2P_GPU_TESTS") == "cpu"
@@ -47,6 +49,7 @@ LAUNCHES = {  # phase and settings, by name
     "from_gpu": (2, USE_GPU, FLOAT32, *WITHOUT_DROPOUT),
     "from_cpu": (2, CPU, FLOAT32, *WITHOUT_DROPOUT),
     "online": (2, USE_GPU, BF16, "data.features=online"),
+    "quantized": (2, USE_GPU, BF16, "model.quantization=nf4"),
     "phase_1": (1, USE_GPU, FLOAT32, HALF, "data.feature_workers=2"),
     "phase_1_cpu": (1, CPU, FLOAT32),
     "phase_1_online": (1, USE_GPU, FLOAT32, "data.features=online"),
@@ -92,7 +95,8 @@ class Launches:
             arguments = [f"--phase={phase}", f"--config={self.config}/phase{phase}.yaml"]
             arguments += [f"model.aligner={self.aligner}", *PHASE_2] if phase == 2 else []
             arguments += map(str, settings)
-            self.started[name] = Launch(self.folder / name, arguments, {"RAY_ADDRESS": "local"})
+            path = {"PYTHONPATH": str(BITSANDBYTES)} if name == "quantized" else {}
+            self.started[name] = Launch(self.folder / name, arguments, {"RAY_ADDRESS": "local"} | path)
             self.started[name].start()
         return self.started[name]
 
@@ -258,6 +262,18 @@ def test_encoding_in_the_step_trains_as_on_stored_features(launches: Launches) -
     assert online == pytest.approx(stored, abs=5e-3)
     stored, online = (list(losses(launches.finished(name)).values()) for name in ("phase_1", "phase_1_online"))
     assert online == pytest.approx(stored, abs=1e-3)
+
+
+@needs_bitsandbytes
+def test_a_language_model_in_4_bits_trains_and_answers_on_the_gpu(launches: Launches, shapes: Path) -> None:
+    quantized, undisturbed = (list(losses(launches.finished(name)).values()) for name in ("quantized", "undisturbed"))
+    assert quantized != undisturbed
+    assert quantized[:20] == pytest.approx(undisturbed[:20], rel=0.1)
+    assert sum(quantized[-20:]) < sum(quantized[:20])
+    (directory,) = launches["quantized"].directories()
+    found = {device: Predictor(directory / "model.pt", device=device) for device in ("cpu", "cpu" if ON_CPU else "cuda")}
+    answers = [predictor([f"{shapes}/{number}.png" for number in range(12)], "Which colour?") for predictor in found.values()]
+    assert sum(left != right for left, right in zip(answers[0], answers[-1], strict=True)) <= 2
 
 
 def test_the_gpu_and_the_cpu_train_the_same_aligner(launches: Launches) -> None:

@@ -9,6 +9,7 @@ from raytrain2p.config import Problem, load_settings
 from raytrain2p.launch import nodes
 from raytrain2p.launch.nodes import Needed, Node, NodeFindings, needed
 from raytrain2p.phases.registry import read_inputs
+from tests.packages import needs_bitsandbytes
 
 
 @pytest.mark.parametrize("features", ["stored", "online"])
@@ -31,6 +32,14 @@ def test_nodes_need_the_models_the_aligner_and_the_media_that_are_read_there(
     assert len(found.files["media of the records"]) == 47, "of 48 records one has no image"
     assert set(found.files["media of the records"]) <= {str(path) for path in shapes.iterdir()}
     assert "bitsandbytes" not in found.packages
+
+
+@needs_bitsandbytes
+def test_nodes_need_bitsandbytes_for_a_language_model_in_4_bits(tiny_config: Path, untrained_aligner: Path, tmp_path: Path) -> None:
+    given = [f"model.aligner={untrained_aligner}", f"data.feature_store={tmp_path}", "model.quantization=nf4"]
+    found = needed([read_inputs(load_settings(2, str(tiny_config / "phase2.yaml"), given), 2)])
+    assert "bitsandbytes" in found.packages
+    assert NodeFindings(found).versions["bitsandbytes"][0].isdigit()
 
 
 def test_an_object_storage_is_no_directory_that_nodes_must_share(

@@ -1,9 +1,11 @@
 """A frozen language model in 4 bits: the same products, with weights that are numbers only while a product needs them."""
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -109,6 +111,35 @@ def test_the_bytes_of_a_weight_are_those_that_bitsandbytes_takes() -> None:
     scales = small.scales
     held = small.weight.nbytes + scales.absmax.nbytes + scales.state2.absmax.nbytes
     assert held == BYTES * 512 * 512
+
+
+def test_a_layer_without_numbers_changes_nothing_for_those_with_numbers() -> None:
+    layer = nn.Linear(64, 64)
+    before = QuantizedLinear(layer, CPU, torch.float32).numbers()
+    assert QuantizedLinear(layer, torch.device("meta"), torch.float32).numbers().is_meta
+    assert torch.equal(QuantizedLinear(layer, CPU, torch.float32).numbers(), before)
+
+
+def test_what_it_gives_may_be_changed_in_place() -> None:
+    """As a model that clamps its queries does."""
+    small = QuantizedLinear(nn.Linear(64, 64), CPU, torch.float32)
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    small(x).clamp_(-1, 1).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_layer_is_let_go_of_as_soon_as_it_is_quantized(tiny_llama: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, trust_remote_code=False).requires_grad_(False)
+    layers, alive = [weakref.ref(layer) for _, _, layer in quantizable(model)], list[int]()
+    made = QuantizedLinear.__init__
+
+    def noted(self: QuantizedLinear, *arguments: Any) -> None:
+        made(self, *arguments)
+        alive.append(sum(one() is not None for one in layers))
+
+    with patch.object(QuantizedLinear, "__init__", noted):
+        quantize(model, CPU, torch.float32)
+    assert alive == list(range(14, 0, -1))
 
 
 def test_its_scales_go_where_its_weights_go() -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from raytrain2p.inference.predictor import Predictor
 from raytrain2p.inference.questions import as_records
 from raytrain2p.models.pretrained import model_directory
 from raytrain2p.runs import __main__ as runs
+from raytrain2p.runs.register import content_of
 from raytrain2p.tracking import registry
 from raytrain2p.tracking.mlflow_store import client_of
 from raytrain2p.tracking.model_package import ModelContent
 from raytrain2p.tracking.run import SWEEP_TAG, Run
 from tests.inference.tiny import save_tiny_model
 from tests.killed_between import KILLED, NEVER, in_child
+from tests.packages import needs_bitsandbytes, without_bitsandbytes
 from tests.runs.made import printed, trained
 from tests.tracking.stores import NOBODY, away
 
@@ -139,6 +142,22 @@ def test_a_registered_model_answers_as_the_run_does_with_an_image_in_every_form(
             stream.write(b" ")
         with pytest.raises(InputError, match=what):
             loaded(settings)
+
+
+@needs_bitsandbytes
+def test_a_language_model_in_4_bits_needs_its_package(
+    settings: Settings, run: Run, base_models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny_model(run.path / "model.pt", *base_models, quantization="nf4")
+    register(settings, "latest", "--name", NAME, "--alias", "champion")
+    folder = Path(versions(settings)[0].source.removeprefix("file://"))
+    assert f"bitsandbytes=={version('bitsandbytes')}" in (folder / "requirements.txt").read_text().split()
+    expected = list(Predictor(run.path / "model.pt").answers(as_records([{"instruction": QUESTION, "image": DRAWN}]), max_new_tokens=8))
+    row = {"instruction": QUESTION, "image": base64.b64encode(encoded()).decode()}
+    assert loaded(settings).predict([row], params={"max_new_tokens": 8}) == expected
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(InputError, match=r"(?s)model\.pt\n    needs the package bitsandbytes.*raytrain2p\[quantization\]"):
+        content_of(run)
 
 
 def test_it_loads_in_another_process_from_its_own_code_without_what_trains(settings: Settings, run: Run, tmp_path: Path) -> None:

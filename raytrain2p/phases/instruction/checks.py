@@ -16,9 +16,11 @@ from raytrain2p.data.media import TEXT
 from raytrain2p.data.records import ASSISTANT, USER, Message
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import check_fingerprint, check_weights
+from raytrain2p.models.assistant import one_record_a_row
 from raytrain2p.models.encoders import ENCODERS, EncoderSpec
 from raytrain2p.models.pretrained import context_length, first_line, load_pretrained
-from raytrain2p.models.quantization import package_problem, quantizable
+from raytrain2p.models.quantization import package_problem, quantizable, quantize
+from raytrain2p.models.tracing import without_numbers
 from raytrain2p.phases.init import facts_of
 from raytrain2p.phases.instruction.aligner import found_aligner, required_aligner
 
@@ -129,18 +131,17 @@ def check_base_model(settings: InstructionSettings, directory: Path) -> None:
         findings.add(Problem("model.attention=flash_attention_2", what, "install it, or set model.attention=auto"))
     if (problem := attention_problem(settings)) is not None:
         findings.add(problem)
-    if model.quantization is not None and (problem := package_problem(f"model.quantization={model.quantization}")) is not None:
-        findings.add(problem)
     with findings:
         where = f"model.language_model={model.language_model}"
         empty, missing = load_pretrained(AutoModelForCausalLM, directory, where, device_map="meta")
         if missing:
             what = f"lacks {len(missing):,} of its weights, such as {missing[0]}"
             raise InputError(Problem(where, what, "download it again, or take another model"))
+        if model.tuning == "lora":
+            with findings:
+                check_adapters(model.lora, empty)
         if model.quantization is not None:
             check_quantization(f"model.quantization={model.quantization}", empty)
-        if model.tuning == "lora":
-            check_adapters(model.lora, empty)
     findings.raise_any()
 
 
@@ -152,21 +153,35 @@ def attention_problem(settings: InstructionSettings) -> Problem | None:
 
 
 def check_quantization(where: str, empty: Any) -> None:
-    """Most weights of the layers must be in linear modules. A mixture's experts are not, and nor is what GPT-2 has in their place.
+    """The package must be there, and most weights of the layers in linear modules, with which the language model makes products and nothing
+    else. A mixture's experts are in none, and nor is what GPT-2 has in their place; Mamba reads weights itself.
 
     Args:
-        empty: the language model, without memory for its weights.
+        empty: the language model, without memory for its weights. It is used up.
 
     Raises:
         InputError: they are not.
     """
+    fix = "take another language model, or set model.quantization=null"
+    if (problem := package_problem(where)) is not None:
+        raise InputError(problem)
+    if getattr(empty.config, "quantization_config", None) is not None:
+        raise InputError(Problem(where, "the language model is quantized already", fix))
     layers = max((module for module in empty.modules() if isinstance(module, torch.nn.ModuleList)), key=len, default=torch.nn.ModuleList())
-    every = sum(weight.numel() for weight in layers.parameters())
-    empty.requires_grad_(False)
+    every = sum(weight.numel() for name, weight in layers.named_parameters() if "lora_" not in name)
+    for name, weight in empty.named_parameters():
+        weight.requires_grad_("lora_" in name)
     linear = sum(layer.weight.numel() for _, _, layer in quantizable(empty))
     if 2 * linear < every:
         what = f"takes linear modules, which have {linear:,} of the {every:,} weights in the layers of this language model"
-        raise InputError(Problem(where, what, "take another language model, or set model.quantization=null"))
+        raise InputError(Problem(where, what, fix))
+    quantize(empty, torch.device("meta"), empty.dtype)
+    try:
+        with without_numbers(empty), torch.no_grad(), one_record_a_row():
+            empty(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+    except Exception as error:  # of a foreign model's own code
+        what = f"the language model does more with its linear modules than call them: {first_line(error)}"
+        raise InputError(Problem(where, what, fix)) from None
 
 
 def check_adapters(lora: LoraSettings, empty: Any) -> None:
