@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from raytrain2p.config.console import STDERR
 
-LOGGERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning")
+LOGGERS = ("ray", "ray.data", "ray.tune", "ray.train", "mlflow", "alembic", "pytorch_lightning", "lightning", "bitsandbytes")
 
 
 def quiet() -> None:
