@@ -14,6 +14,7 @@ from ray import cloudpickle
 import raytrain2p
 from raytrain2p.launch.api import TrainModule
 from tests.chaos.killing import only_long
+from tests.launch.launching import encode_here
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK, PAGE = ROOT / "examples" / "quickstart.ipynb", ROOT / "docs" / "python.md"
@@ -121,6 +122,7 @@ def workdir(tmp_path: Path, tiny_config: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / name).write_text((tiny_config / name).read_text())
     monkeypatch.delenv("RAYTRAIN2P_HOME", raising=False)
     monkeypatch.setenv("RAYTRAIN2P_FEATURES", str(tmp_path / "features"))
+    encode_here(1, tiny_config / "phase1.yaml", tmp_path / "features")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 

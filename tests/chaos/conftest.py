@@ -8,6 +8,7 @@ import pytest
 
 from raytrain2p.storage.files import write_json
 from tests.chaos.killing import LONG, STEPS, Launch, Verdict, launch_in
+from tests.launch.launching import encode_here
 
 Judged = Callable[[Verdict], None]
 
@@ -23,6 +24,7 @@ class Undisturbed:
         if (workers, steps) not in self.launches:
             folder = self.folder / f"undisturbed{workers}_{steps}"
             launch = launch_in(folder, self.tiny_config, workers, steps, RAY_ADDRESS=self.address)
+            encode_here(1, self.tiny_config / "phase1.yaml", self.folder / "features")
             launch.start()
             assert launch.wait() == 0, launch.log
             assert sorted(launch.steps()) == list(range(1, steps + 1))

@@ -25,10 +25,14 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from raytrain2p.config import load_settings
 from raytrain2p.config.phases import ALIGNMENT
+from raytrain2p.data.features import write_shard
+from raytrain2p.data.media import MediaRef, decode
 from raytrain2p.models.aligner import Aligner
 from raytrain2p.models.artifacts import save_artifact
 from raytrain2p.models.pretrained import fingerprint
+from raytrain2p.phases.registry import read_inputs
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
@@ -78,6 +82,18 @@ def second_node(head: str, *options: str) -> list[str]:
     variables = ["RAY_AUTH_MODE=token", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=1"]  # launches set 0, with which Ray joins no other node
     start = ["ray", "start", "--block", f"--address={head}", "--node-ip-address=127.0.0.3"]
     return ["env", *variables, *start, "--dashboard-agent-listen-port=0", "--disable-usage-stats", *options]
+
+
+def encode_here(phase: int, config: Path, store: Path, *overrides: str) -> None:
+    """Fill a feature store in this process, for a launch that is a test of something else: it starts an encoder's process less for each
+    modality."""
+    inputs = read_inputs(load_settings(phase, str(config), [*overrides, f"data.feature_store={store}"]), phase)
+    for job in inputs.jobs:
+        job.store.directory.mkdir(parents=True, exist_ok=True)
+        missing = job.store.missing(job.items)
+        inputs_of = [decode(item) if isinstance(item, MediaRef) else item for item in (job.items[key] for key in missing)]
+        if missing:
+            write_shard(job.store.directory, missing, [grid.numpy() for grid in job.spec.build()(inputs_of)])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import pytest
 from raytrain2p.data.formats import FORMATS
 from tests.chaos.killing import only_long
 from tests.data.files import write_records
-from tests.launch.launching import COLOURS, Run
+from tests.launch.launching import COLOURS, Run, encode_here
 
 ENDINGS = {"pair": "parquet", "instruction": "jsonl", "llava": "json", "sharegpt": "parquet", "openai": "jsonl"}
 CASES = [(phase, name) for name, kind in FORMATS.items() for phase in kind.phases]
@@ -50,8 +50,10 @@ def train(run: Run, phase: int, tiny_config: Path, aligner: Path, files: list[Pa
     """A few steps on these files; returns what the launch printed."""
     sources = json.dumps([{"path": str(file), "weight": 1 + number} for number, file in enumerate(files)])
     few = ["training.max_steps=3", "training.global_batch_size=12", f"data.train={sources}", "data.val=null", "data.test={}"]
-    more = [f"model.aligner={aligner}"] if phase == 2 else []
-    done = run("raytrain2p.train", "--phase", str(phase), "--config", str(tiny_config / f"phase{phase}.yaml"), "--json", *few, *more)
+    few += [f"model.aligner={aligner}"] if phase == 2 else []
+    config, features = tiny_config / f"phase{phase}.yaml", files[0].parent / "features"
+    encode_here(phase, config, features, *few)
+    done = run("raytrain2p.train", f"--phase={phase}", f"--config={config}", "--json", *few, f"data.feature_store={features}")
     assert len(done.losses) == 3
     return done.err
 

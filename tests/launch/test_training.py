@@ -10,10 +10,12 @@ import mlflow
 import pytest
 import torch
 
+from raytrain2p.config import InputError
+from raytrain2p.inference.predictor import Predictor
 from tests.chaos.killing import MOMENTS_DIRECTORY, Launch, only_long, processes
 from tests.data.files import write_lines
 from tests.launch.launching import Command, Run, Terminal
-from tests.packages import BITSANDBYTES, needs_bitsandbytes
+from tests.packages import BITSANDBYTES, needs_bitsandbytes, without_bitsandbytes
 
 
 def train(run: Run, config: Path, phase: int, *overrides: str, **environment: str) -> Command:
@@ -124,8 +126,8 @@ def test_two_workers_with_the_same_settings_have_the_losses_of_one(
 
 
 @needs_bitsandbytes
-def test_two_workers_train_a_language_model_in_4_bits_and_a_new_process_answers_with_it(
-    run: Run, tiny_config: Path, tuned: Command, shapes: Path
+def test_two_workers_train_a_language_model_in_4_bits_and_it_answers(
+    run: Run, tiny_config: Path, tuned: Command, shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = {"PYTHONPATH": str(BITSANDBYTES), "RAY_ADDRESS": "local"}
     small = train(run, tiny_config, 2, "launch.num_workers=2", "model.quantization=nf4", **there)
@@ -134,11 +136,11 @@ def test_two_workers_train_a_language_model_in_4_bits_and_a_new_process_answers_
     assert small.losses == pytest.approx(tuned.losses, rel=0.05)
     state = torch.load(small.outcome["last"], weights_only=True)["state_dict"]
     assert state.keys() == torch.load(tuned.outcome["last"], weights_only=True)["state_dict"].keys()
-    ask = ["raytrain2p.predict", "--run", small.outcome["artifact"], "--image", f"{shapes}/0.png", "Which colour?"]
-    assert run(*ask, **there).out.strip()
-    refused = run(*ask, RAY_ADDRESS="nowhere")
-    assert refused.code == 2
-    assert f"{small.outcome['artifact']}: model.quantization=nf4\n    needs the package bitsandbytes" in refused.err
+    artifact = small.outcome["artifact"]
+    assert Predictor(artifact)(f"{shapes}/0.png", "Which colour?")
+    without_bitsandbytes(monkeypatch)
+    with pytest.raises(InputError, match=rf"{artifact}: model.quantization=nf4\n    needs the package bitsandbytes"):
+        Predictor(artifact)
 
 
 @only_long
