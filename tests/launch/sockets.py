@@ -46,13 +46,13 @@ class Listener:
 
 def listeners(pid: int) -> set[Listener]:
     """Of a process and of all that it has started."""
-    found = set()
+    found, started = set(), dict[int | None, psutil.Process]()
     with suppress(psutil.NoSuchProcess):
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        started = {one.pid: one for one in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]}
+    for one in psutil.net_connections("inet"):  # of all processes at once: process by process it takes ten times as long
+        if one.status == psutil.CONN_LISTEN and one.pid in started:
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                title = " ".join(process.cmdline())[:200]
-                sockets = [one for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
-                found |= {Listener(one.laddr.ip, one.laddr.port, process.pid, title) for one in sockets}
+                found.add(Listener(one.laddr.ip, one.laddr.port, one.pid, " ".join(started[one.pid].cmdline())[:200]))
     return found
 
 
