@@ -24,7 +24,6 @@ class Undisturbed:
         if (workers, steps) not in self.launches:
             folder = self.folder / f"undisturbed{workers}_{steps}"
             launch = launch_in(folder, self.tiny_config, workers, steps, RAY_ADDRESS=self.address)
-            encode_here(1, self.tiny_config / "phase1.yaml", self.folder / "features")
             launch.start()
             assert launch.wait() == 0, launch.log
             assert sorted(launch.steps()) == list(range(1, steps + 1))
@@ -33,8 +32,11 @@ class Undisturbed:
 
 
 @pytest.fixture(scope="session")
-def chaos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chaos")
+def chaos(tmp_path_factory: pytest.TempPathFactory, tiny_config: Path) -> Path:
+    """A folder for launches, with the features that they share."""
+    folder = tmp_path_factory.mktemp("chaos")
+    encode_here(1, tiny_config / "phase1.yaml", folder / "features")
+    return folder
 
 
 @pytest.fixture(scope="session")
