@@ -155,7 +155,7 @@ def test_a_pass_without_numbers_has_the_same_products_and_makes_numbers_twice(ti
     for quantization in (None, "nf4"):
         with torch.device("meta"):
             assistant = built(tiny_llama, dtype=torch.bfloat16, empty=True, quantization=quantization)
-            assistant.convert(torch.bfloat16, torch.device("meta"))
+        assistant.convert(torch.bfloat16, torch.device("meta"))
         passes[quantization] = traced(assistant, lambda assistant=assistant: assistant.train()(batch_of(0, 1)))  # type: ignore[misc]
     flops = [sum(one.flops * count for one, count in each.operations.items()) for each in passes.values()]
     assert flops[0] == flops[1] > 0
